@@ -1,0 +1,23 @@
+"""The one exception whose text is written for the person at the screen."""
+
+
+class StudioError(Exception):
+    """A user's mistake or a failed precondition: what happened, where, and what to do about it.
+
+    code     stable identifier such as "E_EMPTY"; tests and scripts match on it
+    message  names the place, what was found and what was expected
+    hint     the next thing to try; may be empty
+    """
+
+    def __init__(self, code: str, message: str, hint: str = "") -> None:
+        super().__init__(code, message, hint)  # all three, so that the error survives pickling
+        self.code, self.message, self.hint = code, message, hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}".strip()
+
+
+def quote(value: object, limit: int = 80) -> str:
+    """The user's own value inside a message: printable, quoted and at most `limit` characters."""
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"

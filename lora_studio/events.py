@@ -1,0 +1,101 @@
+"""What training says while it runs: six frozen events, one JSON line each, both ways.
+
+Training yields them, the worker appends them to `events.jsonl`, everything else reads them. Not-a-number
+has no JSON form, so such a value is written as null and its name is listed under "nan".
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """The run knows what it will do: sizes are exact, nothing has been trained yet."""
+
+    steps: int
+    trainable: int
+    total: int
+    device: str
+    precision: str
+    train_rows: int
+    heldout_rows: int
+    step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """Figures of one optimizer step; step 0 is the base model before any update.
+
+    Keys in use: train_loss, heldout_loss, learning_rate, grad_norm, tokens_per_s, seconds_left, memory_bytes.
+    """
+
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One fixed prompt answered greedily at this step."""
+
+    step: int
+    index: int
+    prompt: str
+    text: str
+    target: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """The adapter of this step is on disk and is the best by held-out loss so far."""
+
+    step: int
+    heldout_loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned:
+    """Something the user should know; training goes on."""
+
+    step: int
+    code: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The last event of an attempt. status: done, stopped or failed."""
+
+    step: int
+    run: str
+    status: str
+    error: Mapping[str, str] | None = None
+    values: Mapping[str, float] = field(default_factory=dict)
+
+
+Event = Started | Metric | Sample | Saved | Warned | Ended
+EVENTS: dict[str, type] = {kind.__name__: kind for kind in (Started, Metric, Sample, Saved, Warned, Ended)}
+
+
+def to_line(event: Event, *, time: float, attempt: int) -> str:
+    """One JSON object without a newline; `time` in seconds since the epoch."""
+    record: dict[str, Any] = {"type": type(event).__name__, **asdict(event), "time": time, "attempt": attempt}
+    values = record.get("values")
+    if values:
+        bad = sorted(name for name, value in values.items() if not math.isfinite(value))
+        if bad:
+            record["values"] = {name: None if name in bad else value for name, value in values.items()}
+            record["nan"] = bad
+    return json.dumps(record, ensure_ascii=False, allow_nan=False)
+
+
+def from_line(line: str | bytes) -> dict[str, Any] | None:
+    """The record of one line, or None when the line is torn or is not an event."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and record.get("type") in EVENTS else None

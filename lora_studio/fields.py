@@ -1,0 +1,107 @@
+"""knob(): default, bounds, label and help of one setting, said once.
+
+The form, the validation, the command line's help and the README table all read the same metadata.
+This module does not know what any setting means.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin, get_type_hints
+
+from lora_studio.errors import StudioError, quote
+
+
+@dataclasses.dataclass(frozen=True)
+class Knob:
+    """What a control must know about one field of a config dataclass."""
+
+    name: str
+    type: type
+    default: Any
+    label: str
+    help: str
+    min: float | None = None
+    max: float | None = None
+    choices: tuple[str, ...] = ()
+
+
+def knob(
+    default: Any,
+    *,
+    label: str,
+    help: str,
+    min: float | None = None,
+    max: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A dataclass field that carries everything a form needs to know about it."""
+    about = {"label": label, "help": help, "min": min, "max": max, "choices": choices}
+    return dataclasses.field(default=default, metadata={"knob": about})
+
+
+def knobs(config: type) -> dict[str, Knob]:
+    """The knobs of a dataclass by field name, in declaration order."""
+    hints = get_type_hints(config)
+    return {
+        field.name: Knob(name=field.name, type=hints[field.name], default=field.default, **field.metadata["knob"])
+        for field in dataclasses.fields(config)
+        if "knob" in field.metadata
+    }
+
+
+def check(config: Any) -> Any:
+    """Return `config` unchanged, or raise E_CONFIG for the first knob that is outside its bounds."""
+    for name, setting in knobs(type(config)).items():
+        value = getattr(config, name)
+        if not _well_typed(value, setting.type):
+            raise StudioError("E_CONFIG", f"{setting.label} is {quote(value)}.", f"Give {_wanted(setting)}.")
+        below = setting.min is not None and value < setting.min
+        above = setting.max is not None and value > setting.max
+        if below or above or (setting.choices and value not in setting.choices):
+            raise StudioError("E_CONFIG", f"{setting.label} is {quote(value)}.", f"Give {_wanted(setting)}.")
+    return config
+
+
+def build(config: type, values: Mapping[str, Any]) -> Any:
+    """A checked `config` from plain JSON values; unknown keys and wrong types raise E_CONFIG.
+
+    Lists become tuples and whole numbers become floats where the field is a float.
+    """
+    hints = get_type_hints(config)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise StudioError("E_CONFIG", f"Unknown setting {quote(unknown[0])}.", f"Known: {', '.join(hints)}.")
+    return check(config(**{name: _coerce(value, hints[name]) for name, value in values.items()}))
+
+
+def _coerce(value: Any, hint: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(hint, value)  # type: ignore[arg-type]
+    if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
+        return tuple(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint is int and type(value) is float and value.is_integer():
+        return int(value)
+    return value
+
+
+def _well_typed(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        return isinstance(value, tuple) and all(type(part) is item for part in value)
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint
+
+
+def _wanted(setting: Knob) -> str:
+    if setting.choices:
+        return f"one of {', '.join(setting.choices)}"
+    kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(setting.type, "a value")
+    if setting.min is not None and setting.max is not None:
+        return f"{kind} between {setting.min:g} and {setting.max:g}"
+    if setting.min is not None:
+        return f"{kind} of at least {setting.min:g}"
+    return kind
