@@ -1,0 +1,1 @@
+"""The method, on tensors alone: no files, no network, no logging, no user interface."""

@@ -1,0 +1,184 @@
+"""The lean way through a causal model: no padding, and logits only where a token is supervised.
+
+A step's sequences are laid end to end in one row with their own position ids. Attention runs per sequence
+through transformers' attention interface, so no sequence sees another and no quadratic mask is built. The
+head is applied to supervised positions alone, a chunk at a time, and its gradient is made in the forward, so
+the logits of a step are never in memory together. Both give the loss of the plain padded path, which
+`padded_loss` keeps for models that they do not fit.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+IGNORED = -100  # label of a position that is not supervised
+CHUNK = 256  # supervised positions whose logits are in memory together
+PACKED = "lora_studio_packed"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One sequence: token ids and, position by position, whether the token is supervised."""
+
+    ids: Sequence[int]
+    supervised: Sequence[bool]
+
+    @property
+    def count(self) -> int:
+        """Supervised tokens that have a token before them, which is what the loss averages over."""
+        return sum(self.supervised[1:])
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Sequences end to end: ids, positions and next-token labels (1, T), and the length of each."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    labels: torch.Tensor
+    lengths: tuple[int, ...]
+
+
+def pack(batch: Sequence[Tokens], device: torch.device | str = "cpu") -> Packed:
+    """Lay sequences end to end; labels are shifted so that position t predicts token t + 1."""
+    ids = [token for tokens in batch for token in tokens.ids]
+    positions = [position for tokens in batch for position in range(len(tokens.ids))]
+    labels = [label for tokens in batch for label in _labels(tokens)]
+    ids_t, positions_t, labels_t = (torch.tensor([row], device=device) for row in (ids, positions, labels))
+    return Packed(ids_t, positions_t, labels_t, tuple(len(tokens.ids) for tokens in batch))
+
+
+def _labels(tokens: Tokens) -> list[int]:
+    """Next-token labels of one sequence; the last position predicts nothing."""
+    following = zip(tokens.ids[1:], tokens.supervised[1:], strict=True)
+    return [token if kept else IGNORED for token, kept in following] + [IGNORED]
+
+
+def packable(model: nn.Module) -> bool:
+    """Whether the packed path computes what this model means: plain softmax attention that sdpa covers."""
+    config: Any = model.config
+    text = config.get_text_config()
+    # A model without a choice of attention (linear attention, alibi) keeps its own way; so does score capping.
+    return bool(getattr(model, "_supports_sdpa", False)) and not getattr(text, "attn_logit_softcapping", None)
+
+
+@contextmanager
+def packed_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, the model attends per packed sequence and expects `sequence_lengths` in its forward."""
+    config: Any = model.config
+    text = config.get_text_config()
+    before = text._attn_implementation
+    text._attn_implementation = PACKED
+    try:
+        yield
+    finally:
+        text._attn_implementation = before
+
+
+def packed_loss(model: nn.Module, batch: Packed) -> torch.Tensor:
+    """Summed cross-entropy over the supervised tokens; call inside `packed_attention`."""
+    wanted = batch.labels[0] != IGNORED
+    labels = batch.labels[0][wanted]
+    call = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False}
+    if not _plain_head(model):  # scaled or capped logits: let the model make them, at these positions only
+        kept = wanted.nonzero()[:, 0]
+        logits = model(**call, logits_to_keep=kept, sequence_lengths=batch.lengths).logits
+        return F.cross_entropy(logits[0].float(), labels, reduction="sum")
+    hidden = model.base_model(**call, sequence_lengths=batch.lengths)[0]  # type: ignore[operator]  # (1, T, d)
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return ChunkedCrossEntropy.apply(hidden[0][wanted], head.weight, labels)  # type: ignore[return-value]
+
+
+def padded_loss(model: nn.Module, batch: Packed) -> torch.Tensor:
+    """The plain path: the same sequences padded on the right, all logits, the same sum."""
+    rows = list(zip(batch.ids[0].split(batch.lengths), batch.labels[0].split(batch.lengths), strict=True))
+    ids = nn.utils.rnn.pad_sequence([row for row, _ in rows], batch_first=True)
+    labels = nn.utils.rnn.pad_sequence([row for _, row in rows], batch_first=True, padding_value=IGNORED)
+    lengths = torch.tensor(batch.lengths, device=ids.device)
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy of hidden @ headᵀ for a frozen head, a chunk of positions at a time.
+
+    The gradient of the hidden states is made while the chunk's logits are there, so nothing of size
+    (positions, vocabulary) is kept for the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        wants_gradient = hidden.requires_grad
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        total = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(hidden), CHUNK):
+            span = slice(start, start + CHUNK)
+            logits = F.linear(hidden[span], head).float()  # (chunk, vocabulary)
+            normaliser = logits.logsumexp(-1)
+            total += (normaliser - logits.gather(1, labels[span, None])[:, 0]).sum()
+            if gradient is not None:
+                logits.sub_(normaliser[:, None]).exp_()  # softmax
+                logits.scatter_add_(1, labels[span, None], logits.new_full((len(logits), 1), -1.0))
+                gradient[span] = logits.to(head.dtype) @ head
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0].to(gradient.dtype), None, None
+
+
+def _plain_head(model: nn.Module) -> bool:
+    """Whether the logits are just hidden @ headᵀ, with nothing added, scaled, capped or hooked."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    config: Any = model.config
+    text = config.get_text_config()
+    altered = any(getattr(text, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+    return isinstance(head, nn.Linear) and head.bias is None and not head._forward_hooks and not altered
+
+
+def _attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    sequence_lengths: tuple[int, ...],
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each packed sequence; query (1, heads, T, head_dim) -> (1, T, heads, head_dim)."""
+    assert query.shape[2] == sum(sequence_lengths), "the forward was called without its sequence lengths"
+    grouped = query.shape[1] != key.shape[1]  # fewer key and value heads than query heads
+    outputs = []
+    parts = (tensor.split(sequence_lengths, dim=2) for tensor in (query, key, value))
+    for q, k, v in zip(*parts, strict=True):
+        length = q.shape[2]
+        window = None if sliding_window is None or length <= sliding_window else _window(length, sliding_window, q)
+        attended = F.scaled_dot_product_attention(
+            q, k, v, window, dropout, is_causal=window is None, scale=scaling, enable_gqa=grouped
+        )
+        outputs.append(attended)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _window(length: int, window: int, like: torch.Tensor) -> torch.Tensor:
+    """Causal mask (length, length) that reaches `window` tokens back, the token itself included."""
+    distance = torch.arange(length, device=like.device)[:, None] - torch.arange(length, device=like.device)
+    return (distance >= 0) & (distance < window)
+
+
+AttentionInterface.register(PACKED, _attend)
+AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)

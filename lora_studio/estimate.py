@@ -1,0 +1,136 @@
+"""Parameters, bytes and seconds before launch. Parameters are exact, the rest is a forecast that says so.
+
+    weights      P · b                                    P parameters of b bytes
+    adapter      16 · n                                   n trainable: fp32 master, gradient, two Adam moments
+    activations  T · L · b · (5 h + 2 kv + 3 I) · 1.41    T tokens of the largest step, L layers from the lowest
+                                                          adapted one, 1.41 for the allocator and the backward
+    head         CHUNK · V · (4 fp32 | 2.5 bf16) · 4      the logits of one chunk and their temporaries
+    runtime      the interpreter and its libraries
+
+Time counts floating-point operations: a frozen matrix is used once forward and once backward (its own
+gradient is never made), 4 per parameter and token, at a share of the matrix rate that this machine shows
+in a short measurement. benchmarks/ prints how far the forecast is off.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lora_studio.core.layout import Target
+from lora_studio.core.lean import CHUNK
+from lora_studio.data.batches import Lengths
+from lora_studio.train import HELDOUT_TOKENS, SAMPLE_TOKENS, TrainConfig
+
+RUNTIME_BYTES = 420 * 2**20
+EFFICIENCY = 0.45  # of the measured matrix rate that a training step reaches on this machine's class
+START_S = 9.0  # imports, loading and tokenising before the first step
+ASSUMED = Lengths(median=128, p95=256, max=256, cut=0, unsupervised=0, total=12_800, supervised=6_400, histogram=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a run will cost: exact counts, forecast bytes by part (peak is their sum) and forecast seconds."""
+
+    trainable: int
+    total: int
+    adapter_bytes: int
+    memory_bytes: dict[str, int]
+    seconds: float
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def estimate(
+    model: Any,
+    targets: Sequence[Target],
+    rank: int,
+    config: TrainConfig,
+    *,
+    precision: str,
+    device: str,
+    lengths: Lengths | None = None,
+    rows: int = 100,
+) -> Estimate:
+    """Forecast for a model skeleton, the planned targets and a dataset's length statistics (or 100 assumed rows)."""
+    text = model.config.get_text_config()
+    size = 2 if precision == "bfloat16" else 4
+    data = lengths or ASSUMED
+    trainable = sum(target.parameters(rank) for target in targets)
+    total = sum(tensor.numel() for tensor in model.parameters())
+    depth = text.num_hidden_layers
+    adapted = depth - min((target.layer for target in targets), default=0)
+    step_tokens = _step_tokens(config, data, rows)
+    memory = {
+        "weights": total * size,
+        "adapter": 16 * trainable,
+        "activations": int(1.41 * step_tokens * adapted * size * _saved_elements(text)),
+        "head": int((2.5 if size == 2 else 4.0) * CHUNK * text.vocab_size * 4),
+        "runtime": RUNTIME_BYTES if device == "cpu" else 0,
+    }
+    memory["peak"] = sum(memory.values())
+    return Estimate(
+        trainable=trainable,
+        total=total,
+        adapter_bytes=4 * trainable,
+        memory_bytes=memory,
+        seconds=_seconds(model, config, data, rows, precision, device),
+    )
+
+
+def _step_tokens(config: TrainConfig, data: Lengths, rows: int) -> int:
+    """Tokens in memory together in a long step: a batch between the mean and the 95th percentile."""
+    mean = data.total / rows
+    together = math.ceil(min(config.batch_size, rows) / config.accumulate)
+    return int(together * min(config.max_length, (mean + data.p95) / 2))
+
+
+def _saved_elements(text: Any) -> int:
+    """Elements a block keeps for its backward per token, when q, k, v and the MLP are computed plainly."""
+    hidden = text.hidden_size
+    heads = text.num_attention_heads
+    keys = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or hidden // heads
+    inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+    return 5 * hidden + 2 * keys * head_dim + 3 * inner
+
+
+def _seconds(model: Any, config: TrainConfig, data: Lengths, rows: int, precision: str, device: str) -> float:
+    text = model.config.get_text_config()
+    head = text.vocab_size * text.hidden_size
+    body = sum(tensor.numel() for name, tensor in model.named_parameters() if "layers." in name or ".h." in name)
+    kept = max(1, round(rows * (1 - config.holdout)))
+    steps = config.total_steps(kept)
+    examples = steps * min(config.batch_size, kept)
+    tokens, supervised = examples * data.total / rows, examples * data.supervised / rows
+    measured = min(HELDOUT_TOKENS, rows * config.holdout * data.total / rows)
+    rounds = config.evaluations + 1
+    operations = 4 * (body * tokens + head * supervised) + 2 * body * measured * rounds
+    decoding = rounds * SAMPLE_TOKENS * bool(config.samples) * total_bytes(model, precision) / _READ_RATE[device]
+    return START_S + operations / (EFFICIENCY * matrix_rate(precision, device)) + decoding
+
+
+def total_bytes(model: Any, precision: str) -> int:
+    """Bytes of the weights in this precision."""
+    return sum(tensor.numel() for tensor in model.parameters()) * (2 if precision == "bfloat16" else 4)
+
+
+_READ_RATE = {"cpu": 4e9, "mps": 5e10, "cuda": 5e11}  # bytes of weights per second while decoding a token
+
+
+@functools.cache
+def matrix_rate(precision: str, device: str) -> float:
+    """Floating-point operations per second of a matrix product here, measured once in about 0.1 s."""
+    import torch
+
+    a = torch.randn(512, 1024, dtype=getattr(torch, precision), device=device)
+    b = torch.randn(1024, 1024, dtype=getattr(torch, precision), device=device)
+    best = math.inf
+    for _ in range(8):
+        clock = time.perf_counter()
+        (a @ b).sum().item()
+        best = min(best, time.perf_counter() - clock)
+    return 2 * 512 * 1024 * 1024 / best

@@ -1,0 +1,151 @@
+"""Answers, token by token: one model, one batch, a gate per row.
+
+`stream` is the decoding loop; `compare` runs one prompt through the base model and any number of adapters in
+one batch. Rows are drawn with the same random number at each step, so with equal models sampled texts are
+equal too, and a difference between two panes is never luck.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from lora_studio.core.lora import LoRA, Row
+from lora_studio.fields import knob
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is picked."""
+
+    max_new_tokens: int = knob(128, min=1, max=4096, label="New tokens", help="Longest answer, in tokens")
+    temperature: float = knob(0.0, min=0.0, max=4.0, label="Temperature", help="0 takes the likeliest token each time")
+    top_p: float = knob(1.0, min=0.01, max=1.0, label="Top p", help="Sample among the likeliest tokens of this mass")
+    seed: int = knob(0, min=0, max=2**31 - 1, label="Seed", help="Same seed, same text")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One row's text so far."""
+
+    text: str = ""
+    tokens: int = 0
+    done: bool = False
+
+
+@torch.inference_mode()
+def stream(
+    model: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, stop: frozenset[int], pad: int = 0
+) -> Iterator[list[int | None]]:
+    """One new token per row and step, None for rows that have ended; prompts are padded on the left.
+
+    The token that ends a row is not yielded. Call inside `lora.use(...)`, which decides what each row runs.
+    """
+    device = next(model.parameters()).device
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    draws = torch.Generator().manual_seed(sampling.seed)
+    running = [True] * len(prompts)
+    padded = bool((mask == 0).any())
+    for _ in range(sampling.max_new_tokens):
+        output = model(
+            input_ids=ids,
+            attention_mask=mask if padded else None,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        chosen = _pick(output.logits[:, -1].float(), sampling, draws)
+        tokens = chosen.tolist()
+        running = [alive and token not in stop for alive, token in zip(running, tokens, strict=True)]
+        if not any(running):
+            return
+        yield [token if alive else None for alive, token in zip(running, tokens, strict=True)]
+        ids, positions = chosen[:, None], positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+
+
+def _pick(logits: torch.Tensor, sampling: Sampling, draws: torch.Generator) -> torch.Tensor:
+    """Next token of each row (rows,), from logits (rows, vocabulary)."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    ranked, order = (logits / sampling.temperature).softmax(-1).sort(descending=True)
+    mass = ranked.cumsum(-1)
+    allowed = (mass - ranked < sampling.top_p) * ranked  # the likeliest token is always allowed
+    mass = allowed.cumsum(-1)
+    draw = torch.rand(1, generator=draws).to(mass)  # one number for all rows
+    place = torch.searchsorted(mass, draw * mass[:, -1:]).clamp(max=mass.shape[1] - 1)
+    return order.gather(1, place)[:, 0]
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end an answer, from the model's generation settings and the tokenizer."""
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    listed = ends if isinstance(ends, list) else [ends]
+    return frozenset(token for token in (*listed, tokenizer.eos_token_id) if token is not None)
+
+
+def answer(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling) -> Iterator[list[Answer]]:
+    """All rows' texts as they grow; the last list is the final one."""
+    ids: list[list[int]] = [[] for _ in prompts]
+    rows = [Answer() for _ in prompts]
+    for tokens in stream(model, prompts, sampling, stop_tokens(model, tokenizer), tokenizer.pad_token_id or 0):
+        for number, token in enumerate(tokens):
+            if token is None:
+                rows[number] = replace(rows[number], done=True)
+                continue
+            ids[number].append(token)
+            text = tokenizer.decode(ids[number], skip_special_tokens=True).lstrip()
+            # a character that is still missing bytes decodes to U+FFFD; it is shown with the next token
+            rows[number] = Answer(text.rstrip("�") if text.endswith("�") else text, len(ids[number]))
+        yield list(rows)
+    yield [replace(row, done=True) for row in rows]
+
+
+def answers(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, batch: int = 16
+) -> list[str]:
+    """The final texts, in the order of the prompts; similar lengths share a batch."""
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    texts = [""] * len(prompts)
+    for start in range(0, len(order), batch):
+        numbers = order[start : start + batch]
+        final: list[Answer] = []
+        for final in answer(model, tokenizer, [prompts[number] for number in numbers], sampling):  # noqa: B007
+            pass
+        for number, row in zip(numbers, final, strict=True):
+            texts[number] = row.text
+    return texts
+
+
+def compare(
+    lora: LoRA, tokenizer: Any, prompt: Sequence[int], rows: Sequence[Row], sampling: Sampling
+) -> Iterator[list[Answer]]:
+    """One prompt, one batch, one row per entry: None is the base model, a mapping is a blend or a strength."""
+    with lora.use(*rows):
+        yield from answer(lora.model, tokenizer, [prompt] * len(rows), sampling)
+
+
+@torch.inference_mode()
+def base_difference(lora: LoRA, prompt: Sequence[int], rows: Sequence[Row]) -> float:
+    """Largest difference between the base row's logits in this mixed batch and those of the untouched model.
+
+    The reference is the same batch with every adapter's hook taken out of the model, so that the shapes, and with
+    them the rounding, are the same: the difference must be exactly 0.
+    """
+    ids = torch.tensor([list(prompt)] * len(rows), device=next(lora.model.parameters()).device)
+    with lora.use(*rows):
+        mixed = lora.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+    with lora.unhooked():
+        untouched = lora.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
+    base = [number for number, row in enumerate(rows) if row is None]
+    return float((mixed[base] - untouched[base]).abs().max())

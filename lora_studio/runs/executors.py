@@ -1,0 +1,85 @@
+"""Where a worker runs: start(path), alive(path), kill(path). The run folder is the only data path."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Protocol
+
+from lora_studio.runs.store import is_locked, read_json
+
+# What a worker may know of the environment. Tokens and everything else stay outside.
+ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "PYTHONPATH")
+FAMILIES = ("LC_", "LORA_STUDIO_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "TORCH_", "PYTORCH_", "SPACE")
+HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")
+
+
+class Executor(Protocol):
+    """Starts and stops the worker of a run folder."""
+
+    def start(self, path: Path) -> bool:
+        """Start a worker; False when another process has this run already."""
+        ...
+
+    def alive(self, path: Path) -> bool: ...
+
+    def kill(self, path: Path) -> None: ...
+
+
+class Local:
+    """A fresh interpreter on this machine, in a session of its own, with nothing to read or drain."""
+
+    def __init__(self) -> None:
+        self._children: dict[Path, subprocess.Popen] = {}
+
+    def start(self, path: Path) -> bool:
+        """The lock is taken here and inherited, so that there is no moment in which the run looks unclaimed."""
+        self._reap()
+        with (path / "worker.lock").open("wb") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            if (path / "worker.log").exists():
+                return False  # somebody started it between our look and our lock
+            with (path / "worker.log").open("ab") as log:
+                command = [sys.executable, "-m", "lora_studio.runs.worker", str(path)]
+                self._children[path] = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=(lock.fileno(),),
+                    cwd=path,
+                    env=environment(),
+                )
+        return True
+
+    def alive(self, path: Path) -> bool:
+        self._reap()
+        return is_locked(path / "worker.lock")
+
+    def kill(self, path: Path) -> None:
+        """At once and without saving; the process group is the worker and whatever it started."""
+        process = read_json(path / "worker.json")
+        if process and self.alive(path):
+            os.killpg(process["pid"], signal.SIGKILL)
+        self._reap()
+
+    def _reap(self) -> None:
+        self._children = {path: child for path, child in self._children.items() if child.poll() is None}
+
+
+def environment() -> dict[str, str]:
+    """The allow-listed part of our environment, and where this package is found."""
+    kept = {name: value for name, value in os.environ.items() if name in ENVIRONMENT + HUB or name.startswith(FAMILIES)}
+    here = str(Path(__file__).resolve().parents[2])
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, [here, kept.get("PYTHONPATH", "")]))
+    kept |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    return kept
+
+
+EXECUTORS: dict[str, type] = {"local": Local}

@@ -1,0 +1,334 @@
+"""DataLibrary: what was added is found again, whole, under an id of its bytes; and the split."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from fakehub import FakeHub
+
+from lora_studio.data import library as module
+from lora_studio.data.formats import Example, Message
+from lora_studio.data.library import SAMPLES, DataLibrary, display_name, split
+from lora_studio.data.readers import Limits
+from lora_studio.errors import StudioError
+
+CSV = "question,answer\nwhy,so\nhow,thus\n"
+
+
+@pytest.fixture
+def library(tmp_path):
+    return DataLibrary(tmp_path / "root")
+
+
+def code_of(call, *arguments, **options) -> str:
+    with pytest.raises(StudioError) as caught:
+        call(*arguments, **options)
+    assert caught.value.hint
+    assert len(str(caught.value)) <= 300
+    return caught.value.code
+
+
+def written(path: Path, content: str = CSV) -> Path:
+    path.write_text(content)
+    return path
+
+
+def everything_under(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*")) if folder.exists() else []
+
+
+# Keeping and finding
+
+
+def test_a_kept_file_is_the_same_bytes_and_the_same_rows(library, tmp_path):
+    source = written(tmp_path / "a.csv")
+    dataset = library.add(source)
+    assert dataset.path.read_bytes() == source.read_bytes()
+    assert library.table(dataset.id).rows == (
+        {"question": "why", "answer": "so"},
+        {"question": "how", "answer": "thus"},
+    )
+    assert (dataset.rows, dataset.columns, dataset.format) == (2, ("question", "answer"), "prompt_completion")
+    assert library.get(dataset.id) == dataset == DataLibrary(tmp_path / "root").get(dataset.id)
+    assert [example.target for example in library.examples(dataset.id)[0]] == ["so", "thus"]
+    assert [example.text for example in library.examples(dataset.id, "text", {"text": "answer"})[0]] == ["so", "thus"]
+
+
+def test_the_same_bytes_are_the_same_dataset(library, tmp_path):
+    first = library.add(written(tmp_path / "a.csv"))
+    before = everything_under(tmp_path / "root")
+    assert library.add(written(tmp_path / "b.csv"), name="another name") == first
+    assert library.add_text(CSV) == first
+    assert everything_under(tmp_path / "root") == before
+    assert library.list() == [first]
+
+
+def test_the_same_bytes_as_another_kind_are_another_dataset(library, tmp_path):
+    as_text = library.add(written(tmp_path / "a.txt"))
+    as_table = library.add(written(tmp_path / "a.csv"))
+    assert (as_text.kind, as_table.kind) == ("txt", "csv")
+    assert as_text.id != as_table.id == library.add(written(tmp_path / "a.csv")).id
+
+
+def test_a_file_that_cannot_be_read_leaves_nothing_behind(library, tmp_path):
+    for name, content in {"a.csv": "q,a\n1\n", "b.jsonl": "", "c.exe": "x", "d.json": "[]"}.items():
+        code_of(library.add, written(tmp_path / name, content))
+    assert code_of(library.add, tmp_path) == "E_NOT_FILE"
+    assert code_of(library.add, tmp_path / "none.csv") == "E_NOT_FOUND"
+    assert everything_under(tmp_path / "root" / "datasets") == []
+    assert library.list() == []
+
+
+def test_a_file_over_the_limit_is_refused_and_not_copied_whole(tmp_path):
+    small = DataLibrary(tmp_path / "root", Limits(file_bytes=10))
+    assert code_of(small.add, written(tmp_path / "a.csv")) == "E_TOO_LARGE"
+    assert everything_under(tmp_path / "root" / "datasets") == []
+
+
+def test_the_list_is_newest_first_and_skips_what_is_damaged(library, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(module.time, "time", lambda: next(clock))
+    names = [library.add_text(f"q,a\n{number},x\n", name=f"set {number}").name for number in range(4)]
+    damaged = library.list()[1]
+    (library.folder / damaged.id / "dataset.json").write_text("{")
+    (library.folder / "stray").mkdir()
+    assert [dataset.name for dataset in library.list()] == [names[3], names[1], names[0]]
+    assert code_of(library.get, damaged.id) == "E_DATASET_NOT_FOUND"
+
+
+@pytest.mark.parametrize("id", ["", "..", "../../etc/passwd", "A" * 32, "0" * 31, "0" * 32, "0" * 32 + "\n", "/" * 32])
+def test_an_id_is_never_a_path(library, id):
+    assert code_of(library.get, id) == "E_DATASET_NOT_FOUND"
+
+
+@pytest.mark.parametrize(
+    "name", ["../../x", "/etc/passwd", "x" * 300, "CON", "a\0b", "a\nb", "\u202egnp.csv", ".bashrc", ""]
+)
+def test_a_display_name_is_one_short_line_and_no_path(library, tmp_path, name):
+    shown = library.add(written(tmp_path / "a.csv"), name=name).name
+    assert shown == display_name(name or "a.csv")
+    assert shown.isprintable() and 0 < len(shown) <= 80
+    assert not set(shown) & set("/\\")
+    assert display_name(shown) == shown
+    inside = {path.relative_to(library.folder).parts[0] for path in everything_under(library.folder)}
+    assert inside == {dataset.id for dataset in library.list()}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_every_sample_is_read_without_a_warning(library, name):
+    dataset = library.add_sample(name)
+    examples, warnings = library.examples(dataset.id)
+    assert dataset.source == "sample"
+    assert dataset.warnings == () and warnings == []
+    assert len(examples) == dataset.rows >= 100
+    assert library.find(name) == library.find(dataset.id) == dataset
+
+
+def test_find_takes_an_id_a_sample_or_a_file_and_says_what_is_missing(library, tmp_path):
+    dataset = library.add(written(tmp_path / "a.csv"))
+    assert library.find(dataset.id) == library.find(str(tmp_path / "a.csv")) == dataset
+    assert code_of(library.find, "data/missing.csv") == "E_NOT_FOUND"
+    assert code_of(library.find, "missing") == "E_NOT_FOUND"
+    assert code_of(library.find, str(tmp_path)) == "E_NOT_FILE"
+    assert code_of(library.add_sample, "pirates") == "E_SAMPLE"
+
+
+@pytest.mark.parametrize(
+    "repo", ["", "squad", "../x", "a/..", "/etc/passwd", "a/b/c", "http://a/b", "a b/c", "a/b\n", "a/.b"]
+)
+def test_what_is_no_hub_id_is_refused_without_asking_the_hub(library, repo):
+    assert code_of(library.add_hub, repo) == "E_HUB_ID"
+
+
+# The split
+
+
+def asked(*prompts: str) -> list[Example]:
+    return [
+        Example((Message("user", prompt), Message("assistant", f"answer {row}")), row=row)
+        for row, prompt in enumerate(prompts, 1)
+    ]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("holdout", [0.01, 0.1, 0.3, 0.5, 0.9])
+def test_a_split_is_a_partition_in_file_order_that_no_prompt_straddles(holdout, seed):
+    chance = random.Random(seed)
+    examples = asked(*(f"prompt {chance.randrange(60)}" for _ in range(200)))
+    train, held = split(examples, holdout, seed)
+    assert sorted(train + held, key=lambda example: example.row) == examples
+    assert [e.row for e in train] == sorted(e.row for e in train)
+    assert [e.row for e in held] == sorted(e.row for e in held)
+    assert not {e.prompt for e in train} & {e.prompt for e in held}
+    assert train and held
+    assert len(held) <= max(1, round(holdout * len(examples))) or len({e.prompt for e in held}) == 1
+    assert (train, held) == split(examples, holdout, seed)
+    shuffled = chance.sample(examples, len(examples))
+    assert {e.row for e in split(shuffled, holdout, seed)[1]} == {e.row for e in held}
+
+
+def test_another_seed_holds_out_other_rows_and_the_share_is_kept():
+    examples = asked(*map(str, range(100)))
+    held = [split(examples, 0.2, seed)[1] for seed in range(2)]
+    assert held[0] != held[1]
+    assert len(held[0]) == len(held[1]) == 20
+
+
+def test_plain_texts_are_split_by_their_text():
+    examples = [Example(text=text, row=row) for row, text in enumerate("abcabc", 1)]
+    train, held = split(examples, 0.3)
+    assert not {e.text for e in train} & {e.text for e in held}
+
+
+def test_a_split_needs_two_prompts_and_a_share_below_one():
+    two = asked("x", "y")
+    assert [len(side) for side in split(two, 0.5)] == [1, 1]
+    assert [len(side) for side in split(two, 0.99)] == [1, 1]
+    assert split(two, 0) == (two, [])
+    assert split([], 0) == ([], [])
+    for examples in ([], asked("x"), asked("x", "x", "x")):
+        assert code_of(split, examples) == "E_TOO_FEW"
+    for share in (-0.1, 1, 1.5, float("nan")):
+        assert code_of(split, two, share) == "E_SPLIT"
+
+
+# The Hub: the real clients in a fresh process, because they read HF_ENDPOINT when they are imported
+
+CHILD = """
+import json, socket, sys
+from pathlib import Path
+from lora_studio.data.library import DataLibrary
+from lora_studio.errors import StudioError
+
+real, asked = socket.getaddrinfo, set()
+
+def noted(host, *arguments, **options):
+    asked.add(str(host))
+    return real(host, *arguments, **options)
+
+socket.getaddrinfo = noted
+library, answers = DataLibrary(Path(sys.argv[1])), []
+for call in json.loads(sys.argv[2]):
+    try:
+        dataset = library.add_hub(**call)
+        answers.append([dataset.rows, dataset.name, dataset.warnings, library.table(dataset.id).rows])
+    except StudioError as error:
+        answers.append([error.code, error.message, error.hint])
+print(json.dumps({"answers": answers, "hosts": sorted(asked)}))
+"""
+
+
+def in_fresh_process(environment: dict[str, str], folder: Path, calls: list[dict]) -> dict:
+    here = Path(module.__file__).parents[2]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder / "root"), json.dumps(calls)],
+        env=kept | environment | {"PYTHONPATH": str(here)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+ROWS = [{"prompt": f"prompt {number}", "completion": "é漢👩"} for number in range(30)]
+CONFIGS = "---\nconfigs:\n- config_name: french\n  data_files: f.csv\n- config_name: german\n  data_files: g.csv\n---\n"
+
+
+def hub_folders(folder: Path) -> dict[str, Path]:
+    files = {
+        "plain/train.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+        "several/README.md": CONFIGS,
+        "several/f.csv": "q,a\nchien,dog\n",
+        "several/g.csv": "q,a\nHund,dog\n",
+        "splits/validation.csv": "q,a\n1,2\n",
+        "splits/test.csv": "q,a\n3,4\n",
+        "model/config.json": '{"model_type": "llama"}',
+        "model/deep/weights.bin": "x" * 100_000,
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    return {path.name: path for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def hub_answers(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    repos = hub_folders(folder / "repos")
+    (folder / "org" / "plain").mkdir(parents=True)  # where the process runs: must not be taken for the Hub's
+    written(folder / "org" / "plain" / "train.csv")
+    calls = {
+        "plain": {"repo": "org/plain"},
+        "first rows": {"repo": "org/plain", "max_rows": 7},
+        "missing": {"repo": "org/missing"},
+        "gated": {"repo": "org/gated"},
+        "no config": {"repo": "org/several"},
+        "config": {"repo": "org/several", "config": "german"},
+        "wrong config": {"repo": "org/several", "config": "dutch"},
+        "no split": {"repo": "org/splits"},
+        "split": {"repo": "org/splits", "split": "test"},
+        "wrong split": {"repo": "org/splits", "split": "train"},
+    }
+    datasets = {f"org/{name}": repos[name] for name in ("plain", "several", "splits")}
+    with FakeHub(datasets=datasets | {"org/gated": repos["plain"]}, gated={"org/gated"}) as hub:
+        told = in_fresh_process(hub.environment(folder / "home"), folder, list(calls.values()))
+    return dict(zip(calls, told["answers"], strict=True)) | {"hosts": told["hosts"]}
+
+
+def test_a_dataset_of_the_hub_is_kept_row_by_row(hub_answers):
+    assert hub_answers["plain"] == [30, "org/plain (train)", [], ROWS]
+    assert hub_answers["first rows"] == [7, "org/plain (train)", ["Only the first 7 rows were taken."], ROWS[:7]]
+    assert hub_answers["config"][3] == [{"q": "Hund", "a": "dog"}]
+    assert hub_answers["split"][3] == [{"q": 3, "a": 4}]
+
+
+def test_what_the_hub_refuses_has_a_code_each(hub_answers):
+    codes = {name: answer[0] for name, answer in hub_answers.items() if isinstance(answer[0], str)}
+    assert codes.pop("hosts") == "127.0.0.1"
+    assert codes == {
+        "missing": "E_HUB_NOT_FOUND",
+        "gated": "E_HUB_GATED",
+        "no config": "E_HUB_CONFIG",
+        "wrong config": "E_HUB_CONFIG",
+        "no split": "E_HUB_SPLIT",
+        "wrong split": "E_HUB_SPLIT",
+    }
+    assert "french, german" in hub_answers["no config"][2]
+    assert "validation" in hub_answers["no split"][2] and "test" in hub_answers["no split"][2]
+
+
+def test_nobody_but_the_endpoint_is_ever_looked_up(hub_answers):
+    assert hub_answers["hosts"] == ["127.0.0.1"]
+
+
+def test_a_hub_that_does_not_answer_is_said_to_be_offline(tmp_path):
+    with socket.socket() as closed:  # bound and not listening: nobody else can answer on this port
+        closed.bind(("127.0.0.1", 0))
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{closed.getsockname()[1]}", "HF_HOME": str(tmp_path)}
+        told = in_fresh_process(environment, tmp_path, [{"repo": "org/plain"}])
+    assert told["answers"][0][0] == "E_OFFLINE"
+
+
+def test_the_clients_read_models_from_the_fake_hub_too(tmp_path):
+    repos = hub_folders(tmp_path / "repos")
+    with FakeHub({"org/model": repos["model"], "org/gated": repos["model"]}, gated={"org/gated"}) as hub:
+        where = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache", "token": False}
+        got = Path(huggingface_hub.snapshot_download("org/model", **where))
+        assert (got / "deep/weights.bin").read_bytes() == (repos["model"] / "deep/weights.bin").read_bytes()
+        assert huggingface_hub.HfApi(hub.endpoint).model_info("org/model", token=False).sha == got.name
+        with pytest.raises(huggingface_hub.errors.GatedRepoError):
+            huggingface_hub.hf_hub_download("org/gated", "config.json", **where)
+        with pytest.raises(huggingface_hub.errors.RepositoryNotFoundError):
+            huggingface_hub.snapshot_download("org/missing", **where)
+        with pytest.raises(huggingface_hub.errors.EntryNotFoundError):
+            huggingface_hub.hf_hub_download("org/model", "missing.json", **where)
+    assert "GET /org/model/resolve/main/missing.json" not in hub.requests
