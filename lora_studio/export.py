@@ -1,4 +1,4 @@
-"""What leaves the studio: the adapter folder, a merged model, an archive, a model card, the line that repeats the run."""
+"""What leaves the studio: adapter folder, merged model, archive, model card, and the line that repeats the run."""
 
 import shlex
 import shutil

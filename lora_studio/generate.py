@@ -14,19 +14,9 @@ import torch
 from transformers import DynamicCache
 
 from lora_studio.core.lora import LoRA, Row
-from lora_studio.fields import knob
+from lora_studio.settings import Sampling
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is picked."""
-
-    max_new_tokens: int = knob(128, min=1, max=4096, label="New tokens", help="Longest answer, in tokens")
-    temperature: float = knob(0.0, min=0.0, max=4.0, label="Temperature", help="0 takes the likeliest token each time")
-    top_p: float = knob(1.0, min=0.01, max=1.0, label="Top p", help="Sample among the likeliest tokens of this mass")
-    seed: int = knob(0, min=0, max=2**31 - 1, label="Seed", help="Same seed, same text")
 
 
 @dataclass(frozen=True)

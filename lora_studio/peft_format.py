@@ -132,7 +132,7 @@ def _config(lora: LoRA, name: str, layers: Mapping[str, Factors], base_model: st
 
 def _tidy(alpha: float) -> float:
     """16.0 as 16, which is what other programs write; anything else unrounded to 12 digits."""
-    return int(round(alpha)) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else float(f"{alpha:.12g}")
+    return round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else float(f"{alpha:.12g}")
 
 
 def _suffixes(lora: LoRA, layers: set[str]) -> list[str]:

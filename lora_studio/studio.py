@@ -22,7 +22,7 @@ from lora_studio.models import CATALOGUE, ModelLibrary
 from lora_studio.runs.config import DataChoice, Run, RunConfig
 from lora_studio.runs.store import RunStore
 from lora_studio.runs.supervisor import Supervisor
-from lora_studio.train import TrainConfig
+from lora_studio.settings import TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -194,9 +194,9 @@ class Studio:
         self.supervisor.tick()
         return self.runs.get(run.id)
 
-    def follow(self, run: str, interval_s: float = 0.2) -> Iterator[dict[str, Any]]:
-        """Every event of a run from its first, as they come, until it has ended; turns the queue's crank meanwhile."""
-        read = 0
+    def follow(self, run: str, start: int = 0, interval_s: float = 0.2) -> Iterator[dict[str, Any]]:
+        """The events of a run from number `start` on, as they come, until it has ended; turns the queue's crank."""
+        read = start
         while True:
             active = self.runs.get(run).active
             fresh = self.runs.events(run, read)

@@ -21,48 +21,11 @@ from lora_studio.data.batches import Encoded, prompt_ids
 from lora_studio.data.formats import Example
 from lora_studio.errors import StudioError
 from lora_studio.events import Event, Metric, Sample, Started, Warned
-from lora_studio.fields import knob
 from lora_studio.generate import Sampling, answers
+from lora_studio.settings import TrainConfig
 
 HELDOUT_TOKENS = 8_192  # of held-out text measured at each evaluation
 SAMPLE_TOKENS = 48  # longest answer in the sample timeline
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How long, how fast and on what, apart from the adapter itself."""
-
-    steps: int = knob(60, min=0, max=1_000_000, label="Steps", help="Optimizer steps; 0 takes epochs instead")
-    epochs: float = knob(0.0, min=0.0, max=1000.0, label="Epochs", help="Passes over the data, when steps is 0")
-    batch_size: int = knob(8, min=1, max=1024, label="Batch", help="Examples per step")
-    accumulate: int = knob(
-        1, min=1, max=1024, label="Accumulate", help="Split a step into this many passes; same result"
-    )
-    learning_rate: float = knob(2e-3, min=1e-7, max=1.0, label="Learning rate", help="Peak; the schedule ends at zero")
-    schedule: str = knob(
-        "linear", choices=("linear", "cosine", "constant"), label="Schedule", help="How the learning rate falls"
-    )
-    warmup: float = knob(0.06, min=0.0, max=1.0, label="Warm-up", help="Share of the steps in which the rate rises")
-    weight_decay: float = knob(0.0, min=0.0, max=1.0, label="Weight decay", help="AdamW's, on A and B")
-    clip_norm: float = knob(1.0, min=0.0, max=1000.0, label="Clip norm", help="Largest gradient norm; 0 never clips")
-    max_length: int = knob(512, min=8, max=131_072, label="Length limit", help="Tokens per example; the rest is cut")
-    holdout: float = knob(0.1, min=0.0, max=0.5, label="Held out", help="Share of the rows kept to measure on")
-    evaluations: int = knob(5, min=1, max=1000, label="Evaluations", help="How often the held-out loss is measured")
-    samples: int = knob(3, min=0, max=20, label="Samples", help="Held-out prompts answered at each evaluation")
-    precision: str = knob(
-        "auto",
-        choices=("auto", "float32", "bfloat16"),
-        label="Precision",
-        help="Of the frozen base; auto fits the machine",
-    )
-    seed: int = knob(0, min=0, max=2**31 - 1, label="Seed", help="Same seed, same run")
-
-    def total_steps(self, rows: int) -> int:
-        """Steps for this many training rows. Raises E_CONFIG when neither steps nor epochs is given."""
-        total = self.steps or math.ceil(self.epochs * rows / self.batch_size)
-        if total < 1:
-            raise StudioError("E_CONFIG", "Steps and epochs are both 0.", "Give at least one step.")
-        return total
 
 
 @dataclass(kw_only=True)

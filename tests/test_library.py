@@ -1,5 +1,6 @@
 """DataLibrary: what was added is found again, whole, under an id of its bytes; and the split."""
 
+import io
 import json
 import os
 import random
@@ -10,13 +11,13 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from fakehub import FakeHub
 
 from lora_studio.data import library as module
 from lora_studio.data.formats import Example, Message
 from lora_studio.data.library import SAMPLES, DataLibrary, display_name, split
 from lora_studio.data.readers import Limits
 from lora_studio.errors import StudioError
+from tests.fakehub import FakeHub
 
 CSV = "question,answer\nwhy,so\nhow,thus\n"
 
@@ -85,9 +86,14 @@ def test_a_file_that_cannot_be_read_leaves_nothing_behind(library, tmp_path):
     assert library.list() == []
 
 
-def test_a_file_over_the_limit_is_refused_and_not_copied_whole(tmp_path):
+def test_a_file_over_the_limit_is_refused_and_not_copied_whole(tmp_path, monkeypatch):
+    source = io.BytesIO(CSV.encode() * 100)
+    source.close = lambda: None  # stays open, to see how far it was read
+    monkeypatch.setattr(module, "open_file", lambda path: source)
+    monkeypatch.setattr(module, "COPY_BYTES", 4)
     small = DataLibrary(tmp_path / "root", Limits(file_bytes=10))
-    assert code_of(small.add, written(tmp_path / "a.csv")) == "E_TOO_LARGE"
+    assert code_of(small.add, tmp_path / "a.csv") == "E_TOO_LARGE"
+    assert source.tell() <= 20
     assert everything_under(tmp_path / "root" / "datasets") == []
 
 
@@ -229,7 +235,7 @@ def in_fresh_process(environment: dict[str, str], folder: Path, calls: list[dict
     kept = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(folder / "root"), json.dumps(calls)],
-        env=kept | environment | {"PYTHONPATH": str(here)},
+        env=kept | environment | {"PYTHONPATH": str(here), "NO_PROXY": "127.0.0.1"},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -318,7 +324,8 @@ def test_a_hub_that_does_not_answer_is_said_to_be_offline(tmp_path):
     assert told["answers"][0][0] == "E_OFFLINE"
 
 
-def test_the_clients_read_models_from_the_fake_hub_too(tmp_path):
+def test_the_clients_read_models_from_the_fake_hub_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     repos = hub_folders(tmp_path / "repos")
     with FakeHub({"org/model": repos["model"], "org/gated": repos["model"]}, gated={"org/gated"}) as hub:
         where = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache", "token": False}
@@ -331,4 +338,4 @@ def test_the_clients_read_models_from_the_fake_hub_too(tmp_path):
             huggingface_hub.snapshot_download("org/missing", **where)
         with pytest.raises(huggingface_hub.errors.EntryNotFoundError):
             huggingface_hub.hf_hub_download("org/model", "missing.json", **where)
-    assert "GET /org/model/resolve/main/missing.json" not in hub.requests
+    assert "HEAD /org/model/resolve/main/missing.json" in hub.requests

@@ -79,7 +79,7 @@ def encode(tokenizer: Any, example: Example, max_length: int) -> Encoded:
 
 def preview(tokenizer: Any, example: Example, max_length: int) -> list[Piece]:
     """The rendered text token by token: context, trained, or cut off."""
-    ids, supervised, texts = _tokenize(tokenizer, example)
+    _, supervised, texts = _tokenize(tokenizer, example)
     kinds = ["trained" if mark else "context" for mark in supervised]
     kinds[max_length:] = ["cut"] * len(kinds[max_length:])
     return [Piece(text, kind) for text, kind in zip(texts, kinds, strict=True)]

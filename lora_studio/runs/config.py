@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from lora_studio.core.spec import LoraSpec
 from lora_studio.fields import knob
-from lora_studio.train import TrainConfig
+from lora_studio.settings import TrainConfig
 
 Status = Literal["queued", "running", "done", "stopped", "failed", "lost"]
 ACTIVE: tuple[Status, ...] = ("queued", "running")

@@ -1,0 +1,33 @@
+"""One JSON line each way."""
+
+import json
+import math
+
+from lora_studio.events import EVENTS, Ended, Metric, Sample, Saved, Started, Warned, from_line, to_line
+
+ALL = [
+    Started(steps=3, trainable=1, total=2, device="cpu", precision="float32", train_rows=9, heldout_rows=1),
+    Metric(step=1, values={"train_loss": 0.5}),
+    Sample(step=0, index=0, prompt="p\n", text="tö", target="x"),
+    Saved(step=1, heldout_loss=None),
+    Warned(step=0, code="W", message="m"),
+    Ended(step=3, run="r", status="done"),
+]
+
+
+def test_every_event_is_one_line_and_comes_back() -> None:
+    assert {type(event).__name__ for event in ALL} == set(EVENTS)
+    for event in ALL:
+        line = to_line(event, time=1.0, attempt=1)
+        record = from_line(line)
+        assert "\n" not in line and record and record.pop("time") == 1.0 and record.pop("attempt") == 1
+        assert EVENTS[record.pop("type")](**record) == event
+
+
+def test_not_a_number_is_null_and_named() -> None:
+    record = json.loads(to_line(Metric(step=1, values={"a": math.nan, "b": 1.0}), time=0.0, attempt=1))
+    assert record["values"] == {"a": None, "b": 1.0} and record["nan"] == ["a"]
+
+
+def test_what_is_no_event_is_none() -> None:
+    assert [from_line(line) for line in (b"", b'{"type": "Metr', b"[]", b'{"type": "Else"}', b"\x00\x00")] == [None] * 5
