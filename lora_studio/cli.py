@@ -256,11 +256,16 @@ def models(as_json: Json = False) -> None:
     """The catalogue of base models, and which fit this machine."""
     from lora_studio.models import CATALOGUE, fit
 
-    entries = [{"name": e.name, "repo": e.repo, "parameters": e.parameters, "licence": e.licence, "fit": fit(e.parameters)} for e in CATALOGUE.values()]
+    entries = [
+        {"name": e.name, "repo": e.repo, "parameters": e.parameters, "licence": e.licence, "fit": fit(e.parameters)}
+        for e in CATALOGUE.values()
+    ]
     if as_json:
         return _print_json(entries)
     for entry in entries:
-        print(f"{entry['name']:16} {entry['parameters'] / 1e6:>7,.0f} M  {entry['fit']:8} {entry['licence']:20} {entry['repo']}")
+        print(
+            f"{entry['name']:16} {entry['parameters'] / 1e6:>7,.0f} M  {entry['fit']:8} {entry['licence']:20} {entry['repo']}"
+        )
 
 
 @app.command()
@@ -289,7 +294,9 @@ def _follow(studio: Studio, run: Run, as_json: bool, start: int = 0) -> None:
         print(json.dumps(last, ensure_ascii=False) if as_json else _sentence(last), flush=True)
     end = studio.runs.get(run.id)
     if as_json and last.get("type") != "Ended":
-        print(to_line(Ended(step=end.step, run=run.id, status=end.status, error=end.error), time=time.time(), attempt=1))
+        print(
+            to_line(Ended(step=end.step, run=run.id, status=end.status, error=end.error), time=time.time(), attempt=1)
+        )
 
 
 def _sentence(event: dict[str, Any]) -> str:

@@ -52,7 +52,17 @@ def test_a_module_imports_only_from_above(path: Path) -> None:
 
 
 def test_the_core_knows_tensors_only() -> None:
-    allowed = {"torch", "transformers", "lora_studio", "math", "difflib", "collections", "contextlib", "dataclasses", "typing"}
+    allowed = {
+        "torch",
+        "transformers",
+        "lora_studio",
+        "math",
+        "difflib",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "typing",
+    }
     for path in (PACKAGE / "core").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -93,7 +93,8 @@ def test_names_endings_and_layers_select_too() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "code"), [({"targets": ("attn.qq",)}, "E_TARGETS"), ({"targets": ()}, "E_TARGETS"), ({"layers": (2,)}, "E_LAYERS")]
+    ("wrong", "code"),
+    [({"targets": ("attn.qq",)}, "E_TARGETS"), ({"targets": ()}, "E_TARGETS"), ({"layers": (2,)}, "E_LAYERS")],
 )
 def test_a_plan_that_selects_nothing_says_what_there_is(wrong: dict, code: str) -> None:
     with pytest.raises(StudioError) as caught:

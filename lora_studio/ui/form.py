@@ -1,0 +1,85 @@
+"""A knob becomes a control, and the controls' values become a config: the one place for both.
+
+The page has no bounds, labels or defaults of its own; they are said once, in the config dataclasses.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, get_origin
+
+import gradio as gr
+
+from lora_studio.core.spec import LoraSpec
+from lora_studio.errors import StudioError, quote
+from lora_studio.fields import Knob, build, knobs
+from lora_studio.settings import Sampling, TrainConfig
+
+SETTINGS: dict[str, Knob] = {**knobs(LoraSpec), **knobs(TrainConfig)}  # their names do not overlap
+RANGE = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?")
+
+
+def control(setting: Knob, *, slide_to: float | None = None, **options: Any) -> Any:
+    """The control of one knob; `slide_to` makes a slider of a number, up to there."""
+    about: dict[str, Any] = {
+        "label": setting.label,
+        "info": setting.help,
+        "value": setting.default,
+        "elem_id": f"set-{setting.name.replace('_', '-')}",
+        "min_width": 130,
+        **options,
+    }
+    whole = setting.type is int
+    if slide_to is not None:
+        return gr.Slider(setting.min, slide_to, step=1 if whole else 0.05, **about)
+    if setting.choices:
+        return gr.Dropdown(list(setting.choices), **about)
+    if get_origin(setting.type) is tuple:
+        return gr.Textbox(**{**about, "value": ", ".join(map(str, setting.default)), "placeholder": "all"})
+    return gr.Number(precision=0 if whole else None, **about)
+
+
+def problem(setting: Knob, raw: Any) -> str:
+    """What is wrong with the value of one control, in words; empty when nothing is."""
+    for config in (LoraSpec, TrainConfig, Sampling):
+        if knobs(config).get(setting.name) == setting:
+            try:
+                build(config, {setting.name: _plain(setting, raw)})
+            except StudioError as error:
+                return str(error)
+    return ""
+
+
+def method(raw: Mapping[str, Any], targets: tuple[str, ...]) -> LoraSpec:
+    """The adapter that the controls describe. Raises E_CONFIG."""
+    return build(LoraSpec, {**_of(LoraSpec, raw), "targets": targets})
+
+
+def training(raw: Mapping[str, Any]) -> TrainConfig:
+    """The training that the controls describe. Raises E_CONFIG."""
+    return build(TrainConfig, _of(TrainConfig, raw))
+
+
+def sampling(raw: Mapping[str, Any]) -> Sampling:
+    """How the next token is picked, from the controls. Raises E_CONFIG."""
+    return build(Sampling, _of(Sampling, raw))
+
+
+def _of(config: type, raw: Mapping[str, Any]) -> dict[str, Any]:
+    settings = knobs(config)
+    wanted = {field.name for field in fields(config)} & raw.keys()
+    return {name: _plain(settings[name], raw[name]) for name in wanted}
+
+
+def _plain(setting: Knob, raw: Any) -> Any:
+    """The control's value in the knob's own type; an empty number stays None, which `build` refuses in words."""
+    if get_origin(setting.type) is not tuple or not isinstance(raw, str):
+        return raw
+    numbers: list[int] = []
+    for part in filter(None, re.split(r"[,\s]+", re.sub(r"\s*-\s*", "-", raw))):
+        found = RANGE.fullmatch(part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, -1)
+        if not first <= last < first + 10_000:
+            raise StudioError("E_CONFIG", f"{setting.label} is {quote(raw)}.", "Write numbers such as 0, 2, 5-7.")
+        numbers += range(first, last + 1)
+    return tuple(numbers)

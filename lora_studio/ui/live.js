@@ -1,0 +1,275 @@
+// The live view of the run whose id is props.value: asks server.poll for what is new and draws it.
+// Everything a person or a model wrote goes into the page as textContent.
+const $ = name => element.querySelector(name);
+const plot = $('.plot'), slider = $('.scrub input'), log = $('.log');
+const ACTIVE = ['queued', 'running'];
+const WORDS = { queued: 'waiting', running: 'running', done: 'done', stopped: 'stopped and kept', failed: 'failed',
+  lost: 'broken off', missing: 'not found' };
+const EAGER = location.hostname.endsWith('.hf.space') ? 2500 : 700, IDLE = 10000, LIST_EVERY = 4000;
+
+let run = null, timer = null, busy = false, again = false, drawn = null;  // drawn: the run the plot was made for
+let seen, points, average, weight, evaluations, heldout, follow, state, stopping;
+let runs = [], token = '', listed = 0, wait = EAGER;
+
+// ---- figures in words --------------------------------------------------------------------------------------------
+
+const loss = value => value == null ? '–' : value.toPrecision(value < 10 ? 3 : 4);
+const plain = value => value >= 10000 ? `${(value / 1000).toFixed(1)}k` : value >= 100 ? value.toFixed(0) : value.toPrecision(3);
+function duration(seconds) {
+  if (seconds < 90) return `${Math.round(seconds)} s`;
+  return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
+}
+const TILES = {
+  train_loss: loss, heldout_loss: loss, tokens_per_s: plain, seconds_left: duration,
+  memory_bytes: bytes => bytes < 1e9 ? `${(bytes / 1e6).toFixed(0)} MB` : `${(bytes / 1e9).toFixed(1)} GB`,
+  learning_rate: rate => rate.toExponential(1),
+};
+
+// ---- the curve ---------------------------------------------------------------------------------------------------
+
+function colour(name) { return getComputedStyle(element).getPropertyValue(name).trim(); }
+
+async function blank() {
+  const axis = { gridcolor: colour('--border-color-primary'), zeroline: false, automargin: true };
+  const line = colour('--chart-train'), measured = colour('--chart-heldout');
+  const empty = { x: [], y: [] };
+  drawn = run;
+  await Plotly.newPlot(plot, [
+    { ...empty, name: 'train', mode: 'lines', line: { width: 1, color: line }, opacity: .38, hoverinfo: 'skip' },
+    { ...empty, name: 'train, smoothed', mode: 'lines', line: { width: 2.2, color: line } },
+    { ...empty, name: 'held out', mode: 'lines+markers', line: { width: 1.5, color: measured }, marker: { size: 6 } },
+    { ...empty, name: 'kept', mode: 'markers', marker: { size: 13, color: 'rgba(0,0,0,0)', line: { width: 2, color: measured } },
+      hoverinfo: 'skip' },
+  ], {
+    uirevision: run, height: 300, margin: { l: 44, r: 8, t: 6, b: 38 }, hovermode: 'x unified',
+    paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
+    font: { color: colour('--body-text-color'), family: colour('--font'), size: 12 },
+    hoverlabel: { bgcolor: colour('--background-fill-primary'), bordercolor: colour('--border-color-primary') },
+    legend: { orientation: 'h', x: 1, xanchor: 'right', y: 1.01, yanchor: 'bottom' },
+    xaxis: { ...axis, title: { text: 'step' }, rangemode: 'tozero' }, yaxis: { ...axis, title: { text: 'loss' } },
+  }, { responsive: true, displayModeBar: false, displaylogo: false });
+}
+
+function smooth(values) {
+  return values.map(value => {
+    if (value == null) return null;
+    average = .9 * average + .1 * value;
+    weight = .9 * weight + .1;
+    return average / weight;
+  });
+}
+
+async function extend(news) {
+  const [steps, losses] = news.train, [at, measured] = news.heldout;
+  if (steps.length || at.length) {
+    await Plotly.extendTraces(plot, { x: [steps, steps, at], y: [losses, smooth(losses), measured] }, [0, 1, 2]);
+    points += steps.length;
+    at.forEach((step, place) => heldout.set(step, measured[place]));
+  }
+  if (news.saved.length) {
+    const [best] = news.saved, height = heldout.get(best);
+    if (height != null) await Plotly.restyle(plot, { x: [[best]], y: [[height]] }, [3]);
+  }
+  if (news.steps && plot.layout.xaxis.autorange !== false) {
+    await Plotly.relayout(plot, { 'xaxis.range': [0, news.steps * 1.01] });
+  }
+}
+
+// ---- sample answers ----------------------------------------------------------------------------------------------
+
+function part(kind, label, text) {
+  const row = document.createElement('div'), name = document.createElement('span'), said = document.createElement('span');
+  row.className = kind;
+  name.textContent = label;
+  said.textContent = text || '(nothing)';
+  row.append(name, said);
+  return row;
+}
+
+function answered() { return [...evaluations.keys()].sort((a, b) => a - b); }
+
+function samples() {
+  const steps = answered();
+  $('.samples').hidden = !steps.length;
+  if (!steps.length) return;
+  slider.max = steps.length - 1;
+  if (follow) slider.value = steps.length - 1;
+  const step = steps[slider.value], now = evaluations.get(step), base = evaluations.get(steps[0]);
+  $('.scrub output').textContent = step === 0 ? 'base model' : `step ${step}`;
+  slider.setAttribute('aria-valuetext', $('.scrub output').textContent);
+  $('.samples .rows').replaceChildren(...[...now.keys()].sort((a, b) => a - b).map(index => {
+    const sample = now.get(index), card = document.createElement('article');
+    const hit = sample.text.trim() === sample.target.trim();
+    card.append(part('asked', 'Prompt', sample.prompt), part('wanted', 'Wanted', sample.target));
+    if (base.has(index)) card.append(part('before', 'Base', base.get(index).text));
+    if (step !== steps[0]) card.append(part(hit ? 'after hit' : 'after', hit ? `Step ${step} ✓` : `Step ${step}`, sample.text));
+    return card;
+  }));
+}
+
+function scrub(to) { slider.value = to; follow = slider.value === slider.max; samples(); }
+slider.addEventListener('input', () => scrub(slider.value));
+$('.back').addEventListener('click', () => scrub(+slider.value - 1));
+$('.on').addEventListener('click', () => scrub(+slider.value + 1));
+
+// ---- state, result, run list -------------------------------------------------------------------------------------
+
+function say(place, text) { place.textContent = text; place.hidden = !text; }
+
+function figures(news) {
+  const share = news.steps ? Math.round(100 * news.step / news.steps) : 0, active = ACTIVE.includes(news.state);
+  state = news.state;
+  element.dataset.state = state;
+  element.dataset.points = points;
+  element.dataset.run = run;
+  $('.pace').hidden = $('.tiles').hidden = $('.log').hidden = false;
+  $('.state').textContent = WORDS[state] || state;
+  $('.state').dataset.state = state;
+  $('.bar i').style.width = `${share}%`;
+  $('.bar').setAttribute('aria-valuenow', share);
+  $('.stop').hidden = !active;
+  $('.safe').hidden = !active;
+  $('[data-tile=step]').textContent = `${news.step}/${news.steps || '?'}`;
+  for (const name in TILES) {
+    const value = name === 'seconds_left' && !active ? null : news.latest[name];
+    $(`[data-tile=${name}]`).textContent = value == null ? '–' : TILES[name](value);
+  }
+  const ahead = runs.filter(one => ACTIVE.includes(one.state)).length - 1;
+  const queue = state === 'queued' && ahead > 0 ? 'Another run is training; this one starts when it has ended.' : '';
+  const waiting = queue || (state === 'queued' ? 'Starting a worker.' : news.note);
+  say($('.note'), !active ? '' : stopping ? 'Stopping after the current step; the adapter is kept.' : waiting);
+  ended(news, active);
+}
+
+function ended(news, active) {
+  const wrong = active ? null : news.error;
+  say($('.live > .problem'), wrong ? `${wrong.message} ${wrong.hint || ''}` : '');
+  const found = news.summary || {}, words = [];
+  if (found.base_loss != null && found.best_loss != null)
+    words.push(`Held-out loss ${loss(found.base_loss)} → ${loss(found.best_loss)}`);
+  if (found.best_step) words.push(`best at step ${found.best_step}`);
+  if (found.seconds) words.push(duration(found.seconds));
+  $('.result').hidden = active || !news.adapter;
+  $('.result span').textContent = words.join(' · ');
+}
+
+function about(run) {
+  if (run.state === 'running') return `step ${run.step} of ${run.steps}`;
+  if (run.state === 'done' && run.loss != null) return `held-out loss ${loss(run.loss)}`;
+  return run.reason || WORDS[run.state];
+}
+
+function list() {
+  $('section.runs').hidden = !runs.length;
+  const focused = document.activeElement?.dataset?.pick;
+  $('nav').replaceChildren(...runs.map(one => {
+    const made = document.createElement('button'), dot = document.createElement('i');
+    const name = document.createElement('b'), line = document.createElement('span');
+    made.type = 'button';
+    made.dataset.pick = one.id;
+    made.dataset.state = one.state;
+    made.setAttribute('aria-current', one.id === run);
+    name.textContent = one.name;
+    line.textContent = about(one);
+    made.title = `${one.name}: ${WORDS[one.state]}. ${one.reason || ''}`;
+    made.append(dot, name, line);
+    return made;
+  }));
+  if (focused) $(`[data-pick="${focused}"]`)?.focus();
+}
+
+$('nav').addEventListener('click', event => {
+  const picked = event.target.closest('button')?.dataset.pick;
+  if (picked) { props.value = picked; start(); }
+});
+$('.compare').addEventListener('click', () => trigger('compare'));
+$('.stop').addEventListener('click', async () => {
+  $('.stop').disabled = true;
+  const { problem } = await server.stop({ run });
+  stopping = !problem;
+  say($('.note'), problem);
+  tick();
+});
+log.addEventListener('toggle', () => tick());
+
+// ---- asking ------------------------------------------------------------------------------------------------------
+
+async function take(news) {
+  if (news.runs) { runs = news.runs; token = news.token; list(); }
+  if (news.run !== run || news.start !== seen || !run) return;  // an answer to an older question
+  if (news.state === 'missing') {
+    element.dataset.state = state = 'missing';
+    $('.name').textContent = 'This run is not here';
+    $('.line').textContent = 'It was deleted, or belongs to another app.';
+    return;
+  }
+  if (news.about) { $('.name').textContent = news.about.name; $('.line').textContent = news.about.line; }
+  plot.hidden = false;
+  if (drawn !== run) await blank();
+  await extend(news);
+  for (const sample of news.samples) {
+    if (!evaluations.has(sample.step)) evaluations.set(sample.step, new Map());
+    evaluations.get(sample.step).set(sample.index, sample);
+  }
+  seen = news.next;
+  if (news.samples.length) samples();
+  if (news.state !== state) listed = 0;  // the list shows another state, too
+  figures(news);
+  const row = runs.find(one => one.id === run);
+  if (row && row.step !== news.step) { row.step = news.step; row.steps = news.steps; list(); }
+  if (news.log != null) $('.log pre').textContent = news.log;
+}
+
+async function tick() {
+  clearTimeout(timer);
+  if (!element.isConnected) return;
+  again = busy;
+  if (!busy && !document.hidden && element.offsetParent) {
+    busy = true;
+    try {
+      const fresh = Date.now() - listed > LIST_EVERY;
+      const news = await server.poll({ run: run || '', start: seen, list: fresh, known: token, log: log.open });
+      if (fresh) listed = Date.now();
+      await take(news);
+      wait = ACTIVE.includes(state) || runs.some(one => ACTIVE.includes(one.state)) ? EAGER : IDLE;
+      if (!listed) wait = EAGER;
+    } catch (problem) {
+      wait = Math.min(Math.max(wait, 1000) * 2, 30000);
+    }
+    busy = false;
+    if (again) wait = 0;
+  }
+  timer = setTimeout(tick, wait);
+}
+
+function address() {
+  const url = new URL(location);
+  run ? url.searchParams.set('run', run) : url.searchParams.delete('run');
+  history.replaceState(history.state, '', url);
+}
+
+function start() {
+  const wanted = props.value || '';
+  if (wanted !== run) {
+    run = wanted;
+    [seen, points, average, weight, follow, state, listed, stopping] = [0, 0, 0, 0, true, '', 0, false];
+    [evaluations, heldout] = [new Map(), new Map()];
+    delete element.dataset.state;
+    element.dataset.points = 0;
+    $('.stop').disabled = false;
+    $('.samples').hidden = $('.result').hidden = true;
+    say($('.live > .problem'), '');
+    if (run) { address(); drawn = null; }
+    list();
+  }
+  tick();
+}
+
+watch('value', start);
+document.addEventListener('visibilitychange', () => document.hidden || tick());
+new IntersectionObserver(entries => {
+  if (!entries.some(entry => entry.isIntersecting)) return;
+  if (drawn) Plotly.Plots.resize(plot);
+  tick();
+}).observe(element);
+start();

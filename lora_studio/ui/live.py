@@ -1,0 +1,191 @@
+"""The live view of one run: state, figures, curve, sample answers, run list and log, out of the run's files.
+
+The component's value is a run id. Its script (live.js) asks `poll` for the records it has not seen and draws them;
+there is no event that owns a run, so a reload, a second browser and a restart of the app see the same.
+"""
+
+import importlib.util
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from lora_studio.errors import StudioError
+from lora_studio.runs.config import Run
+from lora_studio.runs.store import ID, RunStore
+from lora_studio.studio import Studio
+from lora_studio.ui.picker import short
+
+HERE = Path(__file__).parent
+PLOTLY = Path(importlib.util.find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"  # type: ignore
+POINTS = 4_000  # of a curve in one answer; a longer one is thinned
+LOG_CHARACTERS = 8_000
+TILES = {
+    "step": "Step",
+    "train_loss": "Train loss",
+    "heldout_loss": "Held-out loss",
+    "tokens_per_s": "Tokens/s",
+    "memory_bytes": "Memory",
+    "seconds_left": "Time left",
+    "learning_rate": "Learning rate",
+}
+
+
+def build(studio: Studio) -> gr.HTML:
+    """The component; it raises `compare` when the person wants to compare the run that is shown."""
+
+    def poll(ask: dict) -> dict:
+        return answer(studio, ask)
+
+    def stop(ask: dict) -> dict:
+        return stop_run(studio, ask)
+
+    gr.set_static_paths([PLOTLY])
+    tiles = "".join(f"<div><span>{label}</span><b data-tile='{name}'>–</b></div>" for name, label in TILES.items())
+    return gr.HTML(
+        "",
+        html_template=(HERE / "live.html").read_text(encoding="utf-8").replace("<!-- tiles -->", tiles),
+        js_on_load=(HERE / "live.js").read_text(encoding="utf-8"),
+        head=f"<script src='gradio_api/file={PLOTLY}'></script>",
+        server_functions=[poll, stop],
+        apply_default_css=False,
+        elem_id="live",
+    )
+
+
+def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """What is new since the caller's last look.
+
+    ask: run (id or ""), start (records seen), list (whether runs may have changed), known (their last token),
+    log (whether the log is open). An unknown run has state "missing", none at all has "none".
+    """
+    said: dict[str, Any] = {"run": ask.get("run") or "", "start": _count(ask.get("start")), "state": "none"}
+    if ask.get("list"):
+        said |= _changed_runs(studio.runs, ask.get("known"))
+    if said["run"]:
+        try:
+            said |= _news(studio.runs, str(said["run"]), said["start"])
+            if ask.get("log"):
+                said["log"] = studio.runs.log(str(said["run"]), LOG_CHARACTERS)
+        except StudioError:
+            said["state"] = "missing"
+    return said
+
+
+def stop_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask a run to end and keep its adapter."""
+    try:
+        studio.stop(_id(ask.get("run")))
+    except StudioError as error:
+        return {"problem": str(error)}
+    return {"problem": ""}
+
+
+def shown_at_first(runs: Sequence[Run], asked: str) -> str:
+    """The run to show on load: the one in the address, else the newest that is still active, else none."""
+    if any(run.id == asked for run in runs):
+        return asked
+    return next((run.id for run in runs if run.active), "")
+
+
+def thin(steps: Sequence[int], values: Sequence[float | None], limit: int = POINTS) -> tuple[list, list]:
+    """At most about `limit` points: the lowest and the highest of each of equally many neighbours."""
+    if len(steps) <= limit:
+        return list(steps), list(values)
+    size = math.ceil(2 * len(steps) / limit)
+    kept: list[int] = []
+    for start in range(0, len(steps), size):
+        bucket = range(start, min(start + size, len(steps)))
+        kept += sorted(
+            {min(bucket, key=lambda place: _number(values[place])), max(bucket, key=lambda p: _number(values[p]))}
+        )
+    return [steps[place] for place in kept], [values[place] for place in kept]
+
+
+def _news(store: RunStore, run: str, start: int) -> dict[str, Any]:
+    view = store.get(_id(run))
+    records = store.events(view.id, start)
+    news: dict[str, Any] = {
+        "next": start + len(records),
+        "state": view.status,
+        "step": view.step,
+        "steps": view.steps,
+        "latest": {name: _rounded(value) for name, value in view.latest.items() if name in TILES},
+        "note": view.note,
+        "adapter": view.has_adapter,
+        "train": thin(*_curve(records, "train_loss")),
+        "heldout": _curve(records, "heldout_loss"),
+        "samples": [
+            {name: record[name] for name in ("step", "index", "prompt", "text", "target")}
+            for record in records
+            if record["type"] == "Sample"
+        ],
+        "saved": [record["step"] for record in records if record["type"] == "Saved"][-1:],
+    }
+    if start == 0:
+        news["about"] = _about(view)
+    if not view.active:
+        news |= {"error": view.error, "summary": {name: _rounded(value) for name, value in view.summary.items()}}
+    return news
+
+
+def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float | None]]:
+    points = [
+        (record["step"], record["values"][name])
+        for record in records
+        if record["type"] == "Metric" and name in record["values"]
+    ]
+    return [step for step, _ in points], [_rounded(value) for _, value in points]
+
+
+def _about(run: Run) -> dict[str, str]:
+    config = run.config
+    roles = short(config.method.targets)
+    line = (
+        f"{config.model.rstrip('/').rsplit('/', 1)[-1]} · {config.dataset.name} · rank {config.method.rank} on {roles}"
+    )
+    return {"name": run.name or run.id[:8], "line": line}
+
+
+def _changed_runs(store: RunStore, known: Any) -> dict[str, Any]:
+    runs = [
+        {
+            "id": run.id,
+            "name": run.name or run.id[:8],
+            "state": run.status,
+            "step": run.step,
+            "steps": run.steps,
+            "loss": _rounded(run.summary.get("best_loss")),
+            "reason": (run.error or {}).get("message", ""),
+        }
+        for run in store.list()
+    ]
+    token = "".join(f"{run['id'][:8]}{run['state'][0]}" for run in runs) + str(sum(run["step"] for run in runs))
+    return {} if token == known else {"runs": runs, "token": token}
+
+
+def _id(run: Any) -> str:
+    if not isinstance(run, str) or not ID.fullmatch(run):
+        raise StudioError("E_RUN_NOT_FOUND", "There is no such run.", "The run list shows the runs.")
+    return run
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and value >= 0 else 0
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.5g}") if isinstance(value, float) and math.isfinite(value) else value
+
+
+def _number(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def run_label(run: Run) -> str:
+    """A run in the dropdowns: its name and how it stands."""
+    loss = run.summary.get("best_loss")
+    state = f"held-out loss {loss:.3g}" if loss is not None else run.status
+    return f"{run.name or run.id[:8]} · {state}"

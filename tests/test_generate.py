@@ -1,0 +1,92 @@
+"""Our decoding loop against transformers' generate, and the two panes against each other."""
+
+import pytest
+import torch
+
+from lora_studio.core.lora import LoRA
+from lora_studio.core.spec import LoraSpec
+from lora_studio.generate import Sampling, answers, base_difference, compare, stream
+from tests.tiny import CAUSAL, causal, tokenizer
+
+PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17]]
+
+
+def tokens(
+    model: torch.nn.Module, prompts: list[list[int]], sampling: Sampling, stop: frozenset[int] = frozenset()
+) -> list:
+    steps = list(stream(model, prompts, sampling, stop, pad=1))
+    return [[step[row] for step in steps if step[row] is not None] for row in range(len(prompts))]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_greedy_rows_of_a_left_padded_batch_are_transformers_own(family: str) -> None:
+    model = causal(family)
+    ours = tokens(model, PROMPTS, Sampling(max_new_tokens=9))
+    for prompt, row in zip(PROMPTS, ours, strict=True):
+        theirs = model.generate(
+            torch.tensor([prompt]), max_new_tokens=9, min_new_tokens=9, do_sample=False, eos_token_id=None
+        )
+        assert row == theirs[0, len(prompt) :].tolist()
+
+
+def with_adapter(strength: float = 0.5) -> LoRA:
+    lora = LoRA(causal("llama", vocabulary=len(tokenizer())))
+    lora.add("x", LoraSpec(rank=3, targets=("all-linear",)))
+    draws = torch.Generator().manual_seed(1)
+    for tensor in lora.parameters("x"):
+        tensor.data.normal_(0, strength, generator=draws)
+    return lora
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_side_by_side_rows_are_what_each_would_say_alone(temperature: float) -> None:
+    lora, sampling = with_adapter(), Sampling(max_new_tokens=12, temperature=temperature, seed=3)
+    (*_, last) = compare(lora, tokenizer(), PROMPTS[0], [None, "x"], sampling)
+    base = answers(lora.model, tokenizer(), [PROMPTS[0]], sampling)
+    with lora.use("x"):
+        adapted = answers(lora.model, tokenizer(), [PROMPTS[0]], sampling)
+    assert [answer.text for answer in last] == [*base, *adapted] and base != adapted
+    assert all(answer.done for answer in last)
+
+
+def test_with_strength_zero_sampled_panes_are_equal_word_for_word() -> None:
+    lora = with_adapter()
+    sampling = Sampling(max_new_tokens=20, temperature=1.3, top_p=0.9, seed=5)
+    (*_, last) = compare(lora, tokenizer(), PROMPTS[0], [None, {"x": 0.0}], sampling)
+    assert last[0] == last[1] and last[0].tokens > 0
+
+
+def test_the_base_pane_is_equal_to_the_untouched_model_and_a_touched_one_is_caught() -> None:
+    lora = with_adapter()
+    assert base_difference(lora, PROMPTS[0], [None, "x"]) == 0.0
+    layer = lora.model.get_submodule("model.layers.0.mlp.up_proj")
+    slot = next(slot for path, slot in lora._slots.items() if path.endswith("layers.0.mlp.up_proj"))
+    original = slot._add
+    slot._handle.remove()
+    slot._handle = layer.register_forward_hook(lambda *call: original(*call) + 1)  # an adapter that leaks into all rows
+    assert base_difference(lora, PROMPTS[0], [None, "x"]) > 0
+
+
+def test_a_row_ends_at_its_stop_token_and_the_others_go_on() -> None:
+    model = causal("llama")
+    free = tokens(model, PROMPTS, Sampling(max_new_tokens=8))
+    stop = free[0][3]
+    ended = tokens(model, PROMPTS, Sampling(max_new_tokens=8), frozenset([stop]))
+    for full, cut in zip(free, ended, strict=True):
+        assert cut == (full[: full.index(stop)] if stop in full else full)
+
+
+def test_sampling_follows_the_model_and_the_seed() -> None:
+    model = causal("llama")
+    sampling = Sampling(max_new_tokens=16, temperature=1.0, seed=1)
+    assert tokens(model, PROMPTS[:1], sampling) == tokens(model, PROMPTS[:1], sampling)
+    other = Sampling(max_new_tokens=16, temperature=1.0, seed=2)
+    assert tokens(model, PROMPTS[:1], sampling) != tokens(model, PROMPTS[:1], other)
+    narrow = Sampling(max_new_tokens=16, temperature=1.0, top_p=0.01)
+    assert tokens(model, PROMPTS[:1], narrow) == tokens(model, PROMPTS[:1], Sampling(max_new_tokens=16))
+
+
+def test_answers_come_back_in_the_order_of_the_prompts() -> None:
+    model, words = causal("llama", vocabulary=len(tokenizer())), tokenizer()
+    together = answers(model, words, PROMPTS, Sampling(max_new_tokens=6), batch=2)
+    assert together == [answers(model, words, [prompt], Sampling(max_new_tokens=6))[0] for prompt in PROMPTS]

@@ -1,0 +1,123 @@
+"""The packed path computes the plain path's loss and gradients, and makes less on the way."""
+
+import pytest
+import torch
+
+from lora_studio.core import lean
+from lora_studio.core.lora import LoRA
+from lora_studio.core.spec import LoraSpec
+from tests.tiny import CAUSAL, causal
+
+LENGTHS = (9, 5, 9, 12)  # longer than mistral's window of 5 in tests/tiny.py
+
+
+def batch(seed: int = 0) -> lean.Packed:
+    draws = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(2, 97, (length,), generator=draws).tolist() for length in LENGTHS]
+    return lean.pack([lean.Tokens(row, [place > 2 for place in range(len(row))]) for row in rows])
+
+
+def with_adapter(family: str, dtype: torch.dtype = torch.float32) -> LoRA:
+    lora = LoRA(causal(family).to(dtype))
+    lora.add("x", LoraSpec(rank=3, targets=("all-linear",)))
+    draws = torch.Generator().manual_seed(1)
+    for tensor in lora.parameters("x"):
+        tensor.data.normal_(0, 0.2, generator=draws)
+    return lora
+
+
+def test_the_architectures_that_pack_are_these() -> None:
+    assert {family for family in CAUSAL if not lean.packable(causal(family))} == {"gemma2"}  # caps its scores
+
+
+@pytest.mark.parametrize("family", [family for family in CAUSAL if family != "gemma2"])
+def test_packed_and_padded_give_the_same_loss_and_gradients(family: str) -> None:
+    lora, results = with_adapter(family), []
+    lora.model.train()
+    for packed in (False, True):
+        with lora.use("x"):
+            if packed:
+                with lean.packed_attention(lora.model):
+                    loss = lean.packed_loss(lora.model, batch())
+            else:
+                loss = lean.padded_loss(lora.model, batch())
+            loss.backward()
+        results.append((loss.detach(), [tensor.grad.clone() for tensor in lora.parameters("x")]))
+        for tensor in lora.parameters("x"):
+            tensor.grad = None
+    (plain, gradients), (lean_loss, lean_gradients) = results
+    torch.testing.assert_close(lean_loss, plain, rtol=1e-5, atol=0)
+    for ours, theirs in zip(lean_gradients, gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+
+
+def test_packed_sequences_do_not_see_each_other() -> None:
+    model = causal("llama")
+    alone = [lean.pack([tokens]) for tokens in _rows()]
+    with torch.no_grad(), lean.packed_attention(model):
+        together = lean.packed_loss(model, lean.pack(_rows()))
+        apart = sum(lean.packed_loss(model, one) for one in alone)
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
+
+
+def _rows() -> list[lean.Tokens]:
+    return [lean.Tokens(list(range(2, 2 + length)), [True] * length) for length in LENGTHS]
+
+
+def test_the_attention_is_the_models_own_again_afterwards() -> None:
+    model = causal("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(KeyError), lean.packed_attention(model):
+        raise KeyError
+    assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_chunked_cross_entropy_is_cross_entropy(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    count = 2 * lean.CHUNK + 3  # a last chunk that is not full
+    head, labels = torch.randn(97, 16, dtype=dtype), torch.randint(0, 97, (count,))
+    hidden = torch.randn(count, 16, dtype=dtype, requires_grad=True)
+    plain = torch.nn.functional.cross_entropy((hidden @ head.T).float(), labels, reduction="sum")
+    (wanted,) = torch.autograd.grad(plain, hidden)
+    ours = lean.ChunkedCrossEntropy.apply(hidden, head, labels)
+    (made,) = torch.autograd.grad(ours / 2, hidden)  # a factor from outside reaches the gradient
+    torch.testing.assert_close(ours, plain, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        2 * made, wanted, rtol=2e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-2 if dtype == torch.bfloat16 else 1e-5
+    )
+
+
+def test_no_logits_of_the_whole_batch_are_kept_for_the_backward() -> None:
+    lora = with_adapter("llama")
+    sizes: list[int] = []
+    pack = lambda tensor: (sizes.append(tensor.numel()), tensor)[1]  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), lora.use("x"):
+        with lean.packed_attention(lora.model):
+            lean.packed_loss(lora.model, batch())
+    supervised = sum(length - 3 for length in LENGTHS)
+    head = lora.model.get_output_embeddings().weight.numel()
+    assert max(size for size in sizes if size != head) < supervised * 97
+
+
+def test_nothing_is_saved_below_the_lowest_adapted_layer() -> None:
+    def saved(layer: int) -> int:
+        lora = LoRA(causal("llama"))
+        lora.add("x", LoraSpec(rank=3, targets=("attn.q",), layers=(layer,)))
+        total: list[int] = []
+        pack = lambda tensor: (total.append(tensor.numel()), tensor)[1]  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), lora.use("x"):
+            with lean.packed_attention(lora.model):
+                lean.packed_loss(lora.model, batch())
+        return sum(total)
+
+    assert saved(1) < 0.7 * saved(0)
+
+
+def test_packing_pads_nothing_and_counts_what_is_predicted() -> None:
+    packed = batch()
+    assert packed.ids.shape == (1, sum(LENGTHS)) and packed.lengths == LENGTHS
+    assert packed.positions[0].tolist() == [place for length in LENGTHS for place in range(length)]
+    assert int((packed.labels != lean.IGNORED).sum()) == sum(length - 3 for length in LENGTHS)
+    first = lean.Tokens([5, 6], [True, True])
+    assert first.count == 1  # the first token has nothing before it that could predict it

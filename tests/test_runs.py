@@ -1,0 +1,210 @@
+"""Runs as folders: one real worker process, and every state derived from files alone."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from lora_studio.core.spec import LoraSpec
+from lora_studio.errors import StudioError
+from lora_studio.events import Metric, Started, to_line
+from lora_studio.runs.config import DataChoice, Run, RunConfig
+from lora_studio.runs.executors import environment
+from lora_studio.runs.store import Journal, RunStore, write_json
+from lora_studio.settings import TrainConfig
+from lora_studio.studio import Studio
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Iterator[Studio]:
+    one = Studio(tmp_path)
+    yield one
+    for run in one.runs.list():
+        one.supervisor.kill(run.path, "local")
+
+
+def config(studio: Studio, tiny: Path, **train: object) -> RunConfig:
+    rows = "\n".join(json.dumps({"prompt": f"say {n}", "completion": "ab" * (1 + n % 3)}) for n in range(20))
+    dataset = studio.data.add_text(rows)
+    settings = {"steps": 4, "batch_size": 4, "evaluations": 2, "samples": 1, "learning_rate": 0.05} | train
+    return RunConfig(
+        name="tiny",
+        model=str(tiny),
+        dataset=DataChoice(id=dataset.id, name=dataset.name),
+        method=LoraSpec(rank=4, targets=("all-linear",)),
+        train=TrainConfig(**settings),
+    )
+
+
+def until(studio: Studio, run: str, kind: str, step: int = 0) -> Run:
+    """Follow a run until an event of this kind and step."""
+    for record in studio.follow(run, interval_s=0.02):
+        if record["type"] == kind and record["step"] >= step:
+            break
+    return studio.runs.get(run)
+
+
+def test_a_run_goes_from_queued_to_done_in_a_process_of_its_own(studio: Studio, tiny: Path) -> None:
+    run = studio.start(config(studio, tiny))
+    second = studio.start(config(studio, tiny, seed=1))
+    assert run.status == "running" and second.status == "queued" and run.id != second.id
+    records = list(studio.follow(run.id, interval_s=0.02))
+    assert records[-1]["type"] == "Ended" and records[-1]["status"] == "done" and records[-1]["run"] == run.id
+    assert json.loads((run.path / "worker.json").read_text())["pid"] != os.getpid()
+    done = RunStore(studio.root).get(run.id)  # another process would see the same
+    assert done.status == "done" and done.step == done.steps == 4 and done.has_adapter and not done.error
+    assert done.summary["best_loss"] == min(
+        r["values"]["heldout_loss"] for r in records if "heldout_loss" in r.get("values", {})
+    )
+    assert done.facts["estimate"]["trainable"] == next(r for r in records if r["type"] == "Started")["trainable"]
+    studio.stop(second.id)
+    list(studio.follow(second.id, interval_s=0.02))
+    assert studio.runs.get(second.id).status == "stopped"
+
+
+def test_the_same_config_gives_the_same_losses_in_another_process(studio: Studio, tiny: Path) -> None:
+    losses = []
+    for _ in range(2):
+        run = studio.start(config(studio, tiny, precision="float32"))
+        records = studio.follow(run.id, interval_s=0.02)
+        losses.append(
+            [r["values"]["train_loss"] for r in records if r["type"] == "Metric" and "train_loss" in r["values"]]
+        )
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_stop_keeps_an_adapter_and_a_second_studio_may_ask_for_it(studio: Studio, tiny: Path) -> None:
+    run = studio.start(config(studio, tiny, steps=100_000, evaluations=1))
+    assert until(studio, run.id, "Metric", step=2).status == "running"
+    other = Studio(studio.root)
+    other.stop(run.id)
+    other.stop(run.id)  # twice is once
+    last = list(other.follow(run.id, interval_s=0.02))[-1]
+    stopped = other.runs.get(run.id)
+    assert last["type"] == "Ended" and stopped.status == "stopped" and 2 <= stopped.step < 100_000
+    assert stopped.has_adapter and stopped.summary["best_step"] == stopped.step
+
+
+def test_a_killed_worker_is_lost_with_a_reason_and_the_next_run_starts(studio: Studio, tiny: Path) -> None:
+    run = studio.start(config(studio, tiny, steps=100_000))
+    waiting = studio.start(config(studio, tiny, seed=1))
+    until(studio, run.id, "Metric", step=1)
+    os.killpg(json.loads((run.path / "worker.json").read_text())["pid"], signal.SIGKILL)
+    list(studio.follow(waiting.id, interval_s=0.02))
+    lost = RunStore(studio.root).get(run.id)
+    assert lost.status == "lost" and lost.error and lost.error["code"] == "E_LOST" and lost.error["hint"]
+    assert studio.runs.get(waiting.id).status == "done"
+    assert all(record["type"] for record in RunStore(studio.root).events(run.id))
+
+
+def test_a_terminated_worker_saves_and_says_stopped(studio: Studio, tiny: Path) -> None:
+    run = studio.start(config(studio, tiny, steps=100_000, evaluations=1))
+    until(studio, run.id, "Metric", step=1)
+    os.kill(json.loads((run.path / "worker.json").read_text())["pid"], signal.SIGTERM)
+    list(studio.follow(run.id, interval_s=0.02))
+    assert studio.runs.get(run.id).status == "stopped" and studio.runs.get(run.id).has_adapter
+
+
+def test_a_run_that_breaks_ends_with_a_code_and_plain_words(studio: Studio, tiny: Path) -> None:
+    good = config(studio, tiny)
+    run = studio.runs.create(dataclasses.replace(good, model=str(tiny / "gone")), {})
+    list(studio.follow(run.id, interval_s=0.02))
+    failed = studio.runs.get(run.id)
+    assert failed.status == "failed" and failed.error and failed.error["code"] == "E_MODEL_ID" and failed.error["hint"]
+
+
+def test_a_wrong_config_is_refused_before_anything_is_written(studio: Studio, tiny: Path) -> None:
+    for wrong in ({"batch_size": 0}, {"learning_rate": -1.0}, {"steps": 0}):
+        with pytest.raises(StudioError):
+            studio.start(config(studio, tiny, **wrong))
+    assert studio.runs.list() == []
+
+
+# ---- files alone -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> RunStore:
+    return RunStore(tmp_path)
+
+
+def put(store: RunStore) -> Run:
+    return store.create(RunConfig(name="n", dataset=DataChoice(id="0" * 32)), {})
+
+
+def test_status_follows_from_the_files(store: RunStore) -> None:
+    run = put(store)
+    assert store.get(run.id).status == "queued"
+    with (run.path / "worker.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (run.path / "worker.log").touch()
+        assert store.get(run.id).status == "running"
+    assert store.get(run.id).status == "lost"
+    write_json(run.path / "exit.json", {"status": "done", "values": {}})
+    assert store.get(run.id).status == "done"
+
+
+def test_a_torn_line_waits_garbage_is_skipped_and_nothing_is_read_twice(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    journal = Journal(path)
+    assert journal.refresh().records == []
+    lines = [
+        to_line(
+            Started(steps=9, trainable=1, total=2, device="cpu", precision="float32", train_rows=1, heldout_rows=1),
+            time=0,
+            attempt=1,
+        )
+    ]
+    lines += [to_line(Metric(step=step, values={"train_loss": float(step)}), time=0, attempt=1) for step in (1, 2, 3)]
+    data = ("\n".join([lines[0], "garbage", "\x00\x00", *lines[1:]]) + "\n").encode()
+    for end in range(0, len(data) + 1, 7):
+        path.write_bytes(data[:end])
+        journal.refresh()
+    path.write_bytes(data)
+    assert [record["step"] for record in journal.refresh().records] == [0, 1, 2, 3]
+    assert journal.latest == {"train_loss": 3.0} and (journal.step, journal.steps) == (3, 9)
+
+
+def test_a_damaged_run_is_named_and_the_others_are_listed(store: RunStore) -> None:
+    broken, whole = put(store), put(store)
+    (broken.path / "run.json").write_text('{"created": 1, "con')
+    assert [run.id for run in store.list()] == [whole.id]
+    with pytest.raises(StudioError) as caught:
+        store.get(broken.id)
+    assert caught.value.code == "E_RUN_DAMAGED"
+
+
+@pytest.mark.parametrize("id", ["", "..", "../../etc", "zz", "0" * 32, "a" * 64, "\x00", "*"])
+def test_an_id_that_is_no_run_is_not_found_and_never_a_path(store: RunStore, id: str) -> None:
+    put(store)
+    with pytest.raises(StudioError) as caught:
+        store.get(id)
+    assert caught.value.code == "E_RUN_NOT_FOUND"
+
+
+def test_runs_are_listed_newest_first_found_by_a_beginning_and_deleted(store: RunStore) -> None:
+    first, second = put(store), put(store)
+    assert [run.id for run in store.list()] == [second.id, first.id]
+    assert store.get(first.id[:8]).id == first.id
+    store.delete(first.id)
+    assert [run.id for run in store.list()] == [second.id] and not list(store.folder.glob("*.deleted"))
+
+
+def test_a_running_run_cannot_be_deleted(store: RunStore) -> None:
+    run = put(store)
+    with (run.path / "worker.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(StudioError) as caught:
+            store.delete(run.id)
+    assert caught.value.code == "E_RUN_ACTIVE"
+
+
+def test_the_workers_environment_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN"):
+        monkeypatch.setenv(name, "canary")
+    assert "canary" not in "".join(environment().values()) and "PATH" in environment()
