@@ -5,7 +5,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 _PUBLIC = {"Studio": "lora_studio.studio", "LoRA": "lora_studio.core.lora", "LoraSpec": "lora_studio.core.spec"}
-__all__ = ["LoRA", "LoraSpec", "Studio"]  # noqa: F822  # made on first use, so that importing the package costs nothing
+__all__ = ["LoRA", "LoraSpec", "Studio"]  # made on first use, so that importing the package costs nothing
 
 
 def __getattr__(name: str) -> Any:

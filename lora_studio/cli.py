@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -256,16 +257,12 @@ def models(as_json: Json = False) -> None:
     """The catalogue of base models, and which fit this machine."""
     from lora_studio.models import CATALOGUE, fit
 
-    entries = [
-        {"name": e.name, "repo": e.repo, "parameters": e.parameters, "licence": e.licence, "fit": fit(e.parameters)}
-        for e in CATALOGUE.values()
-    ]
+    entries = [asdict(entry) | {"fit": fit(entry.parameters)} for entry in CATALOGUE.values()]
     if as_json:
         return _print_json(entries)
     for entry in entries:
-        print(
-            f"{entry['name']:16} {entry['parameters'] / 1e6:>7,.0f} M  {entry['fit']:8} {entry['licence']:20} {entry['repo']}"
-        )
+        size = f"{entry['parameters'] / 1e6:,.0f} M"
+        print(f"{entry['name']:16} {size:>8}  {entry['fit']:8} {entry['licence']:20} {entry['repo']}")
 
 
 @app.command()
@@ -306,7 +303,8 @@ def _sentence(event: dict[str, Any]) -> str:
     if event["type"] == "Sample":
         return f"{step}  sample {event['index'] + 1}: {event['text']!r}"
     if event["type"] == "Started":
-        return f"{event['steps']} steps, {event['trainable']:,} of {event['total']:,} parameters, {event['precision']} on {event['device']}"
+        sizes = f"{event['steps']} steps, {event['trainable']:,} of {event['total']:,} parameters"
+        return f"{sizes}, {event['precision']} on {event['device']}"
     if event["type"] == "Saved":
         return f"{step}  saved, the best so far"
     if event["type"] == "Warned":

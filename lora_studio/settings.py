@@ -11,13 +11,15 @@ from lora_studio.fields import knob
 class TrainConfig:
     """How long, how fast and on what, apart from the adapter itself."""
 
-    steps: int = knob(60, min=0, max=1_000_000, label="Steps", help="Optimizer steps; 0 takes epochs instead")
+    steps: int = knob(40, min=0, max=1_000_000, label="Steps", help="Optimizer steps; 0 takes epochs instead")
     epochs: float = knob(0.0, min=0.0, max=1000.0, label="Epochs", help="Passes over the data, when steps is 0")
     batch_size: int = knob(8, min=1, max=1024, label="Batch", help="Examples per step")
     accumulate: int = knob(
         1, min=1, max=1024, label="Accumulate", help="Split a step into this many passes; same result"
     )
-    learning_rate: float = knob(2e-3, min=1e-7, max=1.0, label="Learning rate", help="Peak; the schedule ends at zero")
+    learning_rate: float = knob(
+        5e-3, min=1e-7, max=1.0, label="Learning rate", help="Peak; larger models want less, 1e-3 at a billion parameters"
+    )
     schedule: str = knob(
         "linear", choices=("linear", "cosine", "constant"), label="Schedule", help="How the learning rate falls"
     )
@@ -26,7 +28,7 @@ class TrainConfig:
     clip_norm: float = knob(1.0, min=0.0, max=1000.0, label="Clip norm", help="Largest gradient norm; 0 never clips")
     max_length: int = knob(512, min=8, max=131_072, label="Length limit", help="Tokens per example; the rest is cut")
     holdout: float = knob(0.1, min=0.0, max=0.5, label="Held out", help="Share of the rows kept to measure on")
-    evaluations: int = knob(5, min=1, max=1000, label="Evaluations", help="How often the held-out loss is measured")
+    evaluations: int = knob(4, min=1, max=1000, label="Evaluations", help="How often the held-out loss is measured")
     samples: int = knob(3, min=0, max=20, label="Samples", help="Held-out prompts answered at each evaluation")
     precision: str = knob(
         "auto",
@@ -35,6 +37,10 @@ class TrainConfig:
         help="Of the frozen base; auto fits the machine",
     )
     seed: int = knob(0, min=0, max=2**31 - 1, label="Seed", help="Same seed, same run")
+
+    def usual_rate(self, parameters: int) -> float:
+        """A learning rate that short LoRA runs bear on a model of this size: it falls with the root of the size."""
+        return 5e-3 * min(1.0, math.sqrt(135e6 / parameters))
 
     def total_steps(self, rows: int) -> int:
         """Steps for this many training rows. Raises E_CONFIG when neither steps nor epochs is given."""

@@ -120,6 +120,8 @@ class Studio:
         self.supervisor = Supervisor(self.runs)
         self._loaded: _Loaded | None = None
         self._busy = threading.Lock()  # one forward at a time on the loaded model
+        self._read: tuple[Any, Any] = (None, None)  # the rows looked at last, by their choice
+        self._measured: tuple[Any, Any] = (None, None)  # their lengths, by choice, model and limit
 
     # ---- before a run ------------------------------------------------------------------------------------------------
 
@@ -128,9 +130,13 @@ class Studio:
         from lora_studio.data.batches import encode, lengths
 
         dataset = self.data.get(choice.id)
-        examples, warnings = self.data.examples(choice.id, choice.format, choice.columns or None)
-        tokenizer = self.models.tokenizer(model)
-        measured = lengths([encode(tokenizer, example, config.max_length) for example in examples])
+        examples, warnings = self._examples(choice)
+        key, kept = (*_key(choice), model, config.max_length), self._measured
+        if key != kept[0]:  # the form asks at every change, mostly about the same rows
+            tokenizer = self.models.tokenizer(model)
+            kept = key, lengths([encode(tokenizer, example, config.max_length) for example in examples])
+            self._measured = kept
+        measured = kept[1]
         train, heldout = split(examples, config.holdout, config.seed)
         if measured.cut:
             warnings = [*warnings, f"{measured.cut} of {len(examples)} examples are cut at {config.max_length} tokens"]
@@ -139,7 +145,7 @@ class Studio:
         return Inspection(
             dataset=dataset,
             format=choice.format or dataset.format,
-            columns=choice.columns or dataset.mapping,
+            columns=choice.columns or self.data.mapping(dataset, choice.format),
             rows=len(examples),
             train=len(train),
             heldout=len(heldout),
@@ -151,7 +157,7 @@ class Studio:
         """Row number `row` as the model will see it: data.batches.Piece per token."""
         from lora_studio.data.batches import preview
 
-        examples, _ = self.data.examples(choice.id, choice.format, choice.columns or None)
+        examples, _ = self._examples(choice)
         return preview(self.models.tokenizer(model), examples[row % len(examples)], max_length)
 
     def plan(
@@ -214,7 +220,7 @@ class Studio:
     def heldout(self, run: str, limit: int = 5) -> list[Any]:
         """The first held-out examples of a run, which it never trained on."""
         config = self.runs.get(run).config
-        examples, _ = self.data.examples(config.dataset.id, config.dataset.format, config.dataset.columns or None)
+        examples, _ = self._examples(config.dataset)
         return split(examples, config.train.holdout, config.train.seed)[1][:limit]
 
     # ---- after a run -------------------------------------------------------------------------------------------------
@@ -252,7 +258,7 @@ class Studio:
         if choice is None:
             choice, examples = config.dataset, self.heldout(run, limit)
         else:
-            examples = self.data.examples(choice.id, choice.format, choice.columns or None)[0][:limit]
+            examples = self._examples(choice)[0][:limit]
         labels = (choice.format or self.data.get(choice.id).format) == "text_label"
         with self._busy:
             loaded = self._with_adapters([view])
@@ -282,6 +288,14 @@ class Studio:
         return self.export(view.id, folder / f"{kind}-{view.id[:8]}", merged=merged, archive=True)[-1]
 
     # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _examples(self, choice: DataChoice) -> tuple[list[Any], list[str]]:
+        """The rows of a choice and the warnings on the way; the latest are kept."""
+        key, found = _key(choice), self._read
+        if key != found[0]:
+            found = key, self.data.examples(choice.id, choice.format, choice.columns or None)
+            self._read = found
+        return found[1]
 
     def _with_adapters(self, views: Sequence[Run]) -> _Loaded:
         """The runs' base model with their adapters attached; call with the lock held."""
@@ -328,6 +342,10 @@ class Studio:
         if (dataset.format or self.data.get(dataset.id).format) == "text":
             return tokenizer(prompt)["input_ids"]
         return prompt_ids(tokenizer, [Message("user", prompt)])
+
+
+def _key(choice: DataChoice) -> tuple:
+    return choice.id, choice.format, *sorted(choice.columns.items())
 
 
 def run_as_json(run: Run) -> dict[str, Any]:

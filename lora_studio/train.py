@@ -24,7 +24,7 @@ from lora_studio.events import Event, Metric, Sample, Started, Warned
 from lora_studio.generate import Sampling, answers
 from lora_studio.settings import TrainConfig
 
-HELDOUT_TOKENS = 8_192  # of held-out text measured at each evaluation
+HELDOUT_TOKENS = 4_096  # of held-out text measured at each evaluation
 SAMPLE_TOKENS = 48  # longest answer in the sample timeline
 
 
@@ -62,15 +62,20 @@ def train(job: Job) -> Iterator[Event]:
     steps = config.total_steps(len(rows))
     parameters = lora.parameters(job.adapter)
     first = next(lora.model.parameters())
+    total = sum(tensor.numel() for tensor in lora.model.parameters())
+    usual = config.usual_rate(total)
     yield Started(
         steps=steps,
         trainable=sum(tensor.numel() for tensor in parameters),
-        total=sum(tensor.numel() for tensor in lora.model.parameters()),
+        total=total,
         device=str(first.device),
         precision=str(first.dtype).removeprefix("torch."),
         train_rows=len(rows),
         heldout_rows=len(_measured(job)),
     )
+    if config.learning_rate > 2 * usual:
+        message = f"A learning rate of {config.learning_rate:g} is high for a model of this size; {usual:.1g} is usual."
+        yield Warned(step=0, code="W_RATE", message=message)
     torch.manual_seed(config.seed)  # dropout's
     measure_at = {round(steps * part / config.evaluations) for part in range(1, config.evaluations + 1)}
     yield from _measure(job, step=0)

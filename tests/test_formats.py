@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_studio.data.formats import FORMATS, Example, Message, convert, guess
+from lora_studio.data.formats import FORMATS, Example, Message, columns_for, convert, guess
 from lora_studio.data.readers import Table
 from lora_studio.errors import StudioError
 
@@ -155,3 +155,11 @@ def test_long_user_values_do_not_make_a_message_long():
     assert code_of(rows, "text", text="x" * 1000) == "E_MISSING_COLUMN"
     assert code_of(rows, "x" * 1000) == "E_FORMAT"
     assert code_of([{"m" * 150: "v" * 10_000}], "messages", messages="m" * 150) == "E_CHAT"
+
+
+def test_a_chosen_format_finds_its_columns_by_name_and_then_in_file_order() -> None:
+    assert columns_for("prompt_completion", ["id", "x", "completion"]) == {"completion": "completion", "prompt": "x"}
+    assert columns_for("text", ["body"]) == {"text": "body"}
+    with pytest.raises(StudioError) as caught:
+        columns_for("poem", ["a"])
+    assert caught.value.code == "E_FORMAT"

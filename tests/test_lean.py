@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
@@ -9,6 +10,10 @@ from lora_studio.core.spec import LoraSpec
 from tests.tiny import CAUSAL, causal
 
 LENGTHS = (9, 5, 9, 12)  # longer than mistral's window of 5 in tests/tiny.py
+
+
+def same(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def batch(seed: int = 0) -> lean.Packed:
@@ -92,9 +97,8 @@ def test_no_logits_of_the_whole_batch_are_kept_for_the_backward() -> None:
     lora = with_adapter("llama")
     sizes: list[int] = []
     pack = lambda tensor: (sizes.append(tensor.numel()), tensor)[1]  # noqa: E731
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), lora.use("x"):
-        with lean.packed_attention(lora.model):
-            lean.packed_loss(lora.model, batch())
+    with saved_tensors_hooks(pack, same), lora.use("x"), lean.packed_attention(lora.model):
+        lean.packed_loss(lora.model, batch())
     supervised = sum(length - 3 for length in LENGTHS)
     head = lora.model.get_output_embeddings().weight.numel()
     assert max(size for size in sizes if size != head) < supervised * 97
@@ -106,9 +110,8 @@ def test_nothing_is_saved_below_the_lowest_adapted_layer() -> None:
         lora.add("x", LoraSpec(rank=3, targets=("attn.q",), layers=(layer,)))
         total: list[int] = []
         pack = lambda tensor: (total.append(tensor.numel()), tensor)[1]  # noqa: E731
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), lora.use("x"):
-            with lean.packed_attention(lora.model):
-                lean.packed_loss(lora.model, batch())
+        with saved_tensors_hooks(pack, same), lora.use("x"), lean.packed_attention(lora.model):
+            lean.packed_loss(lora.model, batch())
         return sum(total)
 
     assert saved(1) < 0.7 * saved(0)

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,7 @@ class Cells:
 
 def guess(table: Table) -> tuple[str, dict[str, str]]:
     """The format a table most likely has, and {role: column}; always something `convert` can try."""
-    usual = {re.sub(r"\W+", "_", name.strip().lower()): name for name in reversed(table.columns)}
+    usual = _usual(table.columns)
     if {"role", "content"} <= usual.keys() or {"from", "value"} <= usual.keys():
         message = "The rows are turns of one conversation; expected one conversation per row."
         raise StudioError("E_CHAT", message, 'Write {"messages": [{"role": "user", "content": "..."}, ...]} per line.')
@@ -103,11 +103,19 @@ def guess(table: Table) -> tuple[str, dict[str, str]]:
     return _guess_from_values(table, usual)
 
 
+def columns_for(format: str, columns: Sequence[str]) -> dict[str, str]:
+    """{role: column} for a chosen format: by the usual names, what is left in file order."""
+    wanted, usual = _named(format), _usual(columns)
+    found = _find_columns(wanted, usual)
+    taken = {*found.values(), *(usual[name] for name in NEVER_TEXT if name in usual)}
+    free = [column for column in columns if column not in taken]
+    missing = [role for role in wanted.roles if role not in found]
+    return found | dict(zip(missing, free, strict=False))
+
+
 def convert(table: Table, format: str, columns: Mapping[str, str]) -> tuple[list[Example], list[str]]:
     """Every usable row as an Example, and a warning for each kind of row that was left out or changed."""
-    chosen = FORMATS.get(format)
-    if chosen is None:
-        raise StudioError("E_FORMAT", f"There is no format {quote(format)}.", f"Give one of: {', '.join(FORMATS)}.")
+    chosen = _named(format)
     columns = {role: column for role, column in columns.items() if column}
     _check_mapping(chosen, columns, table)
     notes = Notes()
@@ -220,6 +228,17 @@ def _is_chat(table: Table, column: str) -> bool:
 
 
 # Columns
+
+
+def _named(format: str) -> Format:
+    if format not in FORMATS:
+        raise StudioError("E_FORMAT", f"There is no format {quote(format)}.", f"Give one of: {', '.join(FORMATS)}.")
+    return FORMATS[format]
+
+
+def _usual(columns: Sequence[str]) -> dict[str, str]:
+    """Columns by their names as other people write them; of two alike the first."""
+    return {re.sub(r"\W+", "_", name.strip().lower()): name for name in reversed(columns)}
 
 
 def _find_columns(format: Format, usual: Mapping[str, str]) -> dict[str, str]:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from lora_studio.data.formats import Example, convert, guess
+from lora_studio.data.formats import Example, columns_for, convert, guess
 from lora_studio.data.readers import EXTENSIONS, LAPTOP, Limits, Table, open_file, read, read_path, text_kind
 from lora_studio.errors import StudioError, quote
 
@@ -138,13 +138,17 @@ class DataLibrary:
         """The rows of a dataset."""
         return read_path(self.get(id).path, limits=self.limits)
 
+    def mapping(self, dataset: Dataset, format: str = "") -> dict[str, str]:
+        """{role: column} as guessed with the dataset, or for another format."""
+        return dataset.mapping if format in ("", dataset.format) else columns_for(format, dataset.columns)
+
     def examples(
         self, id: str, format: str = "", columns: Mapping[str, str] | None = None
     ) -> tuple[list[Example], list[str]]:
         """The examples of a dataset and the warnings on the way; "" and None stand for the guess."""
         dataset = self.get(id)
         if columns is None:
-            columns = dataset.mapping
+            columns = self.mapping(dataset, format)
         return convert(self.table(id), format or dataset.format, columns)
 
     def _keep(self, file: BinaryIO, file_name: str, name: str, source: str, notes: tuple[str, ...] = ()) -> Dataset:

@@ -1,6 +1,7 @@
 """Tab 1: bring a dataset, correct what was guessed of it, and see which tokens will be learnt.
 
-The rest of the page knows the dataset by its choice: {"id", "name", "format", "columns"}, as DataChoice has it.
+The rest of the page knows the dataset by its choice: {"id", "name", "format", "columns"}, as DataChoice has it,
+where format and columns hold only what the person has corrected.
 """
 
 import html
@@ -21,6 +22,7 @@ from lora_studio.settings import TrainConfig
 from lora_studio.studio import Inspection
 from lora_studio.ui.boundary import as_html, problem_instead, problem_last
 from lora_studio.ui.desk import Desk
+from lora_studio.ui.form import training
 
 SLOTS = max(len(format.roles) + len(format.optional) for format in FORMATS.values())
 PREVIEW_CHARACTERS = 6_000
@@ -46,6 +48,7 @@ class DataTab:
     go_on: gr.Button
     understood: gr.HTML
     preview: gr.HTML
+    pager: gr.Row
     back: gr.Button
     on: gr.Button
     choice: gr.State
@@ -77,7 +80,7 @@ def build() -> DataTab:
         with gr.Column(scale=7, min_width=300, elem_classes="card"):
             understood = gr.HTML(EMPTY, apply_default_css=False, elem_id="understood")
             preview = gr.HTML("", apply_default_css=False, elem_id="preview")
-            with gr.Row(visible=False, elem_classes="pager", elem_id="pager"):
+            with gr.Row(visible=False, elem_classes="pager", elem_id="pager") as pager:
                 back = gr.Button("Previous row", size="sm", min_width=110)
                 on = gr.Button("Next row", size="sm", min_width=110)
     return DataTab(
@@ -90,6 +93,7 @@ def build() -> DataTab:
         go_on,
         understood,
         preview,
+        pager,
         back,
         on,
         gr.State(None),
@@ -101,10 +105,13 @@ def _sources() -> tuple[gr.File, gr.Textbox, gr.Button, gr.Textbox, gr.Button, g
     """A file, pasted text, a Hub id, or something that is kept here already."""
     with gr.Tabs(elem_id="sources"):
         with gr.Tab("Upload"):
+            gr.HTML(
+                "<p class='soft'>CSV, TSV, JSON, JSON lines, Parquet or text, up to 50 MB.</p>", apply_default_css=False
+            )
             upload = gr.File(
-                label="CSV, TSV, JSON, JSONL, Parquet or text, up to 50 MB",
+                label="Dataset file",
                 file_types=sorted(EXTENSIONS),
-                height=120,
+                height=136,
                 elem_id="upload",
                 elem_classes="keep",
             )
@@ -160,9 +167,10 @@ def open_used(desk: Desk, id: str | None) -> tuple[Any, ...]:
 
 def opened(dataset: Dataset, chosen: DataChoice | None = None) -> tuple[Any, ...]:
     """The controls for a dataset, as guessed or as a run had chosen it."""
-    format = (chosen.format if chosen else "") or dataset.format
-    columns = dict(chosen.columns if chosen else {}) or dataset.mapping
-    choice = {"id": dataset.id, "name": short_name(dataset), "format": format, "columns": columns}
+    corrected = {"format": chosen.format, "columns": dict(chosen.columns)} if chosen else {"format": "", "columns": {}}
+    choice = {"id": dataset.id, "name": short_name(dataset), **corrected}
+    format = corrected["format"] or dataset.format
+    columns = corrected["columns"] or dataset.mapping
     return choice, gr.Column(visible=True), format, *slot_updates(dataset, format, columns), 0
 
 
@@ -192,13 +200,8 @@ def slot_updates(dataset: Dataset, format: str, columns: Mapping[str, str]) -> l
 def change_format(desk: Desk, choice: dict[str, Any] | None, format: str) -> tuple[Any, ...]:
     """The columns that the other format would take by their names; the person corrects the rest."""
     dataset = desk.studio.data.get(_chosen(choice).id)
-    usual = {name.strip().lower(): name for name in reversed(dataset.columns)}
-    columns: dict[str, str] = {}
-    for role in (*FORMATS[format].roles, *FORMATS[format].optional):
-        found = [usual[name] for name in FORMATS[format].names[role] if name in usual]
-        if found:
-            columns[role] = found[0]
-    new = {**(choice or {}), "format": format, "columns": columns}
+    columns = desk.studio.data.mapping(dataset, format)
+    new = {**(choice or {}), "format": "" if format == dataset.format else format, "columns": {}}
     return new, gr.skip(), gr.skip(), *slot_updates(dataset, format, columns), 0
 
 
@@ -221,8 +224,6 @@ def inspect(
     if not choice:
         return EMPTY, gr.Row(visible=False)
     try:
-        from lora_studio.ui.form import training
-
         config = training({"max_length": max_length, "holdout": holdout, "seed": seed})
         seen = desk.ready(model).inspect(_chosen(choice), model, config)
         return understood(seen, config), gr.Row(visible=True)
@@ -239,9 +240,9 @@ def show_row(desk: Desk, choice: dict[str, Any] | None, row: int, model: str, ma
     return preview(desk.ready(model).preview(_chosen(choice), row, model, length), row)
 
 
-def turn(row: int, by: int) -> int:
-    """The row before or after; the Studio wraps around at the ends."""
-    return row + by
+def turn(desk: Desk, choice: dict[str, Any] | None, row: int, by: int) -> int:
+    """The row before or after, around at the ends."""
+    return (row + by) % desk.studio.data.get(choice["id"]).rows if choice else 0
 
 
 # ---- HTML out of plain values ------------------------------------------------------------------------------------

@@ -136,7 +136,7 @@ function figures(news) {
   }
   const ahead = runs.filter(one => ACTIVE.includes(one.state)).length - 1;
   const queue = state === 'queued' && ahead > 0 ? 'Another run is training; this one starts when it has ended.' : '';
-  const waiting = queue || (state === 'queued' ? 'Starting a worker.' : news.note);
+  const waiting = queue || (state === 'queued' ? 'Starting a worker.' : news.note || (seen ? '' : 'The worker is loading its libraries.'));
   say($('.note'), !active ? '' : stopping ? 'Stopping after the current step; the adapter is kept.' : waiting);
   ended(news, active);
 }
@@ -204,9 +204,11 @@ async function take(news) {
     return;
   }
   if (news.about) { $('.name').textContent = news.about.name; $('.line').textContent = news.about.line; }
-  plot.hidden = false;
-  if (drawn !== run) await blank();
-  await extend(news);
+  if (news.train[0].length || news.heldout[0].length) {
+    plot.hidden = false;
+    if (drawn !== run) await blank();
+  }
+  if (drawn === run) await extend(news);
   for (const sample of news.samples) {
     if (!evaluations.has(sample.step)) evaluations.set(sample.step, new Map());
     evaluations.get(sample.step).set(sample.index, sample);
@@ -259,7 +261,9 @@ function start() {
     $('.stop').disabled = false;
     $('.samples').hidden = $('.result').hidden = true;
     say($('.live > .problem'), '');
-    if (run) { address(); drawn = null; }
+    if (run) address();
+    plot.hidden = true;
+    drawn = null;
     list();
   }
   tick();

@@ -1,9 +1,9 @@
 """How the page looks and is served: theme, style sheet, logo, and the launch options that go with them."""
 
+from pathlib import Path
+
 import gradio as gr
 from gradio.themes.utils import colors, sizes
-
-from pathlib import Path
 
 HERE = Path(__file__).parent
 ACCENT, ACCENT_DARK = "#4f46e5", "#4338ca"

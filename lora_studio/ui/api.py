@@ -1,0 +1,162 @@
+"""The endpoints for programs: typed, with stable names, the same Studio underneath. Docstrings become their help."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+
+import gradio as gr
+
+from lora_studio.core.spec import LoraSpec
+from lora_studio.errors import StudioError
+from lora_studio.fields import build
+from lora_studio.runs.config import DataChoice, RunConfig
+from lora_studio.settings import Sampling, TrainConfig
+from lora_studio.ui.boundary import toasted
+from lora_studio.ui.desk import Desk
+
+
+def register(desk: Desk) -> None:
+    """Declare the endpoints; call it first inside Blocks, so that no event of the page takes their names."""
+    for quick in (*_data(desk), *_runs(desk)):
+        gr.api(toasted(quick), api_name=quick.__name__, queue=False)
+    for answering in _answers(desk):
+        gr.api(toasted(answering), api_name=answering.__name__, concurrency_id="model", concurrency_limit=1)
+
+
+def _data(desk: Desk) -> tuple[Callable, ...]:
+    def add_dataset(text: str, name: str = "pasted text") -> str:
+        """Keep a dataset given as CSV, JSON or JSON lines and return its id.
+
+        Args:
+            text: The rows.
+            name: What to call it.
+        """
+        return desk.studio.data.add_text(text, name).id
+
+    def plan(
+        model: str = "starter",
+        rank: int = 8,
+        targets: str = "attn.q,attn.v",
+        steps: int = 60,
+        batch_size: int = 8,
+        dataset: str = "",
+    ) -> dict:
+        """What a run would adapt and cost: matrices, parameters, bytes, seconds.
+
+        Args:
+            model: starter, a catalogue name, a Hub id or a local folder.
+            rank: Rank of the adapter.
+            targets: Roles such as attn.q, comma-separated, or all-linear.
+            steps: Optimizer steps.
+            batch_size: Examples per step.
+            dataset: Id of a dataset, for a better forecast.
+        """
+        config = build(TrainConfig, {"steps": steps, "batch_size": batch_size})
+        choice = DataChoice(id=dataset) if dataset else None
+        return desk.ready(model).plan(model, _spec(rank, targets), config, choice).as_json()
+
+    return add_dataset, plan
+
+
+def _runs(desk: Desk) -> tuple[Callable, ...]:
+    def start_run(
+        dataset: str,
+        model: str = "starter",
+        rank: int = 8,
+        targets: str = "attn.q,attn.v",
+        learning_rate: float = 0.002,
+        steps: int = 60,
+        batch_size: int = 8,
+        seed: int = 0,
+        name: str = "",
+    ) -> str:
+        """Queue a training run and return its id at once.
+
+        Args:
+            dataset: Id of a dataset, as add_dataset returns it.
+            model: starter, a catalogue name, a Hub id or a local folder.
+            rank: Rank of the adapter.
+            targets: Roles such as attn.q, comma-separated, or all-linear.
+            learning_rate: Peak of the schedule.
+            steps: Optimizer steps.
+            batch_size: Examples per step.
+            seed: Same seed, same run.
+            name: Shown in the run list.
+        """
+        studio = desk.ready(model)
+        values = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+        config = RunConfig(
+            name=name or f"r{rank} from the API",
+            model=model,
+            dataset=DataChoice(id=dataset, name=studio.data.get(dataset).name),
+            method=_spec(rank, targets),
+            train=build(TrainConfig, values),
+        )
+        return studio.start(config).id
+
+    def run_status(run: str) -> dict:
+        """State, step, newest figures and, once ended, summary or error of a run.
+
+        Args:
+            run: Id from start_run.
+        """
+        view = desk.studio.runs.get(run)
+        return {
+            "id": view.id,
+            "name": view.name,
+            "status": view.status,
+            "step": view.step,
+            "steps": view.steps,
+            "latest": dict(view.latest),
+            "summary": dict(view.summary),
+            "error": dict(view.error) if view.error else None,
+        }
+
+    def run_events(run: str, start: int = 0) -> list[dict]:
+        """The events of a run from number `start` on: metrics, samples, warnings and its end.
+
+        Args:
+            run: Id from start_run.
+            start: How many events the caller has already.
+        """
+        view = desk.studio.runs.get(run)
+        return desk.studio.runs.events(view.id, max(0, start))
+
+    def stop_run(run: str) -> str:
+        """Ask a run to end after its current step; its adapter is kept.
+
+        Args:
+            run: Id from start_run.
+        """
+        desk.studio.stop(desk.studio.runs.get(run).id)
+        return "stopping"
+
+    return start_run, run_status, run_events, stop_run
+
+
+def _answers(desk: Desk) -> tuple[Callable, ...]:
+    def compare(run: str, prompt: str, strength: float = 1.0, max_new_tokens: int = 128) -> Iterator[tuple[str, str]]:
+        """The base model's and the adapted model's answer to one prompt, as they grow.
+
+        Args:
+            run: Id of a run that has an adapter.
+            prompt: What both are asked.
+            strength: 0 is the base model, 1 as trained.
+            max_new_tokens: Longest answer, in tokens.
+        """
+        view = desk.studio.runs.get(run)
+        sampling = build(Sampling, {"max_new_tokens": max_new_tokens})
+        studio = desk.ready(view.config.model)
+        with closing(studio.compare([view.id], prompt, strength=strength, sampling=sampling)) as moments:
+            for moment in moments:
+                base, adapted = moment.answers
+                yield base.text, adapted.text
+
+    compare.__annotations__["return"] = tuple[str, str]  # Gradio reads the type of one yield
+    return (compare,)
+
+
+def _spec(rank: int, targets: str) -> LoraSpec:
+    chosen = tuple(filter(None, (role.strip() for role in targets.split(","))))
+    if not chosen:
+        raise StudioError("E_TARGETS", "No matrix is named.", "Give roles such as attn.q,attn.v or all-linear.")
+    return build(LoraSpec, {"rank": rank, "targets": chosen})

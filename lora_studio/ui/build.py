@@ -1,0 +1,227 @@
+"""build(desk): the page. Tabs are drawn by their own modules; here their events are joined."""
+
+from functools import partial
+from typing import Any
+
+import gradio as gr
+
+from lora_studio.runs.config import Run
+from lora_studio.ui import api, compare_tab, data_tab, export_tab, live, style, train_tab
+from lora_studio.ui.boundary import as_toast
+from lora_studio.ui.compare_tab import CompareTab
+from lora_studio.ui.data_tab import DataTab
+from lora_studio.ui.desk import Desk
+from lora_studio.ui.export_tab import ExportTab
+from lora_studio.ui.train_tab import TrainTab
+
+PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+QUIET: dict[str, Any] = {**PRIVATE, "show_progress": "hidden"}
+QUICK: dict[str, Any] = {**QUIET, "queue": False}
+LATEST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last", "concurrency_limit": 4}
+
+HEADER = f"""<header class="top">{style.LOGO}<h1>LoRA Studio</h1>
+<p class="news" role="status" aria-live="polite"></p><span class="chip" hidden></span></header>"""
+HEADER_JS = """
+const news = element.querySelector('.news'), chip = element.querySelector('.chip');
+async function tick() {
+  let wait = 1000;
+  try {
+    const said = await server.status();
+    news.textContent = said.line;
+    news.classList.toggle('bad', said.problem);
+    chip.textContent = said.hardware;
+    chip.hidden = !said.hardware;
+    if (said.settled) return;
+    if (said.problem) wait = 10000;
+  } catch (problem) { wait = 5000; }
+  if (element.isConnected) setTimeout(tick, wait);
+}
+tick();
+"""
+CLICK_ARCHIVE = "() => setTimeout(() => document.querySelector('#archive')?.click(), 50)"
+
+
+def build(desk: Desk) -> gr.Blocks:
+    """The whole page; launch it with style.launch_options()."""
+    with gr.Blocks(title="LoRA Studio", fill_width=True, analytics_enabled=False, delete_cache=(3600, 86_400)) as page:
+        api.register(desk)
+        _header(desk)
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("1 Data", id="data"):
+                data = data_tab.build()
+            with gr.Tab("2 Train", id="train"):
+                train = train_tab.build(desk.studio)
+            with gr.Tab("3 Compare", id="compare") as compare_page:
+                compare = compare_tab.build()
+            with gr.Tab("4 Export", id="export") as export_page:
+                export = export_tab.build()
+        _join_data(desk, data, train, tabs)
+        _join_settings(desk, page, data, train)
+        _join_run(desk, page, data, train, compare, tabs)
+        _join_compare(desk, compare)
+        _join_export(desk, export)
+        compare_page.select(partial(compare_tab.list_runs, desk), compare.run, compare.run, **QUICK)
+        export_page.select(partial(compare_tab.list_runs, desk), export.run, export.run, **QUICK)
+    return page
+
+
+def _header(desk: Desk) -> None:
+    def status(_: Any = None) -> dict:
+        return desk.status()
+
+    gr.HTML("", html_template=HEADER, js_on_load=HEADER_JS, server_functions=[status], apply_default_css=False)
+
+
+def _join_data(desk: Desk, data: DataTab, train: TrainTab, tabs: gr.Tabs) -> None:
+    opened = [data.choice, data.correction, data.format, *data.slots, data.row, data.problem]
+    for name, button in data.samples.items():
+        button.click(partial(_open_sample, desk, name), None, opened, **QUIET)
+    data.upload.upload(partial(data_tab.open_file, desk), data.upload, opened, **PRIVATE, show_progress="minimal")
+    gr.on([data.paste_button.click], partial(data_tab.open_text, desk), data.paste, opened, **QUIET)
+    gr.on([data.hub_button.click, data.hub.submit], partial(data_tab.open_hub, desk), data.hub, opened, **PRIVATE)
+    data.used.input(partial(data_tab.open_used, desk), data.used, opened, **QUIET)
+    data.used.focus(partial(_used, desk), None, data.used, **QUICK)
+    data.format.input(partial(data_tab.change_format, desk), [data.choice, data.format], opened, **QUIET)
+    for slot in data.slots:
+        slot.input(
+            partial(data_tab.change_columns, desk), [data.choice, *data.slots], [data.choice, data.problem], **QUIET
+        )
+    data.go_on.click(_to_training, None, tabs, **QUICK)
+    _join_preview(desk, data, train)
+
+
+def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
+    settings = train.settings
+    seen_by = [data.choice, train.model, settings["max_length"], settings["holdout"], settings["seed"]]
+    changed = [data.choice.change, train.model.change, settings["max_length"].change, settings["holdout"].change]
+    gr.on(changed, partial(data_tab.inspect, desk), seen_by, [data.understood, data.pager], **LATEST)
+    shown = [data.choice, data.row, train.model, settings["max_length"]]
+    gr.on(
+        [data.choice.change, data.row.change, train.model.change, settings["max_length"].change],
+        partial(data_tab.show_row, desk),
+        shown,
+        data.preview,
+        **LATEST,
+    )
+    data.back.click(
+        lambda choice, row: data_tab.turn(desk, choice, row, -1), [data.choice, data.row], data.row, **QUICK
+    )
+    data.on.click(lambda choice, row: data_tab.turn(desk, choice, row, 1), [data.choice, data.row], data.row, **QUICK)
+
+
+def _join_settings(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab) -> None:
+    described = [train.model, train.preset, train.picker]
+    asked = {"inputs": [data.choice, train.model, train.preset, train.picker], "inputs_kwargs": train.settings}
+    cost = partial(train_tab.cost, desk)
+    shown = gr.on(
+        [page.load, train.model.change], partial(train_tab.show_matrices, desk), described, train.picker, **LATEST
+    )
+    shown.then(cost, **asked, outputs=train.line, **LATEST)
+    page.load(partial(train_tab.label_models, desk), None, train.model, **QUIET)
+    pressed = train.preset.input(train_tab.press_preset, [train.picker, train.preset], train.picker, **QUICK)
+    pressed.then(cost, **asked, outputs=train.line, **LATEST)
+    train.picker.pick(train_tab.name_preset, train.picker, train.preset, **QUICK)
+    train.picker.pick(cost, **asked, outputs=train.line, **LATEST)
+    changes = [control.change for control in train.settings.values()]
+    gr.on([data.choice.change, *changes], cost, **asked, outputs=train.line, **LATEST)
+
+
+def _join_run(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab, compare: CompareTab, tabs: gr.Tabs) -> None:
+    train.start.click(
+        partial(train_tab.start, desk),
+        [data.choice, train.model, train.preset, train.picker, train.name],
+        [train.live, train.problem],
+        inputs_kwargs=train.settings,
+        validator=train_tab.check_start,
+        **QUIET,
+    )
+    to_compare = train.live.compare(partial(_to_compare, desk), train.live, [tabs, compare.run], **QUICK)
+    to_compare.then(partial(compare_tab.list_prompts, desk), compare.run, compare.chips, **QUIET)
+
+    def restore(request: gr.Request) -> tuple[Any, ...]:
+        return first_view(desk, str(request.query_params.get("run", "")))
+
+    opened = [data.choice, data.correction, data.format, *data.slots, data.row]
+    page.load(restore, None, [train.live, tabs, *opened], **QUICK)
+
+
+def _join_compare(desk: Desk, compare: CompareTab) -> None:
+    buttons = [compare.go, compare.stop]
+    compare.run.change(partial(compare_tab.list_prompts, desk), compare.run, compare.chips, **QUIET)
+    compare.chips.pick(compare_tab.take_prompt, None, [compare.prompt, compare.expected], **QUICK)
+    compare.prompt.input(lambda: "", None, compare.expected, **QUICK)
+    cleared = gr.on(
+        [compare.go.click, compare.prompt.submit], compare_tab.clear, None, [*compare.panes, *buttons], **QUICK
+    )
+    answering = cleared.then(
+        partial(compare_tab.compare, desk),
+        [compare.run, compare.prompt, compare.mode, compare.strength],
+        [*compare.panes, compare.problem],
+        inputs_kwargs=compare.sampling,
+        concurrency_id="model",
+        concurrency_limit=1,
+        **QUIET,
+    )
+    answering.then(compare_tab.settle, None, buttons, **QUICK)
+    compare.stop.click(compare_tab.settle, None, buttons, cancels=[answering], **QUICK)
+
+
+def _join_export(desk: Desk, export: ExportTab) -> None:
+    export.run.change(partial(export_tab.describe, desk), export.run, [export.command, export.loading], **QUIET)
+    for button, merged in ((export.adapter, False), (export.merged, True)):
+        packed = button.click(
+            partial(_pack, desk, merged),
+            export.run,
+            [export.file, export.problem],
+            concurrency_id="model",
+            concurrency_limit=1,
+            show_progress_on=[button],
+            **PRIVATE,
+        )
+        packed.success(None, None, None, js=CLICK_ARCHIVE, **PRIVATE)
+
+
+# ---- handlers that concern more than one tab -----------------------------------------------------------------------
+
+
+def first_view(desk: Desk, asked: str) -> tuple[Any, ...]:
+    """On load: the run to show, the tab to open, and that run's dataset in the Data tab."""
+    untouched = (gr.skip(),) * data_tab.OPENED
+    try:
+        runs = desk.studio.runs.list()
+        shown = live.shown_at_first(runs, asked)
+        if not shown:
+            return asked, gr.skip(), *untouched
+        return (
+            shown,
+            gr.Tabs(selected="train"),
+            *_data_of(desk, next(run for run in runs if run.id == shown), untouched),
+        )
+    except OSError as error:
+        raise as_toast(error) from None
+
+
+def _data_of(desk: Desk, run: Run, otherwise: tuple[Any, ...]) -> tuple[Any, ...]:
+    known = {dataset.id: dataset for dataset in desk.studio.data.list()}
+    dataset = known.get(run.config.dataset.id)
+    return data_tab.opened(dataset, run.config.dataset) if dataset else otherwise
+
+
+def _open_sample(desk: Desk, name: str) -> tuple[Any, ...]:
+    return data_tab.open_sample(desk, name)
+
+
+def _pack(desk: Desk, merged: bool, run: str | None) -> tuple[Any, ...]:
+    return export_tab.pack(desk, run, merged)
+
+
+def _used(desk: Desk) -> Any:
+    return gr.Dropdown(choices=[(f"{one.name} · {one.rows:,} rows", one.id) for one in desk.studio.data.list()])
+
+
+def _to_training() -> Any:
+    return gr.Tabs(selected="train")
+
+
+def _to_compare(desk: Desk, run: str) -> tuple[Any, Any]:
+    return gr.Tabs(selected="compare"), compare_tab.list_runs(desk, run)

@@ -1,0 +1,212 @@
+"""Tab 2: what to adapt and how, what that will cost, and the live view of a run.
+
+The settings come from the knobs of LoraSpec and TrainConfig; the line under them follows every control.
+"""
+
+import html
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from lora_studio.core.spec import PRESETS, LoraSpec
+from lora_studio.errors import StudioError
+from lora_studio.models import CATALOGUE, STARTER, fit
+from lora_studio.runs.config import DataChoice, RunConfig
+from lora_studio.studio import Plan, Studio
+from lora_studio.ui import form, live, picker
+from lora_studio.ui.boundary import problem_instead, problem_last
+from lora_studio.ui.desk import Desk
+from lora_studio.ui.form import SETTINGS
+
+MAIN = ("rank", "learning_rate", "steps", "batch_size", "seed")  # the others are folded away
+MORE = tuple(name for name in SETTINGS if name not in (*MAIN, "targets"))
+FIRST_PRESET = next(iter(PRESETS))
+NAME_LENGTH = 80
+
+
+@dataclass(frozen=True)
+class TrainTab:
+    """The components that events join."""
+
+    model: gr.Dropdown
+    preset: gr.Radio
+    picker: gr.HTML
+    settings: dict[str, Any]  # by knob name
+    name: gr.Textbox
+    line: gr.HTML
+    problem: gr.HTML
+    start: gr.Button
+    live: gr.HTML
+
+
+def build(studio: Studio) -> TrainTab:
+    """Left: the settings. Right: the run."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=4, min_width=300, elem_classes="card"):
+            gr.HTML("<h3>Settings</h3>", apply_default_css=False)
+            model = gr.Dropdown(
+                [(name, name) for name in CATALOGUE],
+                value=STARTER,
+                label="Base model",
+                info="Or type a Hub id (owner/name) or a folder",
+                allow_custom_value=True,
+                filterable=True,
+                elem_id="model",
+            )
+            settings = {"rank": form.control(SETTINGS["rank"], slide_to=128)}
+            preset = gr.Radio([*PRESETS, picker.OWN], value=FIRST_PRESET, label="Matrices to adapt", elem_id="preset")
+            matrices = picker.build("Matrices to adapt")
+            settings |= _pair("learning_rate", "steps") | _pair("batch_size", "seed")
+            with gr.Accordion("More", open=False, elem_id="more"):
+                name = gr.Textbox(label="Name", placeholder="made from the settings", max_length=NAME_LENGTH)
+                for at in range(0, len(MORE), 2):
+                    settings |= _pair(*MORE[at : at + 2])
+            line = gr.HTML(
+                "<div class='cost soft'>Loading the model list</div>", apply_default_css=False, elem_id="cost"
+            )
+            problem = gr.HTML("", apply_default_css=False, elem_id="train-problem")
+            start = gr.Button("Start training", variant="primary", elem_id="start")
+        with gr.Column(scale=7, min_width=300, elem_classes="card"):
+            view = live.build(studio)
+    return TrainTab(model, preset, matrices, settings, name, line, problem, start, view)
+
+
+def _pair(*names: str) -> dict[str, Any]:
+    with gr.Row(elem_classes="pair"):
+        return {name: form.control(SETTINGS[name]) for name in names}
+
+
+# ---- handlers ----------------------------------------------------------------------------------------------------
+
+
+def label_models(desk: Desk) -> Any:
+    """The catalogue with size, licence and how it fits this machine; needs the libraries, so it comes after load."""
+    desk.ready()
+    return gr.Dropdown(
+        choices=[
+            (f"{entry.name} · {_count(entry.parameters)} · {entry.licence} · {fit(entry.parameters)}", entry.name)
+            for entry in CATALOGUE.values()
+        ]
+    )
+
+
+def show_matrices(desk: Desk, model: str, preset: str, picked: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The model's own matrices, with the same choice pressed as far as it has them; none for an unknown model."""
+    wanted = PRESETS.get(preset) or picker.targets(picked, preset)
+    try:
+        plan = desk.ready(model).plan(model, LoraSpec(targets=picker.ALL))
+    except StudioError:
+        return {"matrices": [], "chosen": []}  # the line under the form says why
+    return picker.choose(picker.describe(plan.targets), wanted)
+
+
+def press_preset(picked: Mapping[str, Any] | None, preset: str) -> Any:
+    """The picker as the preset wants it; OWN leaves it alone."""
+    if preset not in PRESETS or not picked:
+        return gr.skip()
+    return picker.choose(list(picked.get("matrices", [])), PRESETS[preset])
+
+
+def name_preset(picked: Mapping[str, Any] | None) -> str:
+    """The preset that the pressed buttons are."""
+    return picker.preset(picked)
+
+
+@problem_instead
+def cost(
+    desk: Desk,
+    choice: Mapping[str, Any] | None,
+    model: str,
+    preset: str,
+    picked: Mapping[str, Any] | None,
+    **raw: Any,
+) -> str:
+    """The line that follows every control."""
+    spec, config = form.method(raw, picker.targets(picked, preset)), form.training(raw)
+    studio = desk.ready(model)
+    from lora_studio.models import memory
+
+    plan = studio.plan(model, spec, config, DataChoice(**choice) if choice else None)
+    return cost_line(plan, memory()[1])
+
+
+def cost_line(plan: Plan, memory_bytes: int) -> str:
+    """Trainable parameters, adapter size, memory and time in words."""
+    about = plan.estimate
+    peak, share = about.memory_bytes["peak"], about.trainable / about.total
+    tight = " class='tight'" if peak > 0.9 * memory_bytes else ""
+    parts = (
+        f"<b>{about.trainable:,}</b> trainable of {_count(about.total)} ({share:.2%})",
+        f"adapter <b>{_bytes(about.adapter_bytes)}</b>",
+        f"about <b{tight}>{_bytes(peak)}</b> of {_bytes(memory_bytes)}",
+        f"about <b>{_duration(about.seconds)}</b>",
+    )
+    return "<div class='cost'>" + "".join(f"<span>{part}</span>" for part in parts) + "</div>"
+
+
+def check_start(
+    choice: Mapping[str, Any] | None, model: str, preset: str, picked: Mapping[str, Any] | None, name: str, **raw: Any
+) -> list[Any]:
+    """One verdict per input, so that a message stands at the control it is about."""
+    problems = ["", "" if (model or "").strip() else "Choose a base model.", "", "", ""]
+    problems += [form.problem(SETTINGS[key], value) for key, value in raw.items()]
+    return [gr.validate(not found, found) for found in problems]
+
+
+@problem_last(1)
+def start(
+    desk: Desk,
+    choice: Mapping[str, Any] | None,
+    model: str,
+    preset: str,
+    picked: Mapping[str, Any] | None,
+    name: str,
+    **raw: Any,
+) -> str:
+    """Queue a run and give its id to the live view."""
+    if not choice:
+        raise StudioError("E_NO_DATA", "No dataset is chosen.", "Take an example in the Data tab, or bring a file.")
+    model = model.strip()
+    spec = form.method(raw, picker.targets(picked, preset))
+    studio = desk.ready(model)
+    wanted = (name or "").strip()[:NAME_LENGTH] or f"{choice['name']} r{spec.rank} {picker.short(spec.targets)}"
+    config = RunConfig(
+        name=unique(wanted, {run.name for run in studio.runs.list()}),
+        model=model,
+        dataset=DataChoice(**choice),
+        method=spec,
+        train=form.training(raw),
+    )
+    return studio.start(config).id
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """The name, with a number behind it where another run has it."""
+    number, free = 2, name
+    while free in taken:
+        free, number = f"{name} ({number})", number + 1
+    return free
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 100 * size else f"{number / size:.1f} {unit}"
+    return html.escape(str(number))
+
+
+def _bytes(size: float) -> str:
+    if size < 1e6:
+        return f"{size / 1e3:.0f} kB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
