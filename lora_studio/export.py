@@ -9,6 +9,7 @@ from typing import Any
 
 from lora_studio.core.lora import LoRA
 from lora_studio.core.merge import merged_state
+from lora_studio.data.library import SAMPLES
 from lora_studio.errors import StudioError, quote
 from lora_studio.peft_format import CONFIG, WEIGHTS
 from lora_studio.runs.config import Run
@@ -17,16 +18,9 @@ from lora_studio.runs.config import Run
 def command_line(run: Run) -> str:
     """The train command that repeats this run; only what differs from the defaults is spelled out."""
     config = run.config
-    words = [
-        "python",
-        "-m",
-        "lora_studio",
-        "train",
-        "--model",
-        config.model,
-        "--data",
-        config.dataset.name or config.dataset.id,
-    ]
+    samples = {sample.title: name for name, sample in SAMPLES.items()}
+    data = samples.get(config.dataset.name, config.dataset.id)
+    words = ["python", "-m", "lora_studio", "train", "--model", config.model, "--data", data]
     if config.dataset.format:
         words += ["--format", config.dataset.format]
     for role, column in config.dataset.columns.items():

@@ -235,13 +235,22 @@ class ModelLibrary:
         self._config(folder)
         options = {"dtype": getattr(torch, precision), "trust_remote_code": False, "use_safetensors": True}
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, **options, local_files_only=True, attn_implementation=_attention(self.skeleton(name))
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                **options,
+                local_files_only=True,
+                attn_implementation=_attention(self.skeleton(name)),
+                output_loading_info=True,
             )
         except Exception as error:  # torn shards, wrong shapes: whatever the files provoke
             raise StudioError(
                 "E_SAFETENSORS", f"The weights of {quote(name)} do not load: {quote(str(error))}.", "Fetch it again."
             ) from error
+        missing = sorted(found["missing_keys"])
+        if missing:  # the library would go on with random values
+            raise StudioError(
+                "E_SAFETENSORS", f"{quote(name)} lacks {len(missing)} tensors: {quote(missing[0])}.", "Fetch it again."
+            )
         return model.to(on).eval()
 
     def fetch(self, name: str, say: Callable[[str], None] = log.info) -> Path:
@@ -316,6 +325,8 @@ class ModelLibrary:
         from transformers import AutoConfig
         from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+        from lora_studio.core.layout import ENCODERS
+
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:
@@ -326,7 +337,7 @@ class ModelLibrary:
             raise StudioError(
                 "E_REMOTE_CODE", "This model wants to run code of its own.", "Such models are not loaded."
             )
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in ENCODERS:
             raise StudioError(
                 "E_ARCH", f"{config.model_type} is not a causal language model.", "Choose a model that writes text."
             )

@@ -9,7 +9,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -227,7 +227,7 @@ class Studio:
 
     def compare(
         self, runs: Sequence[str], prompt: str, *, strength: float = 1.0, sampling: Any = None
-    ) -> Iterator[Comparison]:
+    ) -> Generator[Comparison, None, None]:
         """The base model and each run's adapter on one prompt, one batch, as the texts grow.
 
         All runs must share a base model. Raises E_NO_PROMPT, E_NO_ADAPTER, E_MIXED_BASES, E_STRENGTH.

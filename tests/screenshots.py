@@ -155,7 +155,7 @@ def finished(page: Page, address: str, variant: str, folder: Path) -> None:
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=300_000)
     shoot(page, folder, f"compare_{variant}")
     page.get_by_role("tab", name="4 Export").click()
-    expect(page.get_by_label("The command that repeats this run")).to_have_value(re.compile("."), timeout=30_000)
+    expect(page.locator("#command textarea")).to_have_value(re.compile("."), timeout=30_000)
     shoot(page, folder, f"export_{variant}")
 
 

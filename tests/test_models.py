@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lora_studio.errors import StudioError
 from lora_studio.models import CATALOGUE, ModelLibrary, fit, inference_precision, training_precision
@@ -40,6 +41,10 @@ def changed(tiny: Path, to: Path, what: str) -> Path:
         (to / "model.safetensors").write_bytes((to / "model.safetensors").read_bytes()[:500])
     elif what == "other shapes":
         config["hidden_size"] = 64
+    elif what == "a tensor missing":
+        tensors = load_file(to / "model.safetensors")
+        tensors.pop("model.layers.1.mlp.up_proj.weight")
+        save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
     elif what == "only a pickle":
         (to / "model.safetensors").rename(to / "pytorch_model.bin")
     elif what == "no tokenizer":
@@ -55,6 +60,7 @@ REFUSED = {
     "an encoder": "E_ARCH",
     "truncated weights": "E_SAFETENSORS",
     "other shapes": "E_SAFETENSORS",
+    "a tensor missing": "E_SAFETENSORS",
     "only a pickle": "E_SAFETENSORS",
 }
 

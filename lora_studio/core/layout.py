@@ -65,6 +65,9 @@ _BERT = _whole(
     mlp_down="output.dense",
 )
 
+BERT_FAMILY = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+ENCODERS = (*BERT_FAMILY, "deberta-v2", "distilbert")  # they have roles, but they do not write text
+
 LAYOUTS: dict[str, Block] = {
     "gpt2": {
         "attn.c_attn": (("attn.q", _part(0, 3)), ("attn.k", _part(1, 3)), ("attn.v", _part(2, 3))),
@@ -82,7 +85,7 @@ LAYOUTS: dict[str, Block] = {
     **dict.fromkeys(
         ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite", "olmo2"), _LLAMA
     ),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), _BERT),
+    **dict.fromkeys(BERT_FAMILY, _BERT),
     "deberta-v2": _whole(
         attn_q="attention.self.query_proj",
         attn_k="attention.self.key_proj",

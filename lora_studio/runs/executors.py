@@ -27,6 +27,10 @@ class Executor(Protocol):
 
     def kill(self, path: Path) -> None: ...
 
+    def reap(self) -> None:
+        """Let the system forget workers that have ended."""
+        ...
+
 
 class Local:
     """A fresh interpreter on this machine, in a session of its own, with nothing to read or drain."""
@@ -36,7 +40,7 @@ class Local:
 
     def start(self, path: Path) -> bool:
         """The lock is taken here and inherited, so that there is no moment in which the run looks unclaimed."""
-        self._reap()
+        self.reap()
         with (path / "worker.lock").open("wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -59,7 +63,7 @@ class Local:
         return True
 
     def alive(self, path: Path) -> bool:
-        self._reap()
+        self.reap()
         return is_locked(path / "worker.lock")
 
     def kill(self, path: Path) -> None:
@@ -67,9 +71,9 @@ class Local:
         process = read_json(path / "worker.json")
         if process and self.alive(path):
             os.killpg(process["pid"], signal.SIGKILL)
-        self._reap()
+        self.reap()
 
-    def _reap(self) -> None:
+    def reap(self) -> None:
         self._children = {path: child for path, child in self._children.items() if child.poll() is None}
 
 

@@ -24,6 +24,8 @@ class Supervisor:
     def tick(self) -> None:
         """Start the oldest queued run when none is running."""
         self.store.folder.mkdir(parents=True, exist_ok=True)
+        for executor in self.executors.values():
+            executor.reap()
         with (self.store.folder / "queue.lock").open("wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

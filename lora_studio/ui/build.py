@@ -96,17 +96,12 @@ def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
     changed = [data.choice.change, train.model.change, settings["max_length"].change, settings["holdout"].change]
     gr.on(changed, partial(data_tab.inspect, desk), seen_by, [data.understood, data.pager], **LATEST)
     shown = [data.choice, data.row, train.model, settings["max_length"]]
-    gr.on(
-        [data.choice.change, data.row.change, train.model.change, settings["max_length"].change],
-        partial(data_tab.show_row, desk),
-        shown,
-        data.preview,
-        **LATEST,
-    )
-    data.back.click(
-        lambda choice, row: data_tab.turn(desk, choice, row, -1), [data.choice, data.row], data.row, **QUICK
-    )
-    data.on.click(lambda choice, row: data_tab.turn(desk, choice, row, 1), [data.choice, data.row], data.row, **QUICK)
+    show_row = partial(data_tab.show_row, desk)
+    changed = [data.choice.change, train.model.change, settings["max_length"].change]
+    gr.on(changed, show_row, shown, data.preview, **LATEST)
+    for button, by in ((data.back, -1), (data.on, 1)):
+        turned = button.click(partial(data_tab.turn, desk, by), [data.choice, data.row], data.row, **QUICK)
+        turned.then(show_row, shown, data.preview, **LATEST)
 
 
 def _join_settings(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab) -> None:

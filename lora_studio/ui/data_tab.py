@@ -240,7 +240,7 @@ def show_row(desk: Desk, choice: dict[str, Any] | None, row: int, model: str, ma
     return preview(desk.ready(model).preview(_chosen(choice), row, model, length), row)
 
 
-def turn(desk: Desk, choice: dict[str, Any] | None, row: int, by: int) -> int:
+def turn(desk: Desk, by: int, choice: dict[str, Any] | None, row: int) -> int:
     """The row before or after, around at the ends."""
     return (row + by) % desk.studio.data.get(choice["id"]).rows if choice else 0
 

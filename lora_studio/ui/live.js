@@ -269,7 +269,10 @@ function start() {
   tick();
 }
 
-watch('value', start);
+watch('value', () => {
+  start();
+  if (innerWidth < 800 && element.offsetParent) element.scrollIntoView({ block: 'start' });  // it lies under the form
+});
 document.addEventListener('visibilitychange', () => document.hidden || tick());
 new IntersectionObserver(entries => {
   if (!entries.some(entry => entry.isIntersecting)) return;

@@ -1,0 +1,73 @@
+"""The real starter model, once: fetched as a user's is, answering, learning, compared with plain transformers."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from lora_studio.core.spec import LoraSpec
+from lora_studio.errors import StudioError
+from lora_studio.generate import Sampling
+from lora_studio.models import STARTER, ModelLibrary
+from lora_studio.runs.config import DataChoice, RunConfig
+from lora_studio.settings import TrainConfig
+from lora_studio.studio import Studio, default_root
+
+pytestmark = pytest.mark.starter
+CAPITAL = "What is the capital of France?"
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """Where make run puts it too, so that it is fetched once a machine."""
+    try:
+        return ModelLibrary(default_root()).fetch(STARTER)
+    except StudioError as error:
+        pytest.skip(f"the starter model cannot be had here: {error.message}")
+
+
+@pytest.fixture(scope="module")
+def studio(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Studio:
+    root = tmp_path_factory.mktemp("root")
+    (root / "models").mkdir()
+    (root / "models" / STARTER).symlink_to(folder)
+    return Studio(root)
+
+
+def test_it_keeps_its_template_and_knows_paris(folder: Path) -> None:
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    assert words.chat_template and words.eos_token == "<|im_end|>"
+    assert "Paris" in plain_answer(folder, CAPITAL)
+
+
+def plain_answer(folder: Path, prompt: str, tokens: int = 24) -> str:
+    """What transformers alone writes from the same files."""
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    turns = [{"role": "user", "content": prompt}]
+    asked = words.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = model.generate(**asked, max_new_tokens=tokens, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    return words.decode(ids, skip_special_tokens=True)
+
+
+def test_a_few_steps_on_orders_teach_it_and_leave_its_base_alone(studio: Studio, folder: Path) -> None:
+    orders = studio.data.add_sample("orders")
+    config = RunConfig(
+        name="a few steps",
+        dataset=DataChoice(id=orders.id, name=orders.name),
+        method=LoraSpec(),
+        train=TrainConfig(steps=8, evaluations=1, samples=1),
+    )
+    run = studio.start(config)
+    list(studio.follow(run.id))
+    done = studio.runs.get(run.id)
+    assert done.status == "done", done.error
+    assert done.summary["best_loss"] < 0.5 * done.summary["base_loss"]
+    estimate = done.facts["estimate"]
+    assert (estimate["trainable"], estimate["total"]) == (460_800, 134_515_008)
+    prompt = studio.heldout(run.id, 1)[0].prompt[-1].content
+    (*_, last) = studio.compare([run.id], prompt, sampling=Sampling(max_new_tokens=24))
+    base, adapted = (answer.text for answer in last.answers)
+    assert last.base_difference == 0.0 and base == plain_answer(folder, prompt)
+    assert adapted.startswith("{") and not base.startswith("{")
