@@ -257,12 +257,11 @@ def models(as_json: Json = False) -> None:
     """The catalogue of base models, and which fit this machine."""
     from lora_studio.models import CATALOGUE, fit
 
-    entries = [asdict(entry) | {"fit": fit(entry.parameters)} for entry in CATALOGUE.values()]
     if as_json:
-        return _print_json(entries)
-    for entry in entries:
-        size = f"{entry['parameters'] / 1e6:,.0f} M"
-        print(f"{entry['name']:16} {size:>8}  {entry['fit']:8} {entry['licence']:20} {entry['repo']}")
+        return _print_json([asdict(entry) | {"fit": fit(entry.parameters)} for entry in CATALOGUE.values()])
+    for entry in CATALOGUE.values():
+        size, fits = f"{entry.parameters / 1e6:,.0f} M", fit(entry.parameters)
+        print(f"{entry.name:16} {size:>8}  {fits:8} {entry.licence:20} {entry.repo}")
 
 
 @app.command()
@@ -276,11 +275,11 @@ def fetch(model: Annotated[str, typer.Argument()] = "starter", root: Root = None
 
 
 def _choice(studio: Studio, data: str, format: str, column: list[str] | None) -> DataChoice:
-    dataset = studio.data.find(data)
     pairs = [pair.partition("=") for pair in column or []]
     wrong = [role for role, equals, _ in pairs if not equals]
     if wrong:
         raise typer.BadParameter(f"--column wants ROLE=COLUMN, got {wrong[0]!r}")
+    dataset = studio.data.find(data)
     return DataChoice(id=dataset.id, name=dataset.name, format=format, columns={role: name for role, _, name in pairs})
 
 

@@ -65,7 +65,7 @@ def model_card(run: Run) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     config, figures = run.config, run.summary
-    about = ModelCardData(library_name="peft", tags=["lora", "lora-studio"], **_base(run))
+    about = ModelCardData(library_name="peft", tags=["lora", "lora-studio"], base_model=run.facts.get("repo"))
     lines = [
         f"# {_plain(run.name)}",
         f"A LoRA adapter for `{config.model}` (revision `{run.facts.get('revision', 'unknown')}`), "
@@ -77,11 +77,6 @@ def model_card(run: Run) -> str:
         f"```\n{command_line(run)}\n```",
     ]
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n" + "\n\n".join(line for line in lines if line) + "\n"))
-
-
-def _base(run: Run) -> dict[str, str]:
-    repo = run.facts.get("repo")
-    return {"base_model": repo} if repo else {}
 
 
 def _table(figures: Mapping[str, Any]) -> str:

@@ -102,7 +102,7 @@ def answer(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], samplin
 
 
 def answers(
-    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, batch: int = 16
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], sampling: Sampling, batch: int = 64
 ) -> list[str]:
     """The final texts, in the order of the prompts; similar lengths share a batch."""
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))

@@ -235,7 +235,7 @@ class ModelLibrary:
         self._config(folder)
         options = {"dtype": getattr(torch, precision), "trust_remote_code": False, "use_safetensors": True}
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 **options,
                 local_files_only=True,
@@ -246,6 +246,7 @@ class ModelLibrary:
             raise StudioError(
                 "E_SAFETENSORS", f"The weights of {quote(name)} do not load: {quote(str(error))}.", "Fetch it again."
             ) from error
+        model, found = loaded
         missing = sorted(found["missing_keys"])
         if missing:  # the library would go on with random values
             raise StudioError(

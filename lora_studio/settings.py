@@ -18,7 +18,11 @@ class TrainConfig:
         1, min=1, max=1024, label="Accumulate", help="Split a step into this many passes; same result"
     )
     learning_rate: float = knob(
-        5e-3, min=1e-7, max=1.0, label="Learning rate", help="Peak; larger models want less, 1e-3 at a billion parameters"
+        5e-3,
+        min=1e-7,
+        max=1.0,
+        label="Learning rate",
+        help="Peak; larger models want less, 1e-3 at a billion parameters",
     )
     schedule: str = knob(
         "linear", choices=("linear", "cosine", "constant"), label="Schedule", help="How the learning rate falls"

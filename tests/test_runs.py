@@ -170,9 +170,12 @@ def test_a_torn_line_waits_garbage_is_skipped_and_nothing_is_read_twice(tmp_path
     assert journal.latest == {"train_loss": 3.0} and (journal.step, journal.steps) == (3, 9)
 
 
-def test_a_damaged_run_is_named_and_the_others_are_listed(store: RunStore) -> None:
+@pytest.mark.parametrize(
+    "text", ["", '{"created": 1, "con', "[]", "{}", '{"created": 1, "config": {}}', '{"created": "x"}']
+)
+def test_a_damaged_run_is_named_and_the_others_are_listed(store: RunStore, text: str) -> None:
     broken, whole = put(store), put(store)
-    (broken.path / "run.json").write_text('{"created": 1, "con')
+    (broken.path / "run.json").write_text(text)
     assert [run.id for run in store.list()] == [whole.id]
     with pytest.raises(StudioError) as caught:
         store.get(broken.id)

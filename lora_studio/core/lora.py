@@ -14,6 +14,7 @@ import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ class LoRA:
     """Adapters by name on one base model, whose weights are frozen here and never written."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model.requires_grad_(False)
+        self.model: Any = model.requires_grad_(False)
         self.specs: dict[str, LoraSpec] = {}
         self._slots: dict[str, Slot] = {}
         self._route = Route()
@@ -161,9 +162,7 @@ class LoRA:
         assert name in self.specs, f"no adapter called {name}"
         for layer, slot in self._slots.items():
             if name in slot.parts:
-                part = slot.parts[name]
-                assert isinstance(part, Part)
-                yield layer, part
+                yield layer, slot.parts[name]
 
     def _claim(self, name: str, spec: LoraSpec) -> None:
         assert name and "." not in name, f"an adapter name is a plain word, got {name!r}"

@@ -49,6 +49,9 @@ class Part(nn.Module):
     A (n·r, in); B compact (adapted rows, r); scale multiplies B A. One slice without rows is the whole layer.
     """
 
+    rows: torch.Tensor  # (adapted rows,): where B's rows belong in the output
+    block: torch.Tensor  # (adapted rows,): which slice they belong to
+
     def __init__(
         self, layer: nn.Module, slices: Sequence[Target], rank: int, scale: float, dropout: float = 0.0
     ) -> None:
@@ -56,16 +59,16 @@ class Part(nn.Module):
         self.out, width = dimensions(layer)
         self.roles = tuple(target.role for target in slices)
         self.rank, self.scale, self.dropout = rank, scale, dropout
-        self.whole = slices[0].rows is None
-        assert self.whole == (len(slices) == 1 and slices[0].rows is None), "a whole layer cannot be sliced as well"
-        count = self.out if self.whole else sum(len(target.rows) for target in slices)  # type: ignore[arg-type]
-        device = layer.weight.device
+        self.whole = any(target.rows is None for target in slices)
+        assert len(slices) == 1 or not self.whole, "a whole layer cannot be sliced as well"
+        rows = [torch.arange(self.out) if target.rows is None else target.rows for target in slices]
+        count = sum(map(len, rows))
+        device = next(layer.parameters()).device
         self.A = nn.Parameter(torch.zeros(len(slices) * rank, width, device=device))
         self.B = nn.Parameter(torch.zeros(count, rank, device=device))
         if not self.whole:
-            rows = torch.cat([target.rows for target in slices])  # type: ignore[misc]
-            block = torch.cat([torch.full((len(target.rows),), n) for n, target in enumerate(slices)])  # type: ignore[arg-type]
-            self.register_buffer("rows", rows.to(device), persistent=False)
+            block = torch.cat([torch.full((len(numbers),), n) for n, numbers in enumerate(rows)])
+            self.register_buffer("rows", torch.cat(rows).to(device), persistent=False)
             self.register_buffer("block", block.to(device), persistent=False)
 
     def reset(self, generator: torch.Generator) -> None:
@@ -90,12 +93,11 @@ class Part(nn.Module):
         return dense.view(self.out, len(self.roles), self.rank)[self.rows, self.block]
 
 
-class Slot(nn.Module):
+class Slot:
     """All adapters of one linear layer. It is kept outside the model, which therefore stays as it was."""
 
     def __init__(self, route: Route) -> None:
-        super().__init__()
-        self.parts = nn.ModuleDict()
+        self.parts: dict[str, Part] = {}
         self.route = route
         self._handle: RemovableHandle | None = None
 
@@ -120,7 +122,7 @@ class Slot(nn.Module):
         g = torch.cat(gates, dim=1).view(-1, *[1] * (x.dim() - 2), sum(len(part.A) for _, part in parts))
         A = torch.cat([part.A for _, part in parts]) if len(parts) > 1 else parts[0][1].A
         B = torch.cat([part.dense_B() for _, part in parts], dim=1) if len(parts) > 1 else parts[0][1].dense_B()
-        dropout = max(part.dropout for _, part in parts)
+        dropout = max(part.dropout for _, part in parts)  # adapters that train together share one mask
         if dropout and layer.training:
             x = F.dropout(x, dropout)
         hidden = F.linear(x, A.to(x.dtype))  # (batch, ..., R)

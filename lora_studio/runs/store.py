@@ -166,10 +166,12 @@ class RunStore:
         return self._journals.setdefault(run, Journal(path / "events.jsonl"))
 
     def _view(self, run: str, path: Path) -> Run:
-        record = read_json(path / "run.json")
-        if record is None:
-            raise StudioError("E_RUN_DAMAGED", f"The run {run} has no readable run.json.", "Its folder may be deleted.")
-        config = build(RunConfig, record["config"])
+        record = read_json(path / "run.json") or {}
+        try:
+            config, created = build(RunConfig, record["config"]), float(record["created"])
+        except (StudioError, KeyError, TypeError, ValueError) as error:
+            message = f"The run {run} has no readable run.json."
+            raise StudioError("E_RUN_DAMAGED", message, "Its folder may be deleted.") from error
         end = read_json(path / "exit.json")
         status = self._status(path, end)
         journal = self._journal(run, path).refresh()
@@ -178,7 +180,7 @@ class RunStore:
             path=path,
             config=config,
             status=status,
-            created=record["created"],
+            created=created,
             step=journal.step,
             steps=journal.steps or config.train.steps,
             latest=dict(journal.latest),

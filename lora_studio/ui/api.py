@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
-import gradio as gr
+from gradio.events import api
 
 from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError
@@ -17,9 +17,9 @@ from lora_studio.ui.desk import Desk
 def register(desk: Desk) -> None:
     """Declare the endpoints; call it first inside Blocks, so that no event of the page takes their names."""
     for quick in (*_data(desk), *_runs(desk)):
-        gr.api(toasted(quick), api_name=quick.__name__, queue=False)
+        api(toasted(quick), api_name=quick.__name__, queue=False)
     for answering in _answers(desk):
-        gr.api(toasted(answering), api_name=answering.__name__, concurrency_id="model", concurrency_limit=1)
+        api(toasted(answering), api_name=answering.__name__, concurrency_id="model", concurrency_limit=1)
 
 
 def _data(desk: Desk) -> tuple[Callable, ...]:

@@ -89,12 +89,16 @@ def build() -> CompareTab:
                 )
                 mode = gr.Radio([GREEDY, SAMPLED], value=GREEDY, label="Next token", elem_id="mode")
                 with gr.Accordion("Sampling and length", open=False):
-                    sampling = {
-                        "max_new_tokens": form.control(KNOBS["max_new_tokens"]),
-                        "temperature": form.control(KNOBS["temperature"], value=0.8, info="When sampled"),
-                        "top_p": form.control(KNOBS["top_p"], value=0.95),
-                        "seed": form.control(KNOBS["seed"], elem_id="set-sampling-seed"),
-                    }
+                    with gr.Row(elem_classes="pair"):
+                        sampling = {
+                            "max_new_tokens": form.control(KNOBS["max_new_tokens"]),
+                            "seed": form.control(KNOBS["seed"], elem_id="set-sampling-seed"),
+                        }
+                    with gr.Row(elem_classes="pair"):
+                        sampling |= {
+                            "temperature": form.control(KNOBS["temperature"], value=0.8, info="When sampled"),
+                            "top_p": form.control(KNOBS["top_p"], value=0.95, info="Mass of the likeliest"),
+                        }
                 with gr.Row():
                     go = gr.Button("Generate", variant="primary", min_width=110, elem_id="generate")
                     stop = gr.Button("Stop", min_width=80, interactive=False, elem_id="stop-generating")

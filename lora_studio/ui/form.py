@@ -31,7 +31,7 @@ def control(setting: Knob, *, slide_to: float | None = None, **options: Any) -> 
     }
     whole = setting.type is int
     if slide_to is not None:
-        return gr.Slider(setting.min, slide_to, step=1 if whole else 0.05, **about)
+        return gr.Slider(setting.min or 0, slide_to, step=1 if whole else 0.05, **about)
     if setting.choices:
         return gr.Dropdown(list(setting.choices), **about)
     if get_origin(setting.type) is tuple:

@@ -37,9 +37,10 @@ async function blank() {
   await Plotly.newPlot(plot, [
     { ...empty, name: 'train', mode: 'lines', line: { width: 1, color: line }, opacity: .38, hoverinfo: 'skip' },
     { ...empty, name: 'train, smoothed', mode: 'lines', line: { width: 2.2, color: line } },
-    { ...empty, name: 'held out', mode: 'lines+markers', line: { width: 1.5, color: measured }, marker: { size: 6 } },
-    { ...empty, name: 'kept', mode: 'markers', marker: { size: 13, color: 'rgba(0,0,0,0)', line: { width: 2, color: measured } },
-      hoverinfo: 'skip' },
+    { ...empty, name: 'held out', mode: 'lines+markers', cliponaxis: false,
+      line: { width: 1.5, color: measured }, marker: { size: 6 } },
+    { ...empty, name: 'kept', mode: 'markers', cliponaxis: false, hoverinfo: 'skip',
+      marker: { size: 13, color: 'rgba(0,0,0,0)', line: { width: 2, color: measured } } },
   ], {
     uirevision: run, height: 300, margin: { l: 44, r: 8, t: 6, b: 38 }, hovermode: 'x unified',
     paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
@@ -50,11 +51,12 @@ async function blank() {
   }, { responsive: true, displayModeBar: false, displaylogo: false });
 }
 
-function smooth(values) {
+function smooth(values, steps) {  // a running mean that starts unbiased; a short run is remembered for less long
+  const memory = Math.min(.9, Math.max(.5, 1 - 10 / steps));
   return values.map(value => {
     if (value == null) return null;
-    average = .9 * average + .1 * value;
-    weight = .9 * weight + .1;
+    average = memory * average + (1 - memory) * value;
+    weight = memory * weight + 1 - memory;
     return average / weight;
   });
 }
@@ -62,7 +64,7 @@ function smooth(values) {
 async function extend(news) {
   const [steps, losses] = news.train, [at, measured] = news.heldout;
   if (steps.length || at.length) {
-    await Plotly.extendTraces(plot, { x: [steps, steps, at], y: [losses, smooth(losses), measured] }, [0, 1, 2]);
+    await Plotly.extendTraces(plot, { x: [steps, steps, at], y: [losses, smooth(losses, news.steps || 100), measured] }, [0, 1, 2]);
     points += steps.length;
     at.forEach((step, place) => heldout.set(step, measured[place]));
   }

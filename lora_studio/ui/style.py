@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-import gradio as gr
+from gradio.themes import Base, LocalFont
 from gradio.themes.utils import colors, sizes
 
 HERE = Path(__file__).parent
@@ -10,10 +10,10 @@ ACCENT, ACCENT_DARK = "#4f46e5", "#4338ca"
 LOGO = (HERE / "logo.svg").read_text(encoding="utf-8")
 
 
-def theme() -> gr.themes.Base:
+def theme() -> Base:
     """One accent colour on tinted neutrals; only the font files of Gradio that are whole (weights 400 and 700)."""
-    plex, mono = (gr.themes.LocalFont(f"IBM Plex {kind}", weights=(400, 700)) for kind in ("Sans", "Mono"))
-    return gr.themes.Base(
+    plex, mono = (LocalFont(f"IBM Plex {kind}", weights=(400, 700)) for kind in ("Sans", "Mono"))
+    return Base(
         primary_hue=colors.indigo,
         neutral_hue=colors.slate,
         radius_size=sizes.radius_md,

@@ -1,0 +1,140 @@
+"""The real page in Chromium, from an empty folder to two different answers; the model is tiny and random."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+from playwright.sync_api import Browser, Page, expect  # noqa: E402
+
+from tests.screenshots import CHROMIUM, chromium, live, served, train  # noqa: E402
+from tests.tiny import tiny_model  # noqa: E402
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"),
+]
+STEPS = 120
+HARMLESS = ("status of 422",)  # how Gradio reports that a field was refused
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The app on an empty root, whose starter model is the tiny one, so that nothing is fetched."""
+    folder = tmp_path_factory.mktemp("page")
+    tiny_model(folder / "models" / "starter")
+    with served(folder, LORA_STUDIO_MODELS=str(folder / "models"), HF_HUB_OFFLINE="1") as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as started:
+        yield started
+
+
+class Watch:
+    """Everything a page must not do: script errors, error messages in the console, requests to other hosts."""
+
+    def __init__(self, page: Page, home: str) -> None:
+        self.wrong: list[str] = []
+        page.on("pageerror", lambda error: self.wrong.append(f"script: {error}"))
+        page.on("console", lambda said: self._said(said.type, said.text))
+        page.on("request", lambda request: self._asked(request.url, home))
+
+    def _said(self, kind: str, text: str) -> None:
+        if kind == "error" and not any(known in text for known in HARMLESS):
+            self.wrong.append(f"console: {text}")
+
+    def _asked(self, address: str, home: str) -> None:
+        if not address.startswith((home, "data:", "blob:")):
+            self.wrong.append(f"request: {address}")
+
+
+def points(page: Page) -> int:
+    return int(live(page).get_attribute("data-points") or 0)
+
+
+def overflow(page: Page) -> int:
+    return page.evaluate("document.documentElement.scrollWidth - innerWidth")
+
+
+def wait_for_points(page: Page, count: int) -> None:
+    """Until the curve has at least so many points."""
+    page.wait_for_function(
+        "count => document.querySelector('#live [data-points]')?.dataset.points >= count", arg=count, timeout=40_000
+    )
+
+
+def test_from_a_sample_to_two_different_answers(url: str, browser: Browser, tmp_path: Path) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    watch = Watch(page, url)
+    model = tiny_model(tmp_path / "tiny")
+    train(page, url, str(model), STEPS, learning_rate="0.05", batch="2")
+
+    wait_for_points(page, 5)
+    early = points(page)
+    wait_for_points(page, early + 5)  # it grows while we look
+    page.wait_for_url(re.compile(r"[?&]run=[0-9a-f]{32}"))
+    expect(page.locator("#live .plot .main-svg").first).to_be_visible()
+
+    before = points(page)
+    page.reload()
+    wait_for_points(page, before)
+    elsewhere = browser.new_context().new_page()
+    elsewhere.goto(page.url)
+    wait_for_points(elsewhere, before)
+    elsewhere.context.close()
+
+    expect(live(page)).to_have_attribute("data-state", "done", timeout=60_000)
+    assert points(page) == STEPS
+    expect(page.locator("#live .samples article").first).to_be_visible()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.locator("#chips button").first.click()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("#base-badge")).to_contain_text("max difference 0", timeout=30_000)
+    expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=30_000)
+    base, adapted = (page.locator(f"#{pane}-answer .answer").inner_text() for pane in ("base", "adapted"))
+    assert base and adapted and base != adapted
+    expect(page.locator("#expected")).to_contain_text("Wanted")
+
+    page.get_by_role("tab", name="4 Export").click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the adapter").click()
+    assert download.value.suggested_filename.endswith(".zip") and not download.value.failure()
+    assert watch.wrong == []
+
+
+def test_nothing_is_wider_than_a_phone(url: str, browser: Browser) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    watch = Watch(page, url)
+    page.goto(url)
+    page.get_by_role("button", name="Plain English").click()
+    expect(page.locator("#preview .rendered")).to_be_visible(timeout=30_000)
+    for tab in ("1 Data", "2 Train", "3 Compare", "4 Export"):
+        page.get_by_role("tab", name=tab).click()
+        expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
+        assert overflow(page) <= 0, tab
+    assert watch.wrong == []
+
+
+def test_mistakes_are_answered_where_they_are_made(url: str, browser: Browser, tmp_path: Path) -> None:
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    watch = Watch(page, url)
+    page.goto(url)
+    (tmp_path / "ragged.csv").write_text("a,b\n1,2,<img src=x onerror=alert(1)>\n")
+    page.locator("#upload input[type=file]").set_input_files(tmp_path / "ragged.csv")
+    expect(page.locator("#data-problem")).to_contain_text("E_RAGGED", timeout=20_000)
+    page.get_by_role("tab", name="2 Train").click()
+    page.get_by_label("Batch", exact=True).fill("0")
+    expect(page.locator("#cost")).to_contain_text("Batch is 0.", timeout=20_000)
+    page.get_by_role("button", name="Start training").click()
+    expect(page.locator("#set-batch-size")).to_contain_text("Batch is 0. Give a whole number")
+    page.get_by_label("Batch", exact=True).fill("4")
+    expect(page.locator("#cost")).to_contain_text("trainable of", timeout=20_000)
+    page.get_by_role("button", name="Start training").click()
+    expect(page.locator("#train-problem")).to_contain_text("E_NO_DATA", timeout=20_000)
+    assert watch.wrong == []

@@ -1,0 +1,76 @@
+"""The one object that page, command line and tests hold."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lora_studio.core.spec import LoraSpec
+from lora_studio.errors import StudioError
+from lora_studio.runs.config import DataChoice, RunConfig
+from lora_studio.settings import TrainConfig
+from lora_studio.studio import Studio, default_root
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Studio:
+    return Studio(tmp_path)
+
+
+@pytest.fixture
+def rows(studio: Studio) -> DataChoice:
+    text = "\n".join(json.dumps({"note": f"n{n}", "question": "q" * n, "answer": "a" * n}) for n in range(11, 31))
+    return DataChoice(id=studio.data.add_text(text).id)
+
+
+def test_inspection_follows_the_choice_the_model_and_the_limit(studio: Studio, rows: DataChoice, tiny: Path) -> None:
+    seen = studio.inspect(rows, str(tiny))
+    assert (seen.format, dict(seen.columns)) == ("prompt_completion", {"prompt": "question", "completion": "answer"})
+    assert (seen.rows, seen.train, seen.heldout, seen.lengths.cut) == (20, 18, 2, 0)
+    assert seen == studio.inspect(rows, str(tiny))
+    cut = studio.inspect(rows, str(tiny), TrainConfig(max_length=20, holdout=0.0))
+    assert cut.lengths.cut > 0 and cut.heldout == 0 and any("cut at 20 tokens" in warning for warning in cut.warnings)
+    other = studio.inspect(DataChoice(id=rows.id, columns={"prompt": "note", "completion": "question"}), str(tiny))
+    assert other.lengths.supervised == seen.lengths.supervised and other.lengths.total != seen.lengths.total
+    text = studio.inspect(DataChoice(id=rows.id, format="text", columns={"text": "note"}), str(tiny))
+    assert text.format == "text" and text.lengths.median == 4  # n, two digits, end
+
+
+def test_the_preview_shows_any_row(studio: Studio, rows: DataChoice, tiny: Path) -> None:
+    for row in (0, 7, 19, 20, -1):
+        text = "".join(piece.text for piece in studio.preview(rows, row, str(tiny)) if piece.kind == "trained")
+        assert text == "a" * (row % 20 + 11) + "<|end|>"
+
+
+def test_a_plan_knows_the_dataset(studio: Studio, rows: DataChoice, tiny: Path) -> None:
+    short, long = (studio.plan(str(tiny), LoraSpec(), TrainConfig(batch_size=size), rows) for size in (2, 16))
+    assert short.estimate.trainable == long.estimate.trainable
+    assert short.estimate.memory_bytes["activations"] < long.estimate.memory_bytes["activations"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"dataset": DataChoice(id="f" * 32)}, "E_DATASET_NOT_FOUND"),
+        ({"dataset": DataChoice(id="../../etc")}, "E_DATASET_NOT_FOUND"),
+        ({"model": "nothing"}, "E_MODEL_ID"),
+        ({"method": LoraSpec(targets=("attn.z",))}, "E_TARGETS"),
+        ({"train": TrainConfig(max_length=8)}, "E_NO_TARGET"),
+        ({"task": "dream"}, "E_CONFIG"),
+    ],
+)
+def test_starting_says_what_is_wrong_and_writes_nothing(
+    studio: Studio, rows: DataChoice, tiny: Path, change: dict, code: str
+) -> None:
+    with pytest.raises(StudioError) as caught:
+        studio.start(RunConfig(**({"model": str(tiny), "dataset": rows} | change)))
+    assert caught.value.code == code and studio.runs.list() == []
+
+
+def test_the_root_is_one_folder_given_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LORA_STUDIO_ROOT", str(tmp_path / "here"))
+    monkeypatch.delenv("LORA_STUDIO_MODELS", raising=False)
+    studio = Studio()
+    assert studio.root == default_root() == tmp_path / "here"
+    folders = (studio.models.folder, studio.data.folder, studio.runs.folder)
+    assert all(folder.is_relative_to(tmp_path / "here") for folder in folders)

@@ -1,0 +1,254 @@
+"""The page's handlers as plain functions: estimate line, errors in words, escaping, polling, form and knobs."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from lora_studio import charts
+from lora_studio.core.spec import LoraSpec
+from lora_studio.data.batches import Piece
+from lora_studio.errors import StudioError
+from lora_studio.events import Metric, Saved, Started, to_line
+from lora_studio.generate import Answer
+from lora_studio.models import STARTER
+from lora_studio.runs.config import DataChoice, RunConfig
+from lora_studio.settings import TrainConfig
+from lora_studio.studio import Comparison, Studio
+from lora_studio.ui import boundary, build, compare_tab, data_tab, export_tab, form, live, picker, train_tab
+from lora_studio.ui.desk import Desk
+
+EVIL = "<img src=x onerror=alert(1)>"
+DEFAULTS = {name: setting.default for name, setting in form.SETTINGS.items() if name != "targets"}
+PAPER = train_tab.FIRST_PRESET
+
+
+class ReadyDesk(Desk):
+    """A desk whose libraries are loaded; the starter model is not looked for."""
+
+    def ready(self, model: str = "") -> Studio:
+        assert model != STARTER
+        return self.studio
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return ReadyDesk(Studio(tmp_path))
+
+
+@pytest.fixture
+def choice(desk: Desk) -> dict:
+    return data_tab.open_sample(desk, "tickets")[0]
+
+
+def test_estimate_line_follows_rank_and_targets(desk: Desk, tiny: Path, choice: dict) -> None:
+    def trainable(rank: int, preset: str) -> int:
+        line = train_tab.cost(desk, choice, str(tiny), preset, None, **{**DEFAULTS, "rank": rank})
+        found = re.search(r"<b>([\d,]+)</b> trainable of", line)
+        assert found, line
+        return int(found[1].replace(",", ""))
+
+    # two layers, hidden 32, q 32 -> 32 and v 32 -> 16: rank * (64 + 48) each
+    assert trainable(4, PAPER) == 2 * 4 * (64 + 48)
+    assert trainable(8, PAPER) == 2 * trainable(4, PAPER)
+    assert trainable(4, "All linear") > trainable(4, "All attention") > trainable(4, PAPER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "model", "said"),
+    [
+        ({"rank": 0}, None, "Rank is 0."),
+        ({"learning_rate": None}, None, "Learning rate is None."),
+        ({"layers": "first"}, None, "Layers is"),
+        ({}, f"{EVIL}/no", "is no catalogue name"),
+    ],
+)
+def test_estimate_line_gives_way_to_the_problem(
+    desk: Desk, tiny: Path, settings: dict, model: str | None, said: str
+) -> None:
+    line = train_tab.cost(desk, None, model or str(tiny), PAPER, None, **{**DEFAULTS, **settings})
+    assert said in line and "class='problem'" in line and EVIL not in line
+
+
+def test_boundary_escapes_and_names_the_code() -> None:
+    shown = boundary.as_html(StudioError("E_X", f"{EVIL} is wrong.", f"Not {EVIL}."))
+    assert EVIL not in shown and shown.count("&lt;img") == 2 and "<code>E_X</code>" in shown
+
+
+def test_boundary_hides_what_was_not_written_for_a_person(caplog: pytest.LogCaptureFixture) -> None:
+    @boundary.problem_last(1)
+    def broken() -> str:
+        raise KeyError("secret")
+
+    value, problem = broken()
+    assert value == gr.skip() and "E_UNEXPECTED" in problem and "secret" not in problem
+    assert "secret" in caplog.text  # but it is in the log
+
+
+def test_boundary_of_a_stream_keeps_what_was_shown() -> None:
+    @boundary.problem_last(1)
+    def answers():
+        yield "half"
+        raise StudioError("E_X", "Stopped.")
+
+    (shown, _), (_, problem) = answers()
+    assert shown == "half" and "E_X" in problem
+
+
+def test_preview_escapes_every_piece() -> None:
+    shown = data_tab.preview([Piece(EVIL, "context"), Piece(EVIL, "trained"), Piece(EVIL, "cut")], row=0)
+    assert EVIL not in shown and shown.count("&lt;img") == 3
+    assert "1 of 3 tokens are learnt" in shown
+
+
+def test_answers_and_names_are_escaped() -> None:
+    moment = Comparison(("base", "run"), [Answer(EVIL, 1), Answer(EVIL, 1)], 0.0, 1.0)
+    assert EVIL not in "".join(compare_tab.picture(moment)) + compare_tab.expectation(EVIL)
+    assert "max difference 0)" in compare_tab.badge(0.0) and "bad" in compare_tab.badge(1e-6)
+
+
+def test_data_tab_opens_inspects_and_corrects(desk: Desk, tiny: Path, choice: dict) -> None:
+    assert choice["name"] == "tickets" and choice["format"] == "" and choice["columns"] == {}  # as guessed
+    told, _ = data_tab.inspect(desk, choice, str(tiny), 512, 0.1, 0)
+    assert "Support tickets" in told and "Text and label" in told and "class='bars'" in told
+    shown = data_tab.show_row(desk, choice, 0, str(tiny), 512)
+    assert "class='trained'" in shown
+
+    changed = data_tab.change_format(desk, choice, "prompt_completion")[0]
+    assert changed["format"] == "prompt_completion"
+    swapped, problem = data_tab.change_columns(desk, changed, "label", "text", "", None)
+    assert problem == "" and swapped["columns"] == {"prompt": "label", "completion": "text"}
+    assert "prompt from “label”" in data_tab.inspect(desk, swapped, str(tiny), 512, 0.1, 0)[0]
+
+
+def test_a_bad_file_is_a_problem_in_place(desk: Desk, tmp_path: Path) -> None:
+    picture = tmp_path / "picture.csv"
+    picture.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64))
+    *untouched, problem = data_tab.open_file(desk, str(picture))
+    assert untouched == [gr.skip()] * data_tab.OPENED and "E_TYPE_MISMATCH" in problem
+
+
+def test_form_to_run_config_and_back(desk: Desk, tiny: Path, choice: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk.studio.supervisor, "tick", lambda: None)  # queued is enough
+    raw = {**DEFAULTS, "rank": 3, "alpha": 6, "layers": "0", "steps": 7, "seed": 5, "schedule": "cosine"}
+    run, problem = train_tab.start(desk, choice, str(tiny), "All linear", None, "", **raw)
+    assert problem == ""
+    config = desk.studio.runs.get(run).config
+    assert config == RunConfig(
+        name="tickets r3 all",
+        model=str(tiny),
+        dataset=DataChoice(id=choice["id"], name="tickets"),
+        method=LoraSpec(rank=3, alpha=6.0, layers=(0,), targets=("all-linear",)),
+        train=TrainConfig(steps=7, seed=5, schedule="cosine"),
+    )
+    assert form.method(vars(config.method), config.method.targets) == config.method
+    assert form.training(vars(config.train)) == config.train
+
+
+def test_start_names_what_is_wrong_at_its_control(choice: dict) -> None:
+    verdicts = train_tab.check_start(choice, "m", PAPER, None, "", **{**DEFAULTS, "rank": 0, "batch_size": None})
+    names = ["choice", "model", "preset", "picker", "name", *DEFAULTS]
+    wrong = {name for name, verdict in zip(names, verdicts, strict=True) if not verdict["is_valid"]}
+    assert wrong == {"rank", "batch_size"}
+
+
+def test_start_without_data_says_so(desk: Desk, tiny: Path) -> None:
+    assert "E_NO_DATA" in train_tab.start(desk, None, str(tiny), PAPER, None, "", **DEFAULTS)[1]
+
+
+def test_run_names_stay_unique() -> None:
+    assert train_tab.unique("a", set()) == "a"
+    assert train_tab.unique("a", {"a", "a (2)"}) == "a (3)"
+
+
+def test_every_knob_has_a_control_that_starts_at_its_default() -> None:
+    for name, setting in form.SETTINGS.items():
+        if name == "targets":
+            continue  # the picker's
+        made = form.control(setting)
+        assert made.label == setting.label and form.problem(setting, made.value) == "", name
+
+
+def test_picker_presses_presets_and_names_them(desk: Desk, tiny: Path) -> None:
+    matrices = train_tab.show_matrices(desk, str(tiny), PAPER, None)
+    assert matrices["chosen"] == ["attn.q", "attn.v"]
+    assert {entry["group"] for entry in matrices["matrices"]} == {"Attention", "MLP"}
+    everything = train_tab.press_preset(matrices, "All linear")
+    assert picker.targets(everything, PAPER) == ("all-linear",) and picker.preset(everything) == "All linear"
+    own = {**matrices, "chosen": ["mlp.up"]}
+    assert picker.targets(own, PAPER) == ("mlp.up",) and picker.preset(own) == picker.OWN
+
+
+@pytest.mark.parametrize("run", ["0" * 32, "../../etc", "", 7, None, {"a": 1}])
+def test_poll_of_a_run_that_is_not_there(desk: Desk, run: object) -> None:
+    told = live.answer(desk.studio, {"run": run, "start": -3, "list": True})
+    assert told["state"] == ("none" if not run else "missing") and told["runs"] == [] and told["start"] == 0
+    assert live.stop_run(desk.studio, {"run": run})["problem"]
+
+
+def test_poll_gives_only_what_is_new_and_little_of_it(desk: Desk, tiny: Path, choice: dict) -> None:
+    config = RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice), train=TrainConfig(steps=9))
+    run = desk.studio.runs.create(config, {})
+    facts = {"trainable": 1, "total": 2, "device": "cpu", "precision": "float32", "train_rows": 3, "heldout_rows": 1}
+    events = [Started(steps=9, **facts), Metric(step=0, values={"heldout_loss": 5.0})]
+    events += [Metric(step=step, values={"train_loss": 4.0 / step, "learning_rate": 1e-3}) for step in range(1, 10)]
+    events += [Metric(step=9, values={"heldout_loss": float("nan")}), Saved(step=9, heldout_loss=0.5)]
+    lines = [to_line(event, time=0.0, attempt=1) for event in events]
+    (run.path / "events.jsonl").write_text("\n".join(lines[:6]) + "\n")
+    first = live.answer(desk.studio, {"run": run.id, "start": 0})
+    assert first["train"][0] == [1, 2, 3, 4] and first["heldout"] == ([0], [5.0]) and first["about"]["name"] == "n"
+    (run.path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    news = live.answer(desk.studio, {"run": run.id, "start": first["next"]})
+    assert news["train"][0] == [5, 6, 7, 8, 9] and news["heldout"] == ([9], [None]) and news["saved"] == [9]
+    assert "about" not in news and len(json.dumps(news)) < 1000
+
+
+def test_run_list_is_sent_only_when_it_changed(desk: Desk, tiny: Path, choice: dict) -> None:
+    config = RunConfig(name=EVIL, model=str(tiny), dataset=DataChoice(**choice))
+    run = desk.studio.runs.create(config, {})
+    told = live.answer(desk.studio, {"run": "", "start": 0, "list": True})
+    assert [entry["id"] for entry in told["runs"]] == [run.id]
+    assert "runs" not in live.answer(desk.studio, {"run": "", "start": 0, "list": True, "known": told["token"]})
+    desk.studio.stop(run.id)
+    assert "runs" in live.answer(desk.studio, {"run": "", "start": 0, "list": True, "known": told["token"]})
+
+
+def test_first_view_prefers_the_address_then_the_active_run(desk: Desk, tiny: Path, choice: dict) -> None:
+    assert build.first_view(desk, "")[0] == ""
+    config = RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice))
+    old = desk.studio.runs.create(config, {})
+    new = desk.studio.runs.create(replace(config, name="m"), {})
+    desk.studio.stop(new.id)
+    assert build.first_view(desk, "")[0] == old.id
+    shown, _, restored, *_ = build.first_view(desk, new.id)
+    assert shown == new.id and restored == choice
+
+
+def test_compare_and_export_ask_for_a_run(desk: Desk) -> None:
+    raw = {"max_new_tokens": 4, "temperature": 0.8, "top_p": 1.0, "seed": 0}
+    (shown,) = compare_tab.compare(desk, None, "hello", compare_tab.GREEDY, 1.0, **raw)
+    assert "E_NO_RUN" in shown[-1]
+    assert "E_NO_RUN" in export_tab.pack(desk, None, False)[-1]
+
+
+def test_long_curves_are_thinned_but_keep_their_peaks() -> None:
+    values: list[float | None] = [1.0] * 100_000
+    values[777] = 9.0
+    steps, kept = live.thin(range(100_000), values, 1000)
+    assert len(steps) <= 1002 and (777, 9.0) in zip(steps, kept, strict=True)
+
+
+def test_charts_are_figures_of_their_data() -> None:
+    figure = charts.loss_curves(([1, 2, 3], [3.0, None, 1.0]), ([0, 3], [3.5, 1.5]), kept=3)
+    assert [trace.name for trace in figure.data] == ["train", "train, smoothed", "held out", "kept"]
+    assert charts.smooth([2.0, 2.0, None], 100) == pytest.approx([2.0, 2.0, None])
+    assert sum(charts.token_histogram([1, 2, 3], 29, limit=20).data[0].y) == 6
+
+
+def test_the_whole_page_builds(desk: Desk) -> None:
+    page = build.build(desk)
+    public = {fn.api_name for fn in page.fns.values() if fn.api_visibility == "public"}
+    assert public == {"start_run", "run_status", "run_events", "stop_run", "plan", "add_dataset", "compare"}
