@@ -21,11 +21,11 @@ def loss_curves(train: Curve, heldout: Curve = ((), ()), kept: int | None = None
     figure = go.Figure(layout=_layout("step", "loss"))
     faint = {"line": {"width": 1, "color": TRAIN}, "opacity": 0.38, "hoverinfo": "skip"}
     figure.add_scatter(x=list(steps), y=list(losses), name="train", mode="lines", **faint)
-    line = {"width": 2.2, "color": TRAIN}
-    figure.add_scatter(x=list(steps), y=smooth(losses, max(steps, default=1)), name="train, smoothed", mode="lines", line=line)
+    line, even = {"width": 2.2, "color": TRAIN}, smooth(losses, max(steps, default=1))
+    figure.add_scatter(x=list(steps), y=even, name="train, smoothed", mode="lines", line=line)
     line = {"width": 1.5, "color": HELDOUT}
     figure.add_scatter(x=list(at), y=list(measured), name="held out", mode="lines+markers", line=line)
-    if kept in at:
+    if kept is not None and kept in at:
         ring = {"size": 13, "color": "rgba(0, 0, 0, 0)", "line": {"width": 2, "color": HELDOUT}}
         figure.add_scatter(x=[kept], y=[measured[list(at).index(kept)]], name="kept", mode="markers", marker=ring)
     return figure

@@ -305,11 +305,12 @@ class ModelLibrary:
         return None
 
     def _download(self, repo: str, *, weights: bool, say: Callable[[str], None]) -> Path:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
 
-        say(f"Fetching {repo} from the Hub" if weights else f"Reading the configuration of {repo}")
         wanted = FILES if weights else [pattern for pattern in FILES if pattern != "*.safetensors"]
         with _named_hub_errors(repo):
+            HfApi().model_info(repo, timeout=PATIENCE_S)  # one question first: a download waits minutes for a dead Hub
+            say(f"Fetching {repo} from the Hub" if weights else f"Reading the configuration of {repo}")
             folder = Path(
                 snapshot_download(repo, cache_dir=self.folder / "hub", allow_patterns=wanted, etag_timeout=PATIENCE_S)
             )
@@ -437,21 +438,21 @@ def _lock(path: Path) -> Iterator[None]:
 @contextmanager
 def _named_hub_errors(repo: str) -> Iterator[None]:
     """The Hub client's errors as ours: E_MODEL_NOT_FOUND, E_GATED, E_OFFLINE."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import errors
 
     try:
         yield
-    except GatedRepoError as error:
+    except errors.GatedRepoError as error:
         raise StudioError(
             "E_GATED",
             f"{repo} is gated.",
             f"Accept its licence at huggingface.co/{repo} and log in with `hf auth login`.",
         ) from error
-    except RepositoryNotFoundError as error:
+    except errors.RepositoryNotFoundError as error:
         raise StudioError(
             "E_MODEL_NOT_FOUND", f"The Hub has no model {quote(repo)}.", "Check owner and name."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise StudioError(
             "E_OFFLINE",
             f"{repo} is not on this machine and the Hub does not answer.",

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,12 @@ def test_a_hub_model_is_fetched_once_and_then_needs_no_network(tiny: Path, tmp_p
         assert not any(".bin" in request or ".py" in request for request in hub.requests)
     offline = fetch(tmp_path, environment, "some/tiny", "some/other")
     assert offline == [lines[0], "some/other E_OFFLINE"]
+
+
+def test_a_hub_that_never_answers_is_given_up(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        environment = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(tmp_path / "home")}
+        assert fetch(tmp_path, environment, "some/tiny") == ["some/tiny E_OFFLINE"]
 
 
 def test_precision_and_fit_follow_the_machine() -> None:

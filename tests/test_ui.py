@@ -211,7 +211,8 @@ def test_run_list_is_sent_only_when_it_changed(desk: Desk, tiny: Path, choice: d
     run = desk.studio.runs.create(config, {})
     told = live.answer(desk.studio, {"run": "", "start": 0, "list": True})
     assert [entry["id"] for entry in told["runs"]] == [run.id]
-    assert "runs" not in live.answer(desk.studio, {"run": "", "start": 0, "list": True, "known": told["token"]})
+    again = live.answer(desk.studio, {"run": "", "start": 0, "list": True, "known": told["token"]})
+    assert "runs" not in again and again["active"] == [{"id": run.id, "step": 0, "steps": config.train.steps}]
     desk.studio.stop(run.id)
     assert "runs" in live.answer(desk.studio, {"run": "", "start": 0, "list": True, "known": told["token"]})
 

@@ -8,10 +8,13 @@ from gradio.events import api
 from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError
 from lora_studio.fields import build
+from lora_studio.models import STARTER
 from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.settings import Sampling, TrainConfig
 from lora_studio.ui.boundary import toasted
 from lora_studio.ui.desk import Desk
+
+SPEC, TRAIN = LoraSpec(), TrainConfig()  # their defaults are the endpoints'
 
 
 def register(desk: Desk) -> None:
@@ -33,11 +36,11 @@ def _data(desk: Desk) -> tuple[Callable, ...]:
         return desk.studio.data.add_text(text, name).id
 
     def plan(
-        model: str = "starter",
-        rank: int = 8,
-        targets: str = "attn.q,attn.v",
-        steps: int = 60,
-        batch_size: int = 8,
+        model: str = STARTER,
+        rank: int = SPEC.rank,
+        targets: str = ",".join(SPEC.targets),
+        steps: int = TRAIN.steps,
+        batch_size: int = TRAIN.batch_size,
         dataset: str = "",
     ) -> dict:
         """What a run would adapt and cost: matrices, parameters, bytes, seconds.
@@ -60,13 +63,13 @@ def _data(desk: Desk) -> tuple[Callable, ...]:
 def _runs(desk: Desk) -> tuple[Callable, ...]:
     def start_run(
         dataset: str,
-        model: str = "starter",
-        rank: int = 8,
-        targets: str = "attn.q,attn.v",
-        learning_rate: float = 0.002,
-        steps: int = 60,
-        batch_size: int = 8,
-        seed: int = 0,
+        model: str = STARTER,
+        rank: int = SPEC.rank,
+        targets: str = ",".join(SPEC.targets),
+        learning_rate: float = TRAIN.learning_rate,
+        steps: int = TRAIN.steps,
+        batch_size: int = TRAIN.batch_size,
+        seed: int = TRAIN.seed,
         name: str = "",
     ) -> str:
         """Queue a training run and return its id at once.
@@ -134,7 +137,9 @@ def _runs(desk: Desk) -> tuple[Callable, ...]:
 
 
 def _answers(desk: Desk) -> tuple[Callable, ...]:
-    def compare(run: str, prompt: str, strength: float = 1.0, max_new_tokens: int = 128) -> Iterator[tuple[str, str]]:
+    def compare(
+        run: str, prompt: str, strength: float = 1.0, max_new_tokens: int = Sampling().max_new_tokens
+    ) -> Iterator[tuple[str, str]]:
         """The base model's and the adapted model's answer to one prompt, as they grow.
 
         Args:

@@ -161,6 +161,13 @@ function about(run) {
   return run.reason || WORDS[run.state];
 }
 
+function progress(id, step, steps) {
+  const row = runs.find(one => one.id === id);
+  if (!row || row.step === step) return;
+  [row.step, row.steps] = [step, steps];
+  $(`[data-pick="${id}"] span`).textContent = about(row);
+}
+
 function list() {
   $('section.runs').hidden = !runs.length;
   const focused = document.activeElement?.dataset?.pick;
@@ -198,6 +205,7 @@ log.addEventListener('toggle', () => tick());
 
 async function take(news) {
   if (news.runs) { runs = news.runs; token = news.token; list(); }
+  for (const { id, step, steps } of news.active || []) progress(id, step, steps);
   if (news.run !== run || news.start !== seen || !run) return;  // an answer to an older question
   if (news.state === 'missing') {
     element.dataset.state = state = 'missing';
@@ -219,8 +227,7 @@ async function take(news) {
   if (news.samples.length) samples();
   if (news.state !== state) listed = 0;  // the list shows another state, too
   figures(news);
-  const row = runs.find(one => one.id === run);
-  if (row && row.step !== news.step) { row.step = news.step; row.steps = news.steps; list(); }
+  progress(run, news.step, news.steps);
   if (news.log != null) $('.log pre').textContent = news.log;
 }
 

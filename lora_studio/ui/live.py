@@ -150,20 +150,24 @@ def _about(run: Run) -> dict[str, str]:
 
 
 def _changed_runs(store: RunStore, known: Any) -> dict[str, Any]:
-    runs = [
-        {
-            "id": run.id,
-            "name": run.name or run.id[:8],
-            "state": run.status,
-            "step": run.step,
-            "steps": run.steps,
-            "loss": _rounded(run.summary.get("best_loss")),
-            "reason": (run.error or {}).get("message", ""),
-        }
-        for run in store.list()
-    ]
-    token = "".join(f"{run['id'][:8]}{run['state'][0]}" for run in runs) + str(sum(run["step"] for run in runs))
-    return {} if token == known else {"runs": runs, "token": token}
+    """All runs when one came, went or changed its state; else only how far the active ones are."""
+    runs = store.list()
+    token = "".join(f"{run.id[:8]}{run.status[0]}" for run in runs)
+    if token == known:
+        return {"active": [{"id": run.id, "step": run.step, "steps": run.steps} for run in runs if run.active]}
+    return {"token": token, "runs": [_entry(run) for run in runs]}
+
+
+def _entry(run: Run) -> dict[str, Any]:
+    return {
+        "id": run.id,
+        "name": run.name or run.id[:8],
+        "state": run.status,
+        "step": run.step,
+        "steps": run.steps,
+        "loss": _rounded(run.summary.get("best_loss")),
+        "reason": (run.error or {}).get("message", ""),
+    }
 
 
 def _id(run: Any) -> str:
