@@ -73,7 +73,7 @@ async function extend(news) {
     if (height != null) await Plotly.restyle(plot, { x: [[best]], y: [[height]] }, [3]);
   }
   if (news.steps && plot.layout.xaxis.autorange !== false) {
-    await Plotly.relayout(plot, { 'xaxis.range': [0, news.steps * 1.01] });
+    await Plotly.relayout(plot, { 'xaxis.range': [-.015 * news.steps, 1.01 * news.steps] });
   }
 }
 
