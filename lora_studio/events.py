@@ -98,4 +98,6 @@ def from_line(line: str | bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and record.get("type") in EVENTS else None
+    if not isinstance(record, dict) or record.get("type") not in EVENTS or type(record.get("step")) is not int:
+        return None
+    return record if record["type"] != "Metric" or isinstance(record.get("values"), dict) else None

@@ -5,7 +5,7 @@ one batch. Rows are drawn with the same random number at each step, so with equa
 equal too, and a difference between two panes is never luck.
 """
 
-import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +14,8 @@ import torch
 from transformers import DynamicCache
 
 from lora_studio.core.lora import LoRA, Row
+from lora_studio.models import context
 from lora_studio.settings import Sampling
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,10 @@ def stream(
     """One new token per row and step, None for rows that have ended; prompts are padded on the left.
 
     The token that ends a row is not yielded. Call inside `lora.use(...)`, which decides what each row runs.
+    A prompt that leaves no room in the model's context loses its beginning.
     """
+    room = context(model) or sys.maxsize
+    prompts = [prompt[-(room - 1) :] for prompt in prompts]
     device = next(model.parameters()).device
     width = max(len(prompt) for prompt in prompts)
     ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
@@ -45,7 +47,7 @@ def stream(
     draws = torch.Generator().manual_seed(sampling.seed)
     running = [True] * len(prompts)
     padded = bool((mask == 0).any())
-    for _ in range(sampling.max_new_tokens):
+    for _ in range(min(sampling.max_new_tokens, room - width)):
         output = model(
             input_ids=ids,
             attention_mask=mask if padded else None,

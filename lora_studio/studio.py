@@ -10,7 +10,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,10 +166,14 @@ class Studio:
         """The matrices that would be adapted, exact parameter counts, forecast memory and time."""
         from lora_studio.core.lora import plan
         from lora_studio.estimate import estimate
-        from lora_studio.models import device, training_precision
+        from lora_studio.models import context, device, training_precision
 
         check(config)
         skeleton = self.models.skeleton(model)
+        most = context(skeleton)
+        if most and config.max_length > most:
+            message = f"The length limit is {config.max_length}, this model reads at most {most} tokens."
+            raise StudioError("E_CONTEXT", message, f"Set the length limit to {most} or less.")
         targets = plan(skeleton, spec)
         seen = self.inspect(choice, model, config) if choice else None
         on = device()
@@ -191,6 +195,7 @@ class Studio:
     def start(self, config: RunConfig) -> Run:
         """Queue a run; everything that can be wrong with it is said here, before anything is written."""
         check(config)
+        config = replace(config, model=self.models.lasting_name(config.model))
         plan = self.plan(config.model, config.method, config.train, config.dataset)
         facts = {"revision": self.models.revision(config.model), "estimate": plan.estimate.as_json()}
         entry = CATALOGUE.get(config.model)
@@ -233,6 +238,7 @@ class Studio:
         All runs must share a base model. Raises E_NO_PROMPT, E_NO_ADAPTER, E_MIXED_BASES, E_STRENGTH.
         """
         from lora_studio.generate import Sampling, base_difference, compare
+        from lora_studio.models import context
 
         if not prompt.strip():
             raise StudioError("E_NO_PROMPT", "The prompt is empty.", "Write one, or pick a held-out row.")
@@ -243,6 +249,10 @@ class Studio:
         with self._busy:
             loaded = self._with_adapters(views)
             ids = self._prompt_ids(views[0], loaded.tokenizer, prompt)
+            most = context(loaded.lora.model)
+            if most and len(ids) >= most:
+                message = f"The prompt is {len(ids)} tokens long, this model reads at most {most}."
+                raise StudioError("E_CONTEXT", message, "Shorten it.")
             rows = [None, *({view.id: strength} for view in views)]
             difference = base_difference(loaded.lora, ids, rows)
             names, clock = ("base", *(view.id for view in views)), time.monotonic()

@@ -77,7 +77,7 @@ def train(job: Job) -> Iterator[Event]:
         message = f"A learning rate of {config.learning_rate:g} is high for a model of this size; {usual:.1g} is usual."
         yield Warned(step=0, code="W_RATE", message=message)
     torch.manual_seed(config.seed)  # dropout's
-    measure_at = {round(steps * part / config.evaluations) for part in range(1, config.evaluations + 1)}
+    measure_at = measured_steps(config, steps)
     yield from _measure(job, step=0)
     clock, seen = time.monotonic(), 0
     for step, batch in enumerate(_batches(rows, config, steps), start=1):
@@ -117,6 +117,11 @@ def heldout_loss(job: Job) -> float | None:
         return None
     with job.lora.use(job.adapter):
         return mean_loss(job.lora, rows)
+
+
+def measured_steps(config: TrainConfig, steps: int) -> frozenset[int]:
+    """The steps after which the held-out loss is measured and samples are answered; the last is among them."""
+    return frozenset(math.ceil(steps * part / config.evaluations) for part in range(1, config.evaluations + 1))
 
 
 def schedule(config: TrainConfig, step: int, steps: int) -> float:

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lora_studio"
 # Each row may import the rows above it, and the lines above it in its own row.
 HOUSE = [
-    ["errors", "fields", "events"],
+    ["errors", "fields", "events", "hub"],
     ["core.spec", "core.layout", "core.slot", "core.lora", "core.merge", "core.lean"],
     ["settings"],
     ["data.readers", "data.formats", "data.library", "data.batches"],

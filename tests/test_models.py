@@ -32,7 +32,7 @@ def changed(tiny: Path, to: Path, what: str) -> Path:
     shutil.copytree(tiny, to)
     config = json.loads((to / "config.json").read_text())
     if what == "remote code":
-        config["auto_map"] = {"AutoModelForCausalLM": "model.Model"}
+        config |= {"auto_map": {"AutoModelForCausalLM": "model.Model"}, "model_type": "foreign"}
         (to / "model.py").write_text(f"open({str(to / 'ran')!r}, 'w')")
     elif what == "unknown type":
         config["model_type"] = "nothing"
@@ -73,6 +73,14 @@ def test_a_folder_that_is_not_right_is_refused_by_name(what: str, tiny: Path, tm
         ModelLibrary(tmp_path).load(str(folder), precision="float32", on="cpu")
     assert caught.value.code == REFUSED[what] and caught.value.hint
     assert not (folder / "ran").exists()
+
+
+def test_code_that_comes_with_a_known_architecture_is_not_run(tiny: Path, tmp_path: Path) -> None:
+    folder = changed(tiny, tmp_path / "model", "remote code")
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = ModelLibrary(tmp_path).load(str(folder), precision="float32", on="cpu")
+    assert type(model).__name__ == "LlamaForCausalLM" and not (folder / "ran").exists()
 
 
 def test_a_missing_tokenizer_is_named(tiny: Path, tmp_path: Path) -> None:
@@ -123,6 +131,20 @@ def test_a_hub_model_is_fetched_once_and_then_needs_no_network(tiny: Path, tmp_p
         assert not any(".bin" in request or ".py" in request for request in hub.requests)
     offline = fetch(tmp_path, environment, "some/tiny", "some/other")
     assert offline == [lines[0], "some/other E_OFFLINE"]
+
+
+def test_a_download_that_was_cut_off_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
+    sharded = tmp_path / "sharded"
+    model = ModelLibrary(tmp_path).load(str(tiny), precision="float32", on="cpu")
+    model.save_pretrained(sharded, max_shard_size="60KB")
+    shutil.copy(tiny / "tokenizer.json", sharded)
+    shutil.copy(tiny / "tokenizer_config.json", sharded)
+    assert len(list(sharded.glob("model-*.safetensors"))) > 1
+    with FakeHub(models={"some/sharded": sharded}) as hub:
+        environment = hub.environment(tmp_path / "home")
+        first = fetch(tmp_path, environment, "some/sharded")
+        next((tmp_path / "models" / "hub").glob("**/snapshots/*/model-00001-*.safetensors")).unlink()
+        assert fetch(tmp_path, environment, "some/sharded") == first and first[0].endswith("True")
 
 
 def test_a_hub_that_never_answers_is_given_up(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError
 from lora_studio.events import Metric, Started, to_line
 from lora_studio.runs.config import DataChoice, Run, RunConfig
-from lora_studio.runs.executors import environment
-from lora_studio.runs.store import Journal, RunStore, write_json
+from lora_studio.runs.executors import Local, environment
+from lora_studio.runs.store import Journal, RunStore, claim, write_json
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
+from tests.tiny import tiny_model
 
 
 @pytest.fixture
@@ -125,6 +126,52 @@ def test_a_wrong_config_is_refused_before_anything_is_written(studio: Studio, ti
     assert studio.runs.list() == []
 
 
+def test_a_relative_model_folder_is_the_same_one_in_the_worker(
+    studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.parent)
+    run = studio.start(dataclasses.replace(config(studio, tiny), model=tiny.name))
+    list(studio.follow(run.id, interval_s=0.02))
+    assert studio.runs.get(run.id).status == "done" and run.config.model == str(tiny)
+
+
+def test_a_stop_before_the_first_step_ends_the_run_as_stopped(studio: Studio, tiny: Path) -> None:
+    run = studio.start(config(studio, tiny, steps=100_000))
+    studio.stop(run.id)
+    list(studio.follow(run.id, interval_s=0.02))
+    assert studio.runs.get(run.id).status == "stopped" and not studio.runs.get(run.id).error
+
+
+def test_without_held_out_rows_each_planned_evaluation_keeps_the_adapter(studio: Studio, tiny: Path) -> None:
+    run = studio.start(config(studio, tiny, holdout=0.0, samples=0))
+    records = list(studio.follow(run.id, interval_s=0.02))
+    assert [r["step"] for r in records if r["type"] == "Saved"] == [2, 4]
+
+
+def test_each_evaluation_is_made_once_also_when_the_last_is_not_the_best(studio: Studio, tiny: Path) -> None:
+    run = studio.start(config(studio, tiny, learning_rate=1.0, steps=6, evaluations=3, schedule="constant"))
+    records = list(studio.follow(run.id, interval_s=0.02))
+    measured = [r["step"] for r in records if r["type"] == "Metric" and "heldout_loss" in r["values"]]
+    assert measured == [0, 2, 4, 6]
+
+
+def test_a_long_held_out_prompt_ends_no_run(studio: Studio, tmp_path: Path) -> None:
+    model = tiny_model(tmp_path / "gpt2", "gpt2", n_positions=64)
+    rows = [json.dumps({"prompt": f"{n} " + "long " * 60, "completion": "ab"}) for n in range(4)]
+    rows += [json.dumps({"prompt": f"say {n}", "completion": "ab"}) for n in range(16)]
+    dataset = studio.data.add_text("\n".join(rows))
+    settings = TrainConfig(steps=2, evaluations=1, samples=5, max_length=60, holdout=0.4)
+    run = studio.start(RunConfig(name="long", model=str(model), dataset=DataChoice(id=dataset.id), train=settings))
+    list(studio.follow(run.id, interval_s=0.02))
+    assert studio.runs.get(run.id).status == "done", studio.runs.get(run.id).error
+    with pytest.raises(StudioError) as caught:
+        studio.start(dataclasses.replace(run.config, train=dataclasses.replace(settings, max_length=65)))
+    assert caught.value.code == "E_CONTEXT"
+    with pytest.raises(StudioError) as caught:
+        next(studio.compare([run.id], "word " * 30))
+    assert caught.value.code == "E_CONTEXT"
+
+
 # ---- files alone -----------------------------------------------------------------------------------------------------
 
 
@@ -182,12 +229,50 @@ def test_a_damaged_run_is_named_and_the_others_are_listed(store: RunStore, text:
     assert caught.value.code == "E_RUN_DAMAGED"
 
 
+@pytest.mark.parametrize("end", ["{}", "[]", "{", '{"status": "else"}'])
+def test_an_end_that_says_nothing_is_no_end(store: RunStore, end: str) -> None:
+    run = put(store)
+    (run.path / "worker.log").touch()
+    (run.path / "exit.json").write_text(end)
+    assert store.get(run.id).status == "lost" and len(store.list()) == 1
+
+
+def test_a_stopped_or_claimed_run_is_not_started_and_a_claimed_one_not_stopped_behind_its_worker(
+    store: RunStore,
+) -> None:
+    stopped, claimed = put(store), put(store)
+    store.request_stop(stopped.id)
+    with claim(claimed.path) as lock, claim(claimed.path) as second:
+        assert lock and second is None
+        store.request_stop(claimed.id)
+        assert not Local().start(claimed.path)
+    assert not Local().start(stopped.path) and store.get(stopped.id).status == "stopped"
+    assert not (claimed.path / "exit.json").exists() and (claimed.path / "control.json").exists()
+    assert not list(store.folder.glob("*/worker.log"))
+
+
+def test_a_worker_that_does_not_stop_when_asked_is_ended(
+    studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = studio.start(config(studio, tiny, steps=100_000))
+    until(studio, run.id, "Metric", step=1)
+    os.kill(json.loads((run.path / "worker.json").read_text())["pid"], signal.SIGSTOP)
+    studio.stop(run.id)
+    studio.supervisor.tick()
+    assert studio.runs.get(run.id).status == "running"  # it has time
+    monkeypatch.setattr("lora_studio.runs.supervisor.PATIENCE_S", -1)
+    studio.supervisor.tick()
+    assert studio.runs.get(run.id).status == "stopped"
+
+
 @pytest.mark.parametrize("id", ["", "..", "../../etc", "zz", "0" * 32, "a" * 64, "\x00", "*"])
 def test_an_id_that_is_no_run_is_not_found_and_never_a_path(store: RunStore, id: str) -> None:
     put(store)
     with pytest.raises(StudioError) as caught:
         store.get(id)
     assert caught.value.code == "E_RUN_NOT_FOUND"
+    with pytest.raises(StudioError):
+        store.events(id)
 
 
 def test_runs_are_listed_newest_first_found_by_a_beginning_and_deleted(store: RunStore) -> None:

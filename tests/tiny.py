@@ -25,15 +25,16 @@ CAUSAL = {
     "gemma2": ("Gemma2", {**GROUPED, "head_dim": 8}),
     "phi3": ("Phi3", GROUPED),
     "gpt_neox": ("GPTNeoX", SIZES),
+    "stablelm": ("StableLm", {**GROUPED, "attention_dropout": 0.0}),  # has sdpa code of its own, so it cannot be packed
 }
 ENCODERS = {"bert": "Bert", "roberta": "Roberta", "distilbert": "DistilBert", "deberta-v2": "DebertaV2"}
 
 
-def causal(family: str, seed: int = 0, vocabulary: int = 97) -> torch.nn.Module:
+def causal(family: str, seed: int = 0, vocabulary: int = 97, **sizes_too: int) -> torch.nn.Module:
     """A two-layer causal model with random weights, in evaluation mode."""
     name, sizes = CAUSAL[family]
     ends = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
-    config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, **ends, **sizes)
+    config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, **ends, **sizes, **sizes_too)
     torch.manual_seed(seed)
     kind = {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM")
     return getattr(transformers, kind)(config).eval()
@@ -60,9 +61,9 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_model(folder: Path, family: str = "llama") -> Path:
+def tiny_model(folder: Path, family: str = "llama", **sizes: int) -> Path:
     """Write a model folder as transformers does."""
     words = tokenizer()
-    causal(family, vocabulary=len(words)).save_pretrained(folder)
+    causal(family, vocabulary=len(words), **sizes).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

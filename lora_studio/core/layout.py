@@ -83,7 +83,20 @@ LAYOUTS: dict[str, Block] = {
         **_whole(attn_o="self_attn.o_proj", mlp_down="mlp.down_proj"),
     },
     **dict.fromkeys(
-        ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "smollm3", "granite", "olmo2"), _LLAMA
+        (
+            "llama",
+            "mistral",
+            "qwen2",
+            "qwen3",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "smollm3",
+            "granite",
+            "olmo2",
+            "stablelm",
+        ),
+        _LLAMA,
     ),
     **dict.fromkeys(BERT_FAMILY, _BERT),
     "deberta-v2": _whole(

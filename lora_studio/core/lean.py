@@ -65,8 +65,9 @@ def packable(model: nn.Module) -> bool:
     """Whether the packed path computes what this model means: plain softmax attention that sdpa covers."""
     config: Any = model.config
     text = config.get_text_config()
-    # A model without a choice of attention (linear attention, alibi) keeps its own way; so does score capping.
-    return bool(getattr(model, "_supports_sdpa", False)) and not getattr(text, "attn_logit_softcapping", None)
+    # Only models that call the attention interface can be packed; falcon and stablelm have sdpa code of their own.
+    through_interface = getattr(model, "_supports_sdpa", False) and getattr(model, "_supports_attention_backend", False)
+    return bool(through_interface) and not getattr(text, "attn_logit_softcapping", None)
 
 
 @contextmanager

@@ -196,11 +196,12 @@ def plan(model: nn.Module, spec: LoraSpec) -> list[Target]:
         if not hits:
             raise _no_match(everything, wanted)
         chosen.update({(hit.name, hit.role): hit for hit in hits})
-    if not chosen:
-        raise StudioError("E_TARGETS", "No matrix is selected.", "Choose at least one, for instance attn.q and attn.v.")
     order = {(target.name, target.role): number for number, target in enumerate(everything)}
-    kept = [chosen[key] for key in sorted(chosen, key=order.__getitem__)]
-    return [target for target in kept if not spec.layers or target.layer in spec.layers]
+    picked = [chosen[key] for key in sorted(chosen, key=order.__getitem__)]
+    kept = [target for target in picked if not spec.layers or target.layer in spec.layers]
+    if not kept:
+        raise StudioError("E_TARGETS", "No matrix is selected.", "Choose at least one, for instance attn.q and attn.v.")
+    return kept
 
 
 def _matching(everything: list[Target], wanted: str) -> list[Target]:

@@ -1,6 +1,5 @@
 """Where a worker runs: start(path), alive(path), kill(path). The run folder is the only data path."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -8,12 +7,14 @@ import sys
 from pathlib import Path
 from typing import Protocol
 
-from lora_studio.runs.store import is_locked, read_json
+from lora_studio.runs.store import claim, is_locked, read_json
 
 # What a worker may know of the environment. Tokens and everything else stay outside.
-ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "PYTHONPATH")
+ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH", "XDG_CACHE_HOME")
 FAMILIES = ("LC_", "LORA_STUDIO_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "TORCH_", "PYTORCH_", "SPACE")
-HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")
+HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")  # never HF_TOKEN itself
+NETWORK = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CERT")
+PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")  # in small letters too
 
 
 class Executor(Protocol):
@@ -41,13 +42,9 @@ class Local:
     def start(self, path: Path) -> bool:
         """The lock is taken here and inherited, so that there is no moment in which the run looks unclaimed."""
         self.reap()
-        with (path / "worker.lock").open("wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            if (path / "worker.log").exists():
-                return False  # somebody started it between our look and our lock
+        with claim(path) as lock:
+            if lock is None or (path / "worker.log").exists() or (path / "exit.json").exists():
+                return False  # somebody else started it, stopped it or deletes it at this moment
             with (path / "worker.log").open("ab") as log:
                 command = [sys.executable, "-m", "lora_studio.runs.worker", str(path)]
                 self._children[path] = subprocess.Popen(
@@ -57,7 +54,6 @@ class Local:
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     pass_fds=(lock.fileno(),),
-                    cwd=path,
                     env=environment(),
                 )
         return True
@@ -79,7 +75,8 @@ class Local:
 
 def environment() -> dict[str, str]:
     """The allow-listed part of our environment, and where this package is found."""
-    kept = {name: value for name, value in os.environ.items() if name in ENVIRONMENT + HUB or name.startswith(FAMILIES)}
+    names = {*ENVIRONMENT, *HUB, *NETWORK, *PROXIES, *map(str.lower, PROXIES)}
+    kept = {name: value for name, value in os.environ.items() if name in names or name.startswith(FAMILIES)}
     here = str(Path(__file__).resolve().parents[2])
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [here, kept.get("PYTHONPATH", "")]))
     kept |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}

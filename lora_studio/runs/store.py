@@ -19,10 +19,11 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lora_studio.errors import StudioError, quote
 from lora_studio.events import from_line
@@ -61,6 +62,23 @@ def is_locked(path: Path) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+@contextmanager
+def claim(path: Path) -> Iterator[BinaryIO | None]:
+    """The open lock of a run, held inside, or None when a worker or another claimer has it."""
+    try:
+        lock = (path / "worker.lock").open("wb")
+    except FileNotFoundError:  # the run was deleted
+        yield None
+        return
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+        else:
+            yield lock
 
 
 class Journal:
@@ -108,6 +126,7 @@ class RunStore:
     def __init__(self, root: Path) -> None:
         self.folder = root / "runs"
         self._journals: dict[str, Journal] = {}
+        self._ended: dict[str, Run] = {}  # what has ended does not change any more
 
     def create(self, config: RunConfig, facts: Mapping[str, Any]) -> Run:
         """A new queued run. `facts` are what was known before launch: model revision, data fingerprint, estimate."""
@@ -127,7 +146,8 @@ class RunStore:
 
     def events(self, run: str, start: int = 0) -> list[dict[str, Any]]:
         """The run's events from number `start` on, oldest first."""
-        return self._journal(run, self.folder / run).refresh().records[start:]
+        view = self.get(run)
+        return self._journal(view.id, view.path).refresh().records[start:]
 
     def log(self, run: str, limit: int = 4000) -> str:
         """The end of what the worker printed, at most `limit` characters."""
@@ -139,20 +159,24 @@ class RunStore:
     def request_stop(self, run: str) -> None:
         """Ask the worker to end after its current step and keep what it has; a queued run ends at once."""
         view = self.get(run)
-        if view.status == "queued":
-            write_json(view.path / "exit.json", {"status": "stopped", "step": 0, "values": {}, "time": time.time()})
-        elif view.status == "running":
-            write_json(view.path / "control.json", {"stop": True})
+        with claim(view.path) as lock:
+            if lock and not (view.path / "worker.log").exists() and not (view.path / "exit.json").exists():
+                write_json(view.path / "exit.json", {"status": "stopped", "step": 0, "values": {}, "time": time.time()})
+                return
+        if not (view.path / "exit.json").exists():
+            write_json(view.path / "control.json", {"stop": True, "time": time.time()})
 
     def delete(self, run: str) -> None:
         """Forget a run and all its files. Raises E_RUN_ACTIVE while a worker has it."""
         view = self.get(run)
-        if view.status == "running":
-            raise StudioError("E_RUN_ACTIVE", f"{quote(view.name)} is still running.", "Stop it first.")
-        gone = view.path.with_name(f"{view.id}.deleted")
-        view.path.rename(gone)  # no longer a run, even if removing its files is interrupted
+        with claim(view.path) as lock:
+            if lock is None:
+                raise StudioError("E_RUN_ACTIVE", f"{quote(view.name)} is still running.", "Stop it first.")
+            gone = view.path.with_name(f"{view.id}.deleted")
+            view.path.rename(gone)  # no longer a run, even if removing its files is interrupted
         shutil.rmtree(gone)
         self._journals.pop(view.id, None)
+        self._ended.pop(view.id, None)
 
     def _complete(self, beginning: str) -> str:
         found = [
@@ -166,14 +190,21 @@ class RunStore:
         return self._journals.setdefault(run, Journal(path / "events.jsonl"))
 
     def _view(self, run: str, path: Path) -> Run:
+        if run not in self._ended:
+            view = self._look(run, path)
+            if view.active or view.status == "lost":
+                return view
+            self._ended[run] = view
+        return self._ended[run]
+
+    def _look(self, run: str, path: Path) -> Run:
         record = read_json(path / "run.json") or {}
         try:
             config, created = build(RunConfig, record["config"]), float(record["created"])
         except (StudioError, KeyError, TypeError, ValueError) as error:
             message = f"The run {run} has no readable run.json."
             raise StudioError("E_RUN_DAMAGED", message, "Its folder may be deleted.") from error
-        end = read_json(path / "exit.json")
-        status = self._status(path, end)
+        status, end = self._status(path)
         journal = self._journal(run, path).refresh()
         return Run(
             id=run,
@@ -184,21 +215,21 @@ class RunStore:
             step=journal.step,
             steps=journal.steps or config.train.steps,
             latest=dict(journal.latest),
-            summary=(end or {}).get("values", {}),
+            summary=end.get("values", {}),
             note=journal.note,
-            error=_LOST if status == "lost" else (end or {}).get("error"),
+            error=end.get("error"),
             facts=record.get("facts", {}),
         )
 
-    def _status(self, path: Path, end: Mapping[str, Any] | None) -> Status:
-        if end is not None:
-            return end["status"]
-        if is_locked(path / "worker.lock"):
-            return "running"
-        if not (path / "worker.log").exists():
-            return "queued"
-        end = read_json(path / "exit.json")  # it may have been written between the two looks
-        return "lost" if end is None else end["status"]
+    def _status(self, path: Path) -> tuple[Status, Mapping[str, Any]]:
+        """The status, and what the run left at its end."""
+        end = _end(path)
+        if end is None and is_locked(path / "worker.lock"):
+            return "running", {}
+        if end is None and not (path / "worker.log").exists():
+            return "queued", {}
+        end = end or _end(path) or {"status": "lost", "error": _LOST}  # it may have ended between the looks
+        return end["status"], end
 
     def list(self) -> list[Run]:  # the last method: behind it, `list` is no longer the built-in one
         """Every readable run, newest first."""
@@ -210,6 +241,12 @@ class RunStore:
                 except StudioError:
                     continue
         return sorted(runs, key=lambda run: (run.created, run.id), reverse=True)
+
+
+def _end(path: Path) -> dict[str, Any] | None:
+    """exit.json, when it says how the run ended."""
+    end = read_json(path / "exit.json")
+    return end if end and end.get("status") in ("done", "stopped", "failed") else None
 
 
 _LOST = {

@@ -2,14 +2,18 @@
 
 import fcntl
 import logging
+import math
 import threading
+import time
 from pathlib import Path
 
+from lora_studio.runs.config import Run
 from lora_studio.runs.executors import EXECUTORS, Executor
-from lora_studio.runs.store import RunStore
+from lora_studio.runs.store import RunStore, read_json, write_json
 
 log = logging.getLogger(__name__)
 INTERVAL_S = 0.5
+PATIENCE_S = 120  # how long a worker that was asked to stop may stay silent
 
 
 class Supervisor:
@@ -32,6 +36,9 @@ class Supervisor:
             except BlockingIOError:
                 return  # another process is looking at this moment
             runs = self.store.list()
+            for run in runs:
+                if run.status == "running":
+                    self._end_if_deaf(run)
             waiting = [run for run in runs if run.status == "queued"]
             if waiting and not any(run.status == "running" for run in runs):
                 run = waiting[-1]
@@ -49,6 +56,18 @@ class Supervisor:
         if self._thread:
             self._thread.join()
 
+    def _end_if_deaf(self, run: Run) -> None:
+        """Kill a worker that was asked to stop and has said nothing since; what it saved stays."""
+        asked = (read_json(run.path / "control.json") or {}).get("time", math.inf)
+        journal = run.path / "events.jsonl"
+        heard = journal.stat().st_mtime if journal.exists() else 0.0
+        if time.time() - max(asked, heard) > PATIENCE_S:
+            log.warning("run %s did not stop when asked and is ended", run.id)
+            self.kill(run.path, run.config.executor)
+            write_json(
+                run.path / "exit.json", {"status": "stopped", "step": run.step, "values": {}, "time": time.time()}
+            )
+
     def kill(self, path: Path, executor: str) -> None:
         self.executors[executor].kill(path)
 
@@ -56,5 +75,5 @@ class Supervisor:
         while not self._ending.wait(INTERVAL_S):
             try:
                 self.tick()
-            except OSError:  # a full disk or a vanished folder must not end the queue
+            except Exception:  # a full disk, a vanished folder, a damaged file: none of them may end the queue
                 log.exception("the queue could not be read")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_studio.errors import StudioError
-from lora_studio.events import Ended, Event, Metric, Saved, Warned, to_line
+from lora_studio.events import Ended, Event, Metric, Saved, Started, Warned, to_line
 from lora_studio.fields import build
 from lora_studio.runs.config import RunConfig
 from lora_studio.runs.store import read_json, write_json
@@ -27,6 +27,10 @@ ATTEMPT = 1
 NICENESS = 10  # the page stays responsive while all cores train
 
 
+class _StopAsked(Exception):
+    """Stop was asked before the first step."""
+
+
 class Worker:
     """One attempt at one run."""
 
@@ -34,6 +38,7 @@ class Worker:
         self.path = path
         self.terminated = False
         self.best: tuple[float, int] = (math.inf, 0)  # held-out loss, step
+        self.judged = 0  # the last step whose adapter was kept or found worse
         self.latest: dict[str, float] = {}
         self.base_loss: float | None = None
         self.step = 0
@@ -46,7 +51,9 @@ class Worker:
         os.write(self._journal, line.encode() + b"\n")
 
     def say(self, message: str) -> None:
-        """What is going on before the first step, for the page and the log."""
+        """What is going on before the first step, for the page and the log; a place to stop."""
+        if self.stop_asked():
+            raise _StopAsked
         log.info("%s", message)
         self.append(Warned(step=self.step, code="I_PREPARE", message=message))
 
@@ -58,6 +65,8 @@ class Worker:
         error: Mapping[str, str] | None = None
         try:
             status = self._train()
+        except _StopAsked:
+            status = "stopped"
         except StudioError as caught:
             status, error = "failed", {"code": caught.code, "message": caught.message, "hint": caught.hint}
         except Exception as caught:
@@ -71,27 +80,27 @@ class Worker:
         )
 
     def _train(self) -> str:
-        from lora_studio.train import heldout_loss, train
+        from lora_studio.train import heldout_loss, measured_steps, train
 
-        config = build(RunConfig, (read_json(self.path / "run.json") or {})["config"])
-        job = self._job(config)
-        status = "done"
+        record = read_json(self.path / "run.json") or {}
+        config = build(RunConfig, record["config"])
+        base = record["facts"].get("repo") or config.model
+        job, status, measured_at = self._job(config), "done", frozenset[int]()
         for event in train(job):
             self.append(event)
             self.step = max(self.step, event.step)
+            if isinstance(event, Started):
+                measured_at = measured_steps(config.train, event.steps)
             if isinstance(event, Metric):
-                self.latest.update(event.values)
-                self._keep_best(job, config, event)
+                self._judge(job, base, event, unmeasured=not job.heldout and event.step in measured_at)
             if self.stop_asked():
                 status = "stopped"
                 break
-        if self.step == 0 and status == "done":
-            raise StudioError("E_NO_STEPS", "The run ended before its first step.", "Give at least one step.")
-        if self.step and self.best[1] != self.step:  # stopped between two evaluations, or nothing is held out
+        if self.judged != self.step:  # stopped between two evaluations
             loss = heldout_loss(job)
             if loss is not None:
                 self.append(Metric(step=self.step, values={"heldout_loss": loss}))
-            self._save_if_better(job, config, loss)
+            self._keep_if_better(job, base, loss)
         if self.step:
             _check_update(job)
         return status
@@ -127,21 +136,24 @@ class Worker:
             config=config.train,
         )
 
-    def _keep_best(self, job: Any, config: RunConfig, event: Metric) -> None:
+    def _judge(self, job: Any, base: str, event: Metric, *, unmeasured: bool) -> None:
+        """Take in a metric, and keep the adapter when this one says that it is the best yet."""
+        self.latest.update(event.values)
         loss = event.values.get("heldout_loss")
-        if loss is not None and event.step == 0:
+        if event.step == 0:
             self.base_loss = loss
-        elif loss is not None:
-            self._save_if_better(job, config, loss)
+        elif loss is not None or unmeasured:
+            self._keep_if_better(job, base, loss)
 
-    def _save_if_better(self, job: Any, config: RunConfig, loss: float | None) -> None:
+    def _keep_if_better(self, job: Any, base: str, loss: float | None) -> None:
         """Keep the adapter when its held-out loss is the lowest yet; without held-out rows the last one counts."""
+        self.judged = self.step
         if loss is not None and not loss < self.best[0]:
             return
         from lora_studio.peft_format import save
 
         fresh, kept = self.path / "adapter.tmp", self.path / "adapter"
-        save(job.lora, job.adapter, fresh, config.model)
+        save(job.lora, job.adapter, fresh, base)
         kept.mkdir(exist_ok=True)
         for file in fresh.iterdir():
             file.replace(kept / file.name)
