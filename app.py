@@ -50,6 +50,7 @@ def main() -> None:
         show_error=not on_space,
         quiet=True,
         prevent_thread_lock=True,
+        allowed_paths=[str(desk.studio.exports)],  # where a download is packed, for Gradio to copy it
         **style.launch_options(),
     )
     print(f"LoRA Studio is at http://{host}:{port}", flush=True)

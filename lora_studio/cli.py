@@ -230,9 +230,11 @@ def evaluate(
     result = studio.evaluate(studio.runs.get(run).id, choice, limit)
     if as_json:
         return _print_json(result)
-    print(f"{result['rows']} rows        base   adapted")
-    for figure, value in result["base"].items():
-        print(f"{figure:12} {value:10.4f} {result['adapted'][figure]:9.4f}")
+    print(f"{result['rows']} rows            base    adapted")
+    for name, base in result["base"].items():
+        print(f"{name:12} {_figure(base)} {_figure(result['adapted'][name])}")
+    if result["capped"]:
+        print(f"{result['capped']} answers are longer than what was generated")
 
 
 @app.command()
@@ -309,6 +311,10 @@ def _sentence(event: dict[str, Any]) -> str:
     if event["type"] == "Warned":
         return event["message"]
     return f"{event['status']} at {step}"
+
+
+def _figure(value: float | None) -> str:
+    return f"{'-':>10}" if value is None else f"{value:10.4f}"
 
 
 def _print_json(value: Any) -> None:

@@ -9,7 +9,7 @@
 
 Time counts floating-point operations: a frozen matrix is used once forward and once backward (its own
 gradient is never made), 4 per parameter and token, at a share of the matrix rate that this machine shows
-in a short measurement. benchmarks/ prints how far the forecast is off.
+in a short measurement.
 """
 
 import functools
@@ -126,17 +126,21 @@ _READ_RATE = {"cpu": 4e9, "mps": 5e10, "cuda": 5e11}  # bytes of weights per sec
 def matrix_rate(precision: str, device: str) -> float:
     """Floating-point operations per second of a matrix product here, measured once in about 0.1 s.
 
-    On a CPU by the seconds that the processor worked, so that a busy machine does not look like a slow one.
+    On a CPU one thread is timed by its own processor time, so that a busy machine does not look like a slow one.
     """
     import torch
 
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    workers = torch.get_num_threads() if device == "cpu" else 1
-    a = torch.randn(512, 1024, dtype=getattr(torch, precision), device=device)
+    threads = torch.get_num_threads()
+    clock = time.thread_time if device == "cpu" else time.perf_counter
+    a = torch.randn(256, 1024, dtype=getattr(torch, precision), device=device)
     b = torch.randn(1024, 1024, dtype=getattr(torch, precision), device=device)
     best = math.inf
-    for _ in range(8):
-        start = clock()
-        (a @ b).sum().item()
-        best = min(best, clock() - start)
-    return workers * 2 * 512 * 1024 * 1024 / best
+    torch.set_num_threads(1)
+    try:
+        for _ in range(8):
+            start = clock()
+            (a @ b).sum().item()
+            best = min(best, clock() - start)
+    finally:
+        torch.set_num_threads(threads)
+    return (threads if device == "cpu" else 1) * 2 * 256 * 1024 * 1024 / best

@@ -20,24 +20,31 @@ ANSWER_TOKENS = 200
 def evaluate(
     lora: LoRA, adapter: str, tokenizer: Any, examples: Sequence[Example], *, max_length: int, labels: bool
 ) -> dict[str, Any]:
-    """{"rows", "base": {...}, "adapted": {...}}; raises E_NO_TARGET when no row has an answer to measure."""
-    rows = [
-        tokens for tokens in (encode(tokenizer, example, max_length).tokens for example in examples) if tokens.count
-    ]
+    """{"rows", "capped", "base": {...}, "adapted": {...}}, every figure of the same rows.
+
+    A row counts when `max_length` leaves something of its answer. capped: rows whose answer is longer than
+    ANSWER_TOKENS, which no generated text can match. A figure that is not finite is None.
+    Raises E_NO_TARGET when no row has an answer to measure.
+    """
+    pairs = [(example, encode(tokenizer, example, max_length).tokens) for example in examples]
+    rows = [tokens for _, tokens in pairs if tokens.count]
     if not rows:
         raise StudioError("E_NO_TARGET", "There is no row to measure on.", "Hold out some rows, or give --data.")
-    result: dict[str, Any] = {"rows": len(rows)}
+    asked = [example for example, tokens in pairs if tokens.count and example.messages]  # all of them, or plain texts
+    lengths = [len(tokenizer(example.target, add_special_tokens=False)["input_ids"]) for example in asked]
+    result: dict[str, Any] = {"rows": len(rows), "capped": sum(length > ANSWER_TOKENS for length in lengths)}
     sides: dict[str, Row] = {"base": None, "adapted": adapter}
     for side, row in sides.items():
         with lora.use(row):
             loss = mean_loss(lora, rows)
-            figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-            asked = [example for example in examples if example.messages]
+            figures = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)) if math.isfinite(loss) else loss}
             if asked:
                 prompts = [prompt_ids(tokenizer, example.prompt) for example in asked]
-                texts = answers(lora.model, tokenizer, prompts, Sampling(max_new_tokens=_longest(tokenizer, asked)))
+                # a little more than the longest answer: a model that has not learnt to stop is cut there
+                sampling = Sampling(max_new_tokens=min(ANSWER_TOKENS, max(lengths) + 16))
+                texts = answers(lora.model, tokenizer, prompts, sampling)
                 figures |= score(texts, [example.target for example in asked], labels=labels)
-        result[side] = figures
+        result[side] = {name: value if math.isfinite(value) else None for name, value in figures.items()}
     return result
 
 
@@ -54,9 +61,3 @@ def score(texts: Sequence[str], targets: Sequence[str], *, labels: bool) -> dict
     overlap = sum(rouge.score(target, text)["rougeL"].fmeasure for text, target in pairs) / len(pairs)
     bleu = corpus_bleu([text for text, _ in pairs], [[target for _, target in pairs]]).score / 100
     return {"exact_match": exact, "rouge_l": overlap, "bleu": bleu}
-
-
-def _longest(tokenizer: Any, examples: Sequence[Example]) -> int:
-    """Room for the longest answer and a little more: a model that has not learnt to stop is cut there."""
-    longest = max(len(tokenizer(example.target)["input_ids"]) for example in examples)
-    return min(ANSWER_TOKENS, longest + 16)

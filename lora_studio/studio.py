@@ -6,7 +6,7 @@ comparing. Everything durable lies under `root`; two Studios on one root see the
 
 import logging
 import os
-import tempfile
+import shutil
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -114,6 +114,7 @@ class Studio:
     def __init__(self, root: Path | str | None = None) -> None:
         self.root = (Path(root) if root else default_root()).expanduser().absolute()
         self.root.mkdir(parents=True, exist_ok=True)
+        self.exports = self.root / "exports"  # downloads, each in a folder of its own
         self.models = ModelLibrary(self.root)
         self.data = DataLibrary(self.root)
         self.runs = RunStore(self.root)
@@ -277,25 +278,33 @@ class Studio:
             )
 
     def export(self, run: str, to: Path, *, merged: bool = False, archive: bool = False) -> list[Path]:
-        """Write the adapter, or the merged model, to `to`; with `archive` also as a zip beside it."""
-        from lora_studio.export import archive as pack
-        from lora_studio.export import export_adapter, export_merged
+        """Write the adapter, or the merged model, to the folder `to`; with `archive` also as a zip beside it.
 
-        view = self.runs.get(run)
+        `to` must be new, empty or hold an earlier export of the same kind. Raises E_EXISTS, E_NO_ADAPTER.
+        """
+        from lora_studio.export import archive_of, check_folder, export_adapter, export_merged, pack
+
+        view, to = self.runs.get(run), to.expanduser().resolve()
+        check_folder(to, merged=merged, archive=archive)
         if not merged:
             files = export_adapter(view, to)
         else:
             with self._busy:
                 loaded = self._with_adapters([view])
                 files = export_merged(view, loaded.lora, view.id, loaded.tokenizer, to)
-        return [*files, pack(to, to.with_name(f"{to.name}.zip"))] if archive else files
+        return [*files, pack(files, to, archive_of(to))] if archive else files
 
     def archive(self, run: str, *, merged: bool = False) -> Path:
-        """A fresh zip of the adapter or the merged model in a temporary folder, for a download."""
+        """A fresh zip of the adapter or the merged model under `exports`, for a download; kept for an hour."""
+        from lora_studio.export import fresh_download
+
         view = self.runs.get(run)
-        folder = Path(tempfile.mkdtemp(prefix="lora-studio-"))
-        kind = "merged" if merged else "adapter"
-        return self.export(view.id, folder / f"{kind}-{view.id[:8]}", merged=merged, archive=True)[-1]
+        folder = fresh_download(self.exports)
+        unpacked = folder / f"{'merged' if merged else 'adapter'}-{view.id[:8]}"
+        try:
+            return self.export(view.id, unpacked, merged=merged, archive=True)[-1]
+        finally:
+            shutil.rmtree(unpacked, ignore_errors=True)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 

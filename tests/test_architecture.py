@@ -13,7 +13,7 @@ HOUSE = [
     ["core.spec", "core.layout", "core.slot", "core.lora", "core.merge", "core.lean"],
     ["settings"],
     ["data.readers", "data.formats", "data.library", "data.batches"],
-    ["models", "peft_format", "generate", "train", "estimate", "evaluate", "charts"],
+    ["models", "peft_format", "generate", "train", "estimate", "evaluate"],
     ["runs.config", "export", "runs.store", "runs.executors", "runs.supervisor", "runs.worker"],
     ["studio"],
     ["cli", "ui"],

@@ -1,9 +1,11 @@
 """Base against adapted: figures that are known by construction."""
 
+import json
 import math
 
 import pytest
 
+from lora_studio import evaluate as module
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import LoraSpec
 from lora_studio.data.formats import Example, Message
@@ -28,6 +30,41 @@ def test_a_fresh_adapter_scores_exactly_like_its_base() -> None:
     assert result["rows"] == 3 and result["base"] == result["adapted"]
     assert result["base"]["perplexity"] == math.exp(result["base"]["loss"])
     assert set(result["base"]) == {"loss", "perplexity", "exact_match", "rouge_l", "bleu"}
+
+
+def broken(lora: LoRA) -> None:
+    """An adapter whose factors are not finite, as after a run that exploded."""
+    lora.add("x", LoraSpec())
+    for tensor in lora.parameters("x"):
+        tensor.data.fill_(math.inf)
+
+
+def test_figures_that_are_not_finite_are_null() -> None:
+    lora = LoRA(causal("llama", vocabulary=len(tokenizer())))
+    broken(lora)
+    result = evaluate(lora, "x", tokenizer(), ROWS, max_length=99, labels=False)
+    assert result["adapted"]["loss"] is None and result["adapted"]["perplexity"] is None
+    assert result["adapted"]["exact_match"] == 0.0 and result["base"]["loss"] > 0
+    json.dumps(result, allow_nan=False)  # `eval --json` ended in a ValueError
+
+
+def test_answers_longer_than_the_cap_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = LoRA(causal("llama", vocabulary=len(tokenizer())))
+    lora.add("x", LoraSpec())
+    monkeypatch.setattr(module, "ANSWER_TOKENS", 5)  # one token per byte: "ab cd" just fits
+    assert evaluate(lora, "x", tokenizer(), ROWS, max_length=99, labels=False)["capped"] == 0
+    monkeypatch.setattr(module, "ANSWER_TOKENS", 4)
+    assert evaluate(lora, "x", tokenizer(), ROWS, max_length=99, labels=False)["capped"] == 3
+
+
+def test_all_figures_are_of_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = LoRA(causal("llama", vocabulary=len(tokenizer())))
+    lora.add("x", LoraSpec())
+    asked = []
+    monkeypatch.setattr(module, "answers", lambda _, __, prompts, ___: [asked.extend(prompts), *["ab cd"] * 3][1:])
+    long = Example(messages=(Message("user", "x" * 200), Message("assistant", "ef")), row=3)  # its answer is cut off
+    result = evaluate(lora, "x", tokenizer(), [long, *ROWS], max_length=50, labels=False)
+    assert result["rows"] == 3 and len(asked) == 2 * 3 and result["base"]["exact_match"] == 1.0
 
 
 def test_plain_text_has_a_loss_and_no_answers() -> None:

@@ -108,6 +108,31 @@ def test_the_list_is_newest_first_and_skips_what_is_damaged(library, monkeypatch
     assert code_of(library.get, damaged.id) == "E_DATASET_NOT_FOUND"
 
 
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"kind": "csv"}', None])
+def test_a_damaged_dataset_is_replaced_when_its_file_is_added_again(library, tmp_path, damage):
+    first = library.add(written(tmp_path / "a.csv"))
+    if damage is None:
+        first.path.write_bytes(b"")
+    else:
+        (library.folder / first.id / "dataset.json").write_text(damage)
+    again = library.add(written(tmp_path / "a.csv"))
+    assert again.id == first.id and len(library.table(again.id).rows) == 2
+    assert library.list() == [again]
+    assert sorted(path.name for path in library.folder.iterdir()) == [first.id]
+
+
+def test_a_dataset_is_on_the_disk_before_it_is_in_its_place(library, tmp_path, monkeypatch):
+    synced = []
+
+    def note(descriptor):
+        assert library.list() == []
+        synced.append(os.fstat(descriptor).st_ino)
+
+    monkeypatch.setattr(os, "fsync", note)
+    dataset = library.add(written(tmp_path / "a.csv"))
+    assert synced == [path.stat().st_ino for path in (dataset.path, dataset.path.with_name("dataset.json"))]
+
+
 @pytest.mark.parametrize("id", ["", "..", "../../etc/passwd", "A" * 32, "0" * 31, "0" * 32, "0" * 32 + "\n", "/" * 32])
 def test_an_id_is_never_a_path(library, id):
     assert code_of(library.get, id) == "E_DATASET_NOT_FOUND"

@@ -26,7 +26,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The app on an empty root, whose starter model is the tiny one, so that nothing is fetched."""
     folder = tmp_path_factory.mktemp("page")
     tiny_model(folder / "models" / "starter")
-    with served(folder, LORA_STUDIO_MODELS=str(folder / "models"), HF_HUB_OFFLINE="1") as address:
+    (folder / "temporary").mkdir()  # as on a laptop, the root does not lie in the system's folder for such files
+    told = {"LORA_STUDIO_MODELS": str(folder / "models"), "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder / "temporary")}
+    with served(folder, **told) as address:
         yield address
 
 
@@ -102,6 +104,8 @@ def test_from_a_sample_to_two_different_answers(url: str, browser: Browser, tmp_
     expect(page.locator("#expected")).to_contain_text("Wanted")
 
     page.get_by_role("tab", name="4 Export").click()
+    for label in ("The command that repeats this run", "Load the adapter with PEFT"):
+        expect(page.get_by_role("textbox", name=label)).not_to_be_empty()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the adapter").click()
     assert download.value.suggested_filename.endswith(".zip") and not download.value.failure()

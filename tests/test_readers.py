@@ -238,6 +238,55 @@ def test_a_parquet_bomb_is_refused_before_it_fills_the_memory():
     assert pyarrow.default_memory_pool().max_memory() < 2**29  # one batch, not all rows
 
 
+def peak_of(content: bytes, name: str, limits: Limits, code: str) -> int:
+    """Most bytes that Python held while refusing a file."""
+    tracemalloc.start()
+    assert code_of(content, name, limits) == code
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize("head", [b"[", b'{"data": [', b'{"unused": [[1], "x"], "data": ['])
+def test_a_json_document_is_refused_before_it_fills_the_memory(head):
+    # {"data": [...]} was decoded whole: 8 MB against a limit of 1 MiB took 202 MB
+    content = head + b",\n".join([b'{"a": [[], [], []]}'] * 400_000) + (b"]}" if b"{" in head else b"]")
+    assert peak_of(content, "a.json", Limits(decoded_bytes=2**20), "E_TOO_LARGE_DECODED") < 2**24
+
+
+def test_one_long_row_of_a_json_document_is_refused_before_it_is_decoded():
+    content = b'[{"a": [' + b",".join([b"[]"] * 1_000_000) + b"]}]"
+    assert peak_of(content, "a.json", Limits(row_bytes=2**19), "E_ROW_TOO_LONG") < 2**25
+
+
+def test_a_text_file_has_a_limit_of_its_own_because_it_is_held_whole():
+    content = b"word\n\n" * 500_000
+    assert peak_of(content, "a.txt", Limits(text_bytes=2**20), "E_TOO_LARGE") < 2**18
+    assert peak_of(content, "a.txt", Limits(decoded_bytes=2**20), "E_TOO_LARGE_DECODED") < 4 * len(content)
+    assert len(rows_of(b"word\n\n" * 10, "a.txt", Limits(text_bytes=60))) == 10
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 64])
+@pytest.mark.parametrize("shape", ["{}", '{{"n": 12, "unused": [1, [2]], "data": {}, "more": "é"}}'])
+def test_a_json_document_is_the_same_however_it_is_cut_into_pieces(size, shape, monkeypatch):
+    rows = [*some_rows(size), {"a": 12.5, "b": None, "c": {"d": [True, "\ud83d\ude00"]}}]
+    content = shape.format(json.dumps(rows, indent=20))  # more white space than one piece holds
+    whole = table_of(content, "a.json")
+    monkeypatch.setattr(readers, "CHUNK_BYTES", size)
+    assert table_of(content, "a.json") == whole
+    assert len(whole.rows) == len(rows)
+    assert str(error_of(content + "x", "a.json")).startswith(f"Line {content.count(chr(10)) + 1:,}, column ")
+    twice = content.replace('"a": 12.5', '"a": 1, "a": 12.5')
+    assert any(note.startswith("1 repeated") for note in table_of(twice, "a.json").warnings)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+def test_json_lines_named_json_are_read_as_lines_in_every_encoding(encoding):
+    table = table_of('{"a": "é"}\n\n{"a": "ü"}\n'.encode(encoding), "a.json")
+    assert [row["a"] for row in table.rows] == ["é", "ü"]
+    assert len(table.warnings) == 1
+
+
 def test_parquet_lists_and_structs_come_out_as_json_values():
     rows = [{"messages": [{"role": "user", "content": "x"}], "n": 1, "f": 0.5, "b": None}]
     assert list(rows_of(parquet(pyarrow.Table.from_pylist(rows)), "a.parquet")) == rows

@@ -8,7 +8,6 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from lora_studio import charts
 from lora_studio.core.spec import LoraSpec
 from lora_studio.data.batches import Piece
 from lora_studio.errors import StudioError
@@ -240,13 +239,6 @@ def test_long_curves_are_thinned_but_keep_their_peaks() -> None:
     values[777] = 9.0
     steps, kept = live.thin(range(100_000), values, 1000)
     assert len(steps) <= 1002 and (777, 9.0) in zip(steps, kept, strict=True)
-
-
-def test_charts_are_figures_of_their_data() -> None:
-    figure = charts.loss_curves(([1, 2, 3], [3.0, None, 1.0]), ([0, 3], [3.5, 1.5]), kept=3)
-    assert [trace.name for trace in figure.data] == ["train", "train, smoothed", "held out", "kept"]
-    assert charts.smooth([2.0, 2.0, None], 100) == pytest.approx([2.0, 2.0, None])
-    assert sum(charts.token_histogram([1, 2, 3], 29, limit=20).data[0].y) == 6
 
 
 def test_the_whole_page_builds(desk: Desk) -> None:

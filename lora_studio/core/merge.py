@@ -14,6 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from lora_studio.core.lora import LoRA
 
 
+def _sum(lora: LoRA, path: str, delta: torch.Tensor) -> torch.Tensor:
+    """The weight of the layer `path` with `delta` (out, in) folded in, in fp32 and in the layer's own layout."""
+    layer = lora.model.get_submodule(path)
+    return layer.weight.detach().float() + _update(layer, delta)
+
+
 def _update(layer: nn.Module, delta: torch.Tensor) -> torch.Tensor:
     """`delta` (out, in) in the layout of the layer's own weight."""
     return delta.T if isinstance(layer, Conv1D) else delta
@@ -40,7 +46,16 @@ def merged_state(lora: LoRA, name: str, dtype: torch.dtype) -> dict[str, torch.T
     """A state dict with the adapter folded in: summed in fp32, then rounded once to `dtype`. The model is untouched."""
     state = {key: value.detach() for key, value in lora.model.state_dict().items()}
     for path, factors in lora.delta(name).items():
-        layer = lora.model.get_submodule(path)
-        total = layer.weight.detach().float() + _update(layer, factors.dense())
-        state[f"{path}.weight"] = total
+        state[f"{path}.weight"] = _sum(lora, path, factors.dense())
     return {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+
+
+def rounding_error(lora: LoRA, name: str, dtype: torch.dtype) -> float:
+    """What rounding to `dtype` does to a merge: max over layers of |rounded - exact| / |update|, Frobenius norms."""
+    worst = 0.0
+    for path, factors in lora.delta(name).items():
+        delta = factors.dense()
+        exact = _sum(lora, path, delta)
+        changed, size = float((exact.to(dtype).float() - exact).norm()), float(delta.norm())
+        worst = max(worst, changed / size if size else 0.0)
+    return worst

@@ -11,13 +11,14 @@ import io
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import tempfile
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -25,13 +26,13 @@ from typing import Any, BinaryIO, NamedTuple
 from lora_studio.data.formats import Example, columns_for, convert, guess
 from lora_studio.data.readers import EXTENSIONS, LAPTOP, Limits, Table, open_file, read, read_path, text_kind
 from lora_studio.errors import StudioError, quote
+from lora_studio.hub import is_hub_id
 
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 COPY_BYTES = 2**20
 STREAM_RETRIES = 3  # the client's own default waits for minutes
-HUB_ID = re.compile(r"[A-Za-z0-9][\w-]*(\.[\w-]+)*/[A-Za-z0-9_][\w-]*(\.[\w-]+)*", re.ASCII)
 
 
 class Sample(NamedTuple):
@@ -105,7 +106,7 @@ class DataLibrary:
 
         token: None for the login of this machine, False for no login at all.
         """
-        if len(repo) > 140 or not HUB_ID.fullmatch(repo):
+        if not is_hub_id(repo):
             raise StudioError("E_HUB_ID", f"{quote(repo)} is no dataset id.", "Write owner/name as on huggingface.co.")
         rows, chosen = _hub_rows(repo, split, config, token)
         with tempfile.TemporaryFile() as file:
@@ -120,8 +121,8 @@ class DataLibrary:
         if what in SAMPLES:
             return self.add_sample(what)
         path = Path(what)
-        is_hub_id = HUB_ID.fullmatch(what) and path.suffix.lower() not in EXTENSIONS
-        return self.add_hub(what) if is_hub_id and not path.exists() else self.add(path)
+        on_the_hub = is_hub_id(what) and path.suffix.lower() not in EXTENSIONS and not path.exists()
+        return self.add_hub(what) if on_the_hub else self.add(path)
 
     def get(self, id: str) -> Dataset:
         """The dataset with this id."""
@@ -156,6 +157,8 @@ class DataLibrary:
             with open(folder / "source", "w+b") as copy:
                 digest = _copy(file, copy, self.limits)
                 table = read(copy, file_name, self.limits)
+                os.fsync(copy.fileno())
+                size = copy.seek(0, os.SEEK_END)
             format, mapping = guess(table)
             id = self._free_id(digest, table.kind)
             dataset = Dataset(
@@ -173,7 +176,13 @@ class DataLibrary:
             )
             (folder / "source").rename(folder / dataset.path.name)
             facts = {key: value for key, value in dataclasses.asdict(dataset).items() if key not in ("id", "path")}
-            (folder / "dataset.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            with open(folder / "dataset.json", "w", encoding="utf-8") as about:
+                json.dump(facts, about, indent=1)
+                about.flush()
+                os.fsync(about.fileno())
+            if (self.folder / id).is_dir() and not self._is_whole(id, size):
+                with self._incoming() as aside, suppress(FileNotFoundError):
+                    (self.folder / id).rename(aside / "damaged")
             try:
                 folder.rename(self.folder / id)
             except OSError:
@@ -193,10 +202,17 @@ class DataLibrary:
 
     def _free_id(self, digest: Any, kind: str) -> str:
         """The content hash; with the kind in it where the same bytes are kept already as another kind."""
-        id = digest.hexdigest()[:32]
-        if (self.folder / id).is_dir() and self._load(id).kind != kind:
+        kept = (self.folder / digest.hexdigest()[:32]).glob("source.*")
+        if any(path.name != f"source.{kind}" for path in kept):
             digest.update(kind.encode())
         return digest.hexdigest()[:32]
+
+    def _is_whole(self, id: str, size: int) -> bool:
+        """Whether a dataset can be loaded and its bytes are all there."""
+        try:
+            return self.get(id).path.stat().st_size == size
+        except (StudioError, OSError):
+            return False
 
     def _load(self, id: str) -> Dataset:
         facts = json.loads((self.folder / id / "dataset.json").read_text(encoding="utf-8"))

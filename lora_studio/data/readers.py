@@ -1,7 +1,9 @@
 """Strict readers: the bytes of a csv, tsv, json, jsonl, parquet or txt file become rows, or a named error.
 
 Nothing is guessed behind the user's back: cells of csv and tsv stay the text they are, a short row is an
-error, and whatever was repaired or skipped is a warning. Limits hold while reading, not afterwards.
+error, and whatever was repaired or skipped is a warning. Files are read piece by piece and limits hold while
+reading, not afterwards; a txt file alone is held whole, because its last line may decide how the first is read,
+and has a smaller limit for that.
 This module does not know what the rows mean, where files are kept, or that a network exists.
 """
 
@@ -14,7 +16,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
@@ -29,6 +31,7 @@ PARQUET_BATCH_ROWS = 64  # few, because a page of some kilobytes may hold megaby
 NAME_LENGTH = 200
 PARAGRAPH_LENGTH = 8_000  # characters; longer paragraphs of a txt file are cut at white space
 NUMBER_LENGTH = 1_000  # digits
+ENDING = 16  # characters before the end of a text that was cut, in which its JSON may be wrong for that reason alone
 
 EXTENSIONS = {
     **{".csv": "csv", ".tsv": "tsv", ".tab": "tsv", ".txt": "txt", ".md": "txt", ".parquet": "parquet"},
@@ -57,6 +60,7 @@ class Limits:
     """How much one dataset may ask for; the defaults suit a laptop."""
 
     file_bytes: int = 2048 * MIB
+    text_bytes: int = 256 * MIB  # of a txt file, which is held whole
     decoded_bytes: int = 1024 * MIB  # of all values together, about as Python holds them
     rows: int = 5_000_000
     row_bytes: int = 16 * MIB
@@ -75,6 +79,7 @@ class Table:
 
 
 Row = dict[str, Any]
+LINE_END, PARAGRAPH_END = re.compile(r"\n"), re.compile(r"\n(?:[^\S\n]*\n)+")
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
 Notes = Counter[str]  # what was repaired -> how often; 0 for a remark without a number
 LAPTOP = Limits()
@@ -403,16 +408,15 @@ def _read_jsonl(source: BinaryIO, limits: Limits, notes: Notes) -> Iterator[Row]
         if failed:
             raise failed
         try:
-            value, end = _decode(decoder, text, _skip(text, 0), f"Line {number:,}", number)
-            if end < len(text):
-                raise _bad_json("Extra data", text, end, number)
+            value = _decode_line(decoder, text, number)
         except StudioError as error:
             if error.code != "E_JSON":
                 raise
             failed = error  # forgiven if nothing follows: a download or a writer was cut off
             continue
         good += 1
-        yield _as_row(value, f"Line {number:,}", "\\u" in text, notes)
+        row = _as_row(value, place := f"Line {number:,}")
+        yield _whole_characters(row, notes, place, limits.depth) if "\\u" in text else row
     if failed and not good:
         raise failed
     if failed:
@@ -420,50 +424,140 @@ def _read_jsonl(source: BinaryIO, limits: Limits, notes: Notes) -> Iterator[Row]
 
 
 def _read_json(source: BinaryIO, limits: Limits, notes: Notes) -> Iterator[Row]:
-    text = "".join(_chunks(source, notes))
-    decoder = _decoder(notes)
-    at = _skip(text, 0)
-    if _is_json_lines(text, at, _decoder(Notes())):
-        notes.clear()  # what was noted of the text will be noted again
+    if _is_json_lines(source, limits):
         notes["The file holds JSON lines, not one JSON document; it was read as that."] = 0
         yield from _read_jsonl(source, limits, notes)
         return
-    if text.startswith("[", at):
-        at = yield from _list(decoder, text, at, limits, notes)
+    document = _Document(source, limits, notes)
+    if document.peek() == "[":
+        for number, value in enumerate(document.elements(), 1):
+            yield _as_row(value, f"Row {number:,}")
+    elif document.peek() == "{":
+        yield from _in_object(document)
     else:
-        value, at = _decode(decoder, text, at, "The file")
-        yield from _in_object(_as_row(value, "The file", False, notes), notes)
-    if _skip(text, at) < len(text):
-        raise _bad_json("Extra data", text, _skip(text, at))
+        _as_row(document.value("The file"), "The file")
+    if document.peek():
+        raise document.bad("Extra data")
 
 
-def _list(decoder: json.JSONDecoder, text: str, at: int, limits: Limits, notes: Notes) -> Generator[Row, None, int]:
-    """The objects of the list that begins at `at`; returns the place behind it."""
-    escapes = "\\u" in text
-    number, at = 1, _skip(text, at + 1)
-    while not (number == 1 and text.startswith("]", at)):
-        value, end = _decode(decoder, text, at, f"Row {number:,}")
-        _check_length(end - at, f"Row {number:,}", limits)
-        yield _as_row(value, f"Row {number:,}", escapes, notes)
-        at = _skip(text, end)
-        if text.startswith("]", at):
-            break
-        if not text.startswith(",", at):
-            raise _bad_json("Expecting ',' or ']'", text, at)
-        number, at = number + 1, _skip(text, at + 1)
-    return at + 1
+class _Document:
+    """One JSON document, decoded value by value out of a window that is never much longer than a row may be."""
+
+    def __init__(self, source: BinaryIO, limits: Limits, notes: Notes) -> None:
+        self._limits, self._notes = limits, notes
+        self._found = Notes()  # in the value being decoded, which may have to be decoded again
+        self._decoder = _decoder(self._found)
+        self._pieces = _chunks(source, notes)
+        self._text, self._at = "", 0  # the window, and the place reached in it
+        self._line, self._column = 1, 0  # before the window: the line it begins in, and the characters of that line
+
+    def peek(self) -> str:
+        """The next character that is not white space, or "" at the end."""
+        while True:
+            self._at = _skip(self._text, self._at)
+            if self._at < len(self._text):
+                return self._text[self._at]
+            if not self._more():
+                return ""
+
+    def take(self, sign: str) -> bool:
+        """Whether `sign` comes next; then it is passed."""
+        found = self.peek() == sign
+        self._at += found
+        return found
+
+    def expect(self, sign: str, instead: str = "") -> None:
+        """Pass `sign`; anything else is E_JSON."""
+        if not self.take(sign):
+            raise self.bad(f"Expecting {sign!r}{instead}")
+
+    def value(self, place: str) -> Any:
+        """The value that comes next; E_ROW_TOO_LONG before a longer one is decoded."""
+        self.peek()
+        while True:
+            self._found.clear()
+            try:
+                value, end = _raw_decode(self._decoder, self._text, self._at, place)
+                whole, broken = end < len(self._text), None
+            except json.JSONDecodeError as error:
+                value, end, whole, broken = None, len(self._text), False, error
+                if error.pos < end - ENDING and not error.msg.startswith("Unterminated string"):
+                    raise self.bad(error.msg, error.pos) from None
+            _check_length(end - self._at, place, self._limits)
+            if not whole and self._more():
+                continue  # at the end of the window it may be longer than it looks
+            if broken:
+                raise self.bad(broken.msg, broken.pos) from None
+            escaped = self._text.find("\\u", self._at, end) >= 0
+            self._at = end
+            self._notes.update(self._found)
+            return _whole_characters(value, self._notes, place, self._limits.depth) if escaped else value
+
+    def elements(self) -> Iterator[Any]:
+        """The values of the list that comes next."""
+        self.expect("[")
+        number = 1
+        while not (number == 1 and self.take("]")):
+            yield self.value(f"Row {number:,}")
+            if self.take("]"):
+                return
+            self.expect(",", " or ']'")
+            number += 1
+
+    def bad(self, reason: str, at: int | None = None) -> StudioError:
+        """E_JSON at a place of the window, by default the one reached."""
+        at = self._at if at is None else at
+        line = self._line + self._text.count("\n", 0, at)
+        column = at - self._text.rfind("\n", 0, at)
+        return _bad_json(reason, line, column if line > self._line else column + self._column)
+
+    def _more(self) -> bool:
+        """Whether there was another piece; it is put behind what the window still needs."""
+        piece = next(self._pieces, None)
+        if piece is None:
+            return False
+        passed = self._text[: self._at]
+        lines = passed.count("\n")
+        self._column = len(passed) - passed.rfind("\n") - 1 + (0 if lines else self._column)
+        self._line += lines
+        self._text, self._at = self._text[self._at :] + piece, 0
+        return True
 
 
-def _in_object(value: dict[str, Any], notes: Notes) -> Iterator[Row]:
+def _in_object(document: _Document) -> Iterator[Row]:
     """The rows of a document like {"data": [...]}: its only member that is a list of objects."""
-    lists = {key: part for key, part in value.items() if isinstance(part, list) and part and isinstance(part[0], dict)}
-    if len(lists) != 1:
-        found = f"{len(lists)} lists of objects" + f": {quote(', '.join(lists), 100)}" * bool(lists)
-        message = f"The file is one object with {found}; expected one list."
-        raise StudioError("E_TYPE", message, 'Write [{"prompt": "...", "completion": "..."}, ...].')
-    (rows,) = lists.values()
-    for number, part in enumerate(rows, 1):
-        yield _as_row(part, f"Row {number:,}", True, notes)
+    lists: list[str] = []
+    document.expect("{")
+    while not document.take("}"):
+        if document.peek() != '"':
+            raise document.bad("Expecting a name in double quotes")
+        key = document.value("The file")
+        document.expect(":")
+        if document.peek() != "[":
+            document.value(f"Member {quote(key, 40)}")
+        else:
+            wanted = False
+            for number, value in enumerate(document.elements(), 1):
+                if number == 1 and isinstance(value, dict):
+                    wanted = True
+                    lists.append(key)
+                    if len(lists) > 1:
+                        raise _not_one_list(lists)
+                if wanted:
+                    yield _as_row(value, f"Row {number:,}")
+        if document.take("}"):
+            break
+        document.expect(",", " or '}'")
+        if document.peek() == "}":
+            raise document.bad("Expecting a name in double quotes")
+    if not lists:
+        raise _not_one_list(lists)
+
+
+def _not_one_list(names: list[str]) -> StudioError:
+    found = f"the lists of objects {quote(', '.join(names), 100)}" if names else "no list of objects"
+    message = f"The file is one object with {found}; expected one list."
+    return StudioError("E_TYPE", message, 'Write [{"prompt": "...", "completion": "..."}, ...].')
 
 
 def _decoder(notes: Notes) -> json.JSONDecoder:
@@ -489,8 +583,8 @@ def _decoder(notes: Notes) -> json.JSONDecoder:
     return json.JSONDecoder(parse_int=whole, parse_float=real, parse_constant=constant, object_pairs_hook=members)
 
 
-def _decode(decoder: json.JSONDecoder, text: str, at: int, place: str, line: int = 0) -> tuple[Any, int]:
-    """The value that begins at `at` and the place behind it; `line` where `text` is one line of a larger file."""
+def _raw_decode(decoder: json.JSONDecoder, text: str, at: int, place: str) -> tuple[Any, int]:
+    """The value that begins at `at` and the place behind it; raises JSONDecodeError where it is no JSON."""
     try:
         return decoder.raw_decode(text, at)
     except _Refused as refused:
@@ -498,8 +592,17 @@ def _decode(decoder: json.JSONDecoder, text: str, at: int, place: str, line: int
         raise StudioError(code, f"{place} holds {what}.", "Write it as text in quotes, or null.") from None
     except RecursionError:
         raise _too_deep(place) from None
+
+
+def _decode_line(decoder: json.JSONDecoder, text: str, number: int) -> Any:
+    """The value that is line `number`."""
+    try:
+        value, end = _raw_decode(decoder, text, _skip(text, 0), f"Line {number:,}")
     except json.JSONDecodeError as error:
-        raise _bad_json(error.msg, text, error.pos, line) from None
+        raise _bad_json(error.msg, number, error.pos + 1) from None
+    if (end := _skip(text, end)) < len(text):
+        raise _bad_json("Extra data", number, end + 1)
+    return value
 
 
 def _skip(text: str, at: int) -> int:
@@ -507,35 +610,42 @@ def _skip(text: str, at: int) -> int:
     return at + len(match.group()) if (match := WHITE_SPACE.match(text, at)) else at
 
 
-def _is_json_lines(text: str, at: int, decoder: json.JSONDecoder) -> bool:
-    """Whether the first line is a whole object and more follows."""
-    end = text.find("\n", at)
-    if end < 0 or _skip(text, end) == len(text):
+def _is_json_lines(source: BinaryIO, limits: Limits) -> bool:
+    """Whether the first line is a whole object and more follows; leaves `source` at its beginning."""
+    if not _head(source).lstrip().startswith("{"):
         return False
-    first = text[at:end]
+    lines = (line for line in _lines(source, limits, Notes()) if not line.isspace())
     try:
-        return _skip(first, _decode(decoder, first, 0, "Line 1")[1]) == len(first)
+        first, second = next(lines, ""), next(lines, "")
+        return bool(second) and isinstance(_decode_line(_decoder(Notes()), first, 1), dict)
     except StudioError:
         return False
+    finally:
+        source.seek(0)
 
 
-def _as_row(value: Any, place: str, escapes: bool, notes: Notes) -> Row:
+def _as_row(value: Any, place: str) -> Row:
     if not isinstance(value, dict):
         what = {list: "a list", str: "text", bool: "true or false", type(None): "null"}.get(type(value), "a number")
         raise StudioError("E_TYPE", f"{place} is {what}; expected an object.", 'Write {"prompt": "...", ...}.')
-    return _whole_characters(value, notes) if escapes else value
+    return value
 
 
-def _whole_characters(value: Any, notes: Notes) -> Any:
-    """The value with every half of a surrogate pair, which no encoding can hold, replaced."""
-    if isinstance(value, dict):
-        return {_whole_characters(key, notes): _whole_characters(part, notes) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_whole_characters(part, notes) for part in value]
+def _whole_characters(value: Any, notes: Notes, place: str, depth: int) -> Any:
+    """The value with every half of a surrogate pair, which no encoding can hold, replaced; E_DEPTH as in _weight."""
     if isinstance(value, str) and (count := len(re.findall("[\ud800-\udfff]", value))):
         notes["half characters (lone surrogates) replaced"] += count
         return re.sub("[\ud800-\udfff]", "\ufffd", value)
-    return value
+    if not isinstance(value, (dict, list)):
+        return value
+    if depth == 0:
+        raise _too_deep(place)
+    if isinstance(value, list):
+        return [_whole_characters(part, notes, place, depth - 1) for part in value]
+    return {
+        _whole_characters(key, notes, place, depth): _whole_characters(part, notes, place, depth - 1)
+        for key, part in value.items()
+    }
 
 
 # parquet
@@ -589,13 +699,26 @@ def _is_plain(kind: Any) -> bool:
 
 def _read_txt(source: BinaryIO, limits: Limits, notes: Notes) -> Iterator[Row]:
     """Paragraphs, or lines where no blank line separates paragraphs."""
+    size = source.seek(0, os.SEEK_END)
+    if size > limits.text_bytes:
+        message = f"The text file has {_size(size)}; at most {_size(limits.text_bytes)} are read."
+        raise StudioError("E_TOO_LARGE", message, 'Split it, or write JSON lines: {"text": "..."}.')
+    source.seek(0)
     text = "".join(_chunks(source, notes)).strip("\n")
-    blocks = re.split(r"\n(?:[^\S\n]*\n)+", text)
-    for block in blocks if len(blocks) > 1 else text.split("\n"):
+    for block in _split(text, PARAGRAPH_END if PARAGRAPH_END.search(text) else LINE_END):
         pieces = list(_pieces(block))
         if len(pieces) > 1:
             notes[f"paragraphs longer than {PARAGRAPH_LENGTH:,} characters cut into pieces"] += 1
         yield from ({"text": piece} for piece in pieces)
+
+
+def _split(text: str, between: re.Pattern[str]) -> Iterator[str]:
+    """As between.split(text), one by one."""
+    start = 0
+    for match in between.finditer(text):
+        yield text[start : match.start()]
+        start = match.end()
+    yield text[start:]
 
 
 def _pieces(block: str) -> Iterator[str]:
@@ -637,9 +760,7 @@ def _broken_parquet(reason: str) -> StudioError:
     return StudioError("E_PARQUET", f"The Parquet file cannot be read: {quote(reason, 120)}.", hint)
 
 
-def _bad_json(reason: str, text: str, at: int, line: int = 0) -> StudioError:
-    line = line or text.count("\n", 0, at) + 1
-    column = at - text.rfind("\n", 0, at)
+def _bad_json(reason: str, line: int, column: int) -> StudioError:
     hint = "Check quotes, commas and brackets there; comments and trailing commas are not JSON."
     return StudioError("E_JSON", f"Line {line:,}, column {column:,} is not valid JSON: {reason}.", hint)
 

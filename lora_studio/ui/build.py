@@ -62,6 +62,7 @@ def build(desk: Desk) -> gr.Blocks:
         _join_export(desk, export)
         compare_page.select(partial(compare_tab.list_runs, desk), compare.run, compare.run, **QUICK)
         export_page.select(partial(compare_tab.list_runs, desk), export.run, export.run, **QUICK)
+        export_page.select(None, None, None, js=export_tab.NAME_BOXES, **QUICK)
     return page
 
 

@@ -1,11 +1,6 @@
 """Tab 4: take the adapter away: archives made at the click, the command that repeats the run, how to load it."""
 
-import contextlib
-import shutil
-import tempfile
-import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import gradio as gr
 
@@ -16,6 +11,10 @@ from lora_studio.ui.desk import Desk
 PEFT = """from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("{folder}")  # the unpacked adapter"""
+
+# Gradio's label goes to the copy button, which stands in it before the text
+NAME_BOXES = """() => setTimeout(() => document.querySelectorAll('.code label').forEach((label) =>
+  label.querySelector('textarea')?.setAttribute('aria-label', label.innerText.trim())), 50)"""
 
 
 @dataclass(frozen=True)
@@ -63,18 +62,7 @@ def pack(desk: Desk, run: str | None, merged: bool) -> str:
             "E_NO_RUN", "No run is chosen.", "Train one first; it appears here with its first evaluation."
         )
     view = desk.studio.runs.get(run)
-    sweep()
-    archive = desk.ready(view.config.model).archive(view.id, merged=merged)
-    shutil.rmtree(archive.with_suffix(""), ignore_errors=True)  # what was packed; the archive stays
-    return str(archive)
-
-
-def sweep(older_than_s: float = 3600) -> None:
-    """Remove archives of earlier clicks; Gradio has its own copies, which it clears by itself."""
-    for folder in Path(tempfile.gettempdir()).glob("lora-studio-*"):
-        with contextlib.suppress(OSError):
-            if time.time() - folder.stat().st_mtime > older_than_s:
-                shutil.rmtree(folder)
+    return str(desk.ready(view.config.model).archive(view.id, merged=merged))
 
 
 @toasted

@@ -99,11 +99,17 @@ def _json() -> Iterator[Case]:
     yield Case("D34 depth bomb", "a.json", deep, "E_DEPTH")
     yield Case("D34 depth bomb in a line", "a.jsonl", b'{"a":' + deep + b"}\n", "E_DEPTH")
     yield Case("D34 objects in objects", "a.json", b'[{"a":' * 50_000, "E_DEPTH")
+    yield Case("D34 600 lists and an escape", "a.jsonl", b'{"a":"\\u00e9","b":' + _nested(600) + b"}\n", "E_DEPTH")
+    yield Case("D34 600 lists in a member", "a.json", b'{"data":[{"a":' + _nested(600) + b"}]}", "E_DEPTH")
     yield Case("D35 5,000 digits", "a.jsonl", b'{"a":' + b"7" * 5_000 + b"}\n", "E_NUMBER")
     yield Case("D35 infinite float", "a.json", b'[{"a":1e999}]', "E_NUMBER")
     yield Case("D36 NaN", "a.jsonl", b'{"a":NaN}\n', "E_JSON_NAN")
     yield Case("D36 Infinity", "a.json", b'[{"a":-Infinity}]', "E_JSON_NAN")
     yield Case("D22 empty key", "a.jsonl", b'{"":1}\n', "E_COLUMN_NAME")
+
+
+def _nested(depth: int) -> bytes:
+    return b"[" * depth + b"]" * depth
 
 
 def _parquet() -> Iterator[Case]:
