@@ -11,7 +11,7 @@ from lora_studio.fields import knob
 class TrainConfig:
     """How long, how fast and on what, apart from the adapter itself."""
 
-    steps: int = knob(40, min=0, max=1_000_000, label="Steps", help="Optimizer steps; 0 takes epochs instead")
+    steps: int = knob(30, min=0, max=1_000_000, label="Steps", help="Optimizer steps; 0 takes epochs instead")
     epochs: float = knob(0.0, min=0.0, max=1000.0, label="Epochs", help="Passes over the data, when steps is 0")
     batch_size: int = knob(8, min=1, max=1024, label="Batch", help="Examples per step")
     accumulate: int = knob(
@@ -32,7 +32,7 @@ class TrainConfig:
     clip_norm: float = knob(1.0, min=0.0, max=1000.0, label="Clip norm", help="Largest gradient norm; 0 never clips")
     max_length: int = knob(512, min=8, max=131_072, label="Length limit", help="Tokens per example; the rest is cut")
     holdout: float = knob(0.1, min=0.0, max=0.5, label="Held out", help="Share of the rows kept to measure on")
-    evaluations: int = knob(4, min=1, max=1000, label="Evaluations", help="How often the held-out loss is measured")
+    evaluations: int = knob(3, min=1, max=1000, label="Evaluations", help="How often the held-out loss is measured")
     samples: int = knob(3, min=0, max=20, label="Samples", help="Held-out prompts answered at each evaluation")
     precision: str = knob(
         "auto",

@@ -25,7 +25,7 @@ from lora_studio.generate import Sampling, answers
 from lora_studio.settings import TrainConfig
 
 HELDOUT_TOKENS = 4_096  # of held-out text measured at each evaluation
-SAMPLE_TOKENS = 64  # longest answer in the sample timeline
+SAMPLE_TOKENS = 48  # longest answer in the sample timeline
 
 
 @dataclass(kw_only=True)
