@@ -11,7 +11,7 @@ from lora_studio.fields import knob
 class TrainConfig:
     """How long, how fast and on what, apart from the adapter itself."""
 
-    steps: int = knob(30, min=0, max=1_000_000, label="Steps", help="Optimizer steps; 0 takes epochs instead")
+    steps: int = knob(25, min=0, max=1_000_000, label="Steps", help="Optimizer steps; 0 takes epochs instead")
     epochs: float = knob(0.0, min=0.0, max=1000.0, label="Epochs", help="Passes over the data, when steps is 0")
     batch_size: int = knob(8, min=1, max=1024, label="Batch", help="Examples per step")
     accumulate: int = knob(

@@ -24,7 +24,7 @@ from lora_studio.events import Event, Metric, Sample, Started, Warned
 from lora_studio.generate import Sampling, answers
 from lora_studio.settings import TrainConfig
 
-HELDOUT_TOKENS = 4_096  # of held-out text measured at each evaluation
+HELDOUT_TOKENS = 2_048  # of held-out text measured at each evaluation
 SAMPLE_TOKENS = 48  # longest answer in the sample timeline
 
 

@@ -1,6 +1,6 @@
 """python -m tests.screenshots OUT_DIR: every screen of the real page as PNG, light and dark, desktop and phone.
 
-    --model  base model to train (default: starter)      --steps  optimizer steps (default: 60)
+    --model  base model to train (default: starter)      --steps  optimizer steps (default: 25)
     --url    of an app that runs already; otherwise one is booted on a free port with a temporary root
 
 The booted app and the browser's flags are also what tests/test_page.py uses.
@@ -128,11 +128,12 @@ def every_screen(browser: Browser, url: str, model: str, steps: int, folder: Pat
         page.goto(with_theme(url, variant))
         page.get_by_role("button", name="Café orders").click()
         expect(page.locator("#preview .rendered")).to_be_visible(timeout=300_000)
+        expect(page.locator(".tiles").first).to_be_visible(timeout=60_000)
         shoot(page, folder, f"data_{variant}")
     first = browser.new_page()
     train(first, url, model, steps)
     address = first.url
-    expect(first.locator(".samples article").first).to_be_visible(timeout=300_000)
+    expect(live(first)).to_have_attribute("data-points", re.compile(r"^(1\d|[2-9]\d|\d{3,})$"), timeout=300_000)
     for variant, page in variants(browser):
         page.goto(with_theme(address, variant))
         expect(page.locator("#live .plot .main-svg").first).to_be_visible(timeout=60_000)
@@ -164,7 +165,7 @@ def main() -> None:
     options.add_argument("folder", type=Path)
     options.add_argument("--url")
     options.add_argument("--model", default="starter")
-    options.add_argument("--steps", type=int, default=60)
+    options.add_argument("--steps", type=int, default=25)
     given = options.parse_args()
     given.folder.mkdir(parents=True, exist_ok=True)
     with chromium() as browser, tempfile.TemporaryDirectory() as root:
