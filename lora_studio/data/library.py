@@ -44,7 +44,7 @@ class Sample(NamedTuple):
 
 
 SAMPLES = {
-    "orders": Sample("orders.jsonl", "Café orders", "An informal message becomes JSON: items, sizes, quantities, name."),
+    "orders": Sample("orders.jsonl", "Café orders", "An informal message becomes JSON: items, sizes, name."),
     "plain_english": Sample(
         "plain_english.csv", "Plain English", "A sentence of legal prose becomes one of plain words."
     ),
