@@ -7,6 +7,7 @@ This module does not know what any setting means.
 import dataclasses
 import math
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from lora_studio.errors import StudioError, quote
@@ -37,6 +38,8 @@ def knob(
 ) -> Any:
     """A dataclass field that carries everything a form needs to know about it."""
     about = {"label": label, "help": help, "min": min, "max": max, "choices": choices}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=default.copy, metadata={"knob": about})
     return dataclasses.field(default=default, metadata={"knob": about})
 
 
@@ -44,10 +47,14 @@ def knobs(config: type) -> dict[str, Knob]:
     """The knobs of a dataclass by field name, in declaration order."""
     hints = get_type_hints(config)
     return {
-        field.name: Knob(name=field.name, type=hints[field.name], default=field.default, **field.metadata["knob"])
+        field.name: Knob(name=field.name, type=hints[field.name], default=_default(field), **field.metadata["knob"])
         for field in dataclasses.fields(config)
         if "knob" in field.metadata
     }
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def check(config: Any) -> Any:
@@ -56,10 +63,11 @@ def check(config: Any) -> Any:
         value = getattr(config, name)
         if not _well_typed(value, setting.type):
             raise StudioError("E_CONFIG", f"{setting.label} is {quote(value)}.", f"Give {_wanted(setting)}.")
-        below = setting.min is not None and value < setting.min
-        above = setting.max is not None and value > setting.max
-        if below or above or (setting.choices and value not in setting.choices):
-            raise StudioError("E_CONFIG", f"{setting.label} is {quote(value)}.", f"Give {_wanted(setting)}.")
+        for one in value.values() if isinstance(value, Mapping) else [value]:
+            below = setting.min is not None and one < setting.min
+            above = setting.max is not None and one > setting.max
+            if below or above or (setting.choices and one not in setting.choices):
+                raise StudioError("E_CONFIG", f"{setting.label} is {quote(one)}.", f"Give {_wanted(setting)}.")
     return config
 
 
@@ -76,6 +84,8 @@ def build(config: type, values: Mapping[str, Any]) -> Any:
 
 
 def _coerce(value: Any, hint: Any) -> Any:
+    if isinstance(hint, UnionType) and isinstance(value, Mapping):  # of dataclasses: the first that has these keys
+        hint = next((one for one in get_args(hint) if value.keys() <= get_type_hints(one).keys()), get_args(hint)[0])
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value)  # type: ignore[arg-type]
     if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
@@ -91,6 +101,9 @@ def _well_typed(value: Any, hint: Any) -> bool:
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
         return isinstance(value, tuple) and all(type(part) is item for part in value)
+    if get_origin(hint) is Mapping:
+        of = get_args(hint)[1]
+        return isinstance(value, Mapping) and all(type(key) is str and _well_typed(value[key], of) for key in value)
     if hint is float:
         return type(value) in (int, float) and math.isfinite(value)
     return type(value) is hint
@@ -99,6 +112,8 @@ def _well_typed(value: Any, hint: Any) -> bool:
 def _wanted(setting: Knob) -> str:
     if setting.choices:
         return f"one of {', '.join(setting.choices)}"
+    if get_origin(setting.type) is Mapping:
+        return f"names with numbers between {setting.min:g} and {setting.max:g}, such as mlp.down=4"
     kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(setting.type, "a value")
     if setting.min is not None and setting.max is not None:
         return f"{kind} between {setting.min:g} and {setting.max:g}"

@@ -1,38 +1,48 @@
-"""The adapter folder on disk in PEFT's layout, both ways, driven by the tensors.
+"""A LoRA adapter on disk in PEFT's layout, both ways, driven by the tensors.
 
-`adapter_model.safetensors` holds base_model.model.<layer>.lora_A.weight (R, in) and .lora_B.weight (out, R);
-`adapter_config.json` holds the small, old-stable set of keys that every version reads. An adapter on q and v
-of a fused matrix becomes one dense pair: A stacks the slices' factors and B is block-structured, with rank
-and alpha multiplied by the number of slices so that the scale stays the same. Which slices they were stands
-in the safetensors header, so that our own files come back as they were.
+`adapter_model.safetensors` holds, behind base_model.model.<layer>., lora_A.weight (R, in) and lora_B.weight
+(out, R), lora_embedding_A (r, vocabulary) and lora_embedding_B (dim, r), and lora_magnitude_vector (out,) for
+DoRA; what was trained whole stands under its own name. `adapter_config.json` holds the small, old-stable set of
+keys that every version reads.
+
+An adapter on q and v of a fused matrix becomes one dense pair: A stacks the slices' factors and B is
+block-structured. Which slices they were stands in the safetensors header, so that our own files come back as they
+were. One scale, alpha / r, holds for every layer of a file: what differs is folded into B, because some loaders
+look at no pattern.
 """
 
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
-from lora_studio.core.layout import is_linear
+from lora_studio.core.layout import dimensions, heads, is_adaptable, matrices
 from lora_studio.core.lora import Factors, LoRA
+from lora_studio.core.slot import base_weight
 from lora_studio.core.spec import VARIANTS, LoraSpec
 from lora_studio.errors import StudioError, quote
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<factor>[AB])\.weight")
+KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>A\.weight|B\.weight|embedding_A|embedding_B|magnitude_vector)")
+NAMES = {  # in the file -> which factor
+    **{"A.weight": "A", "embedding_A": "A", "B.weight": "B", "embedding_B": "B"},
+    "magnitude_vector": "magnitude",
+}
+BASE_COPY = ".base_layer.weight"  # PEFT puts the base's embedding beside an update of it
 # What changes the meaning of the tensors in ways that this loader does not carry; falsy values are harmless.
 UNSUPPORTED = (
-    "use_dora",
     "target_parameters",
     "layer_replication",
     "trainable_token_indices",
-    "modules_to_save",
     "lora_bias",
     "use_bdlora",
     "use_qalora",
@@ -43,19 +53,26 @@ UNSUPPORTED = (
     "monteclora_config",
 )
 PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")  # those that leave the base weights alone
+PORTABLE_HEADS = {"classifier", "score"}  # trained whole, and vLLM takes them
 
 
 def save(lora: LoRA, name: str, folder: Path, base_model: str) -> None:
     """Write one adapter and read it back; `base_model` is the name a loader should look for."""
     folder.mkdir(parents=True, exist_ok=True)
-    layers = lora.delta(name)
-    tensors = {}
-    for layer, factors in layers.items():
-        tensors[f"{PREFIX}{layer}.lora_A.weight"] = factors.A.cpu().contiguous()
-        tensors[f"{PREFIX}{layer}.lora_B.weight"] = factors.B.cpu().contiguous()
-    about = {"format": "pt", "lora_studio": json.dumps({"slices": {layer: one.roles for layer, one in layers.items()}})}
+    spec = lora.specs[name]
+    assert isinstance(spec, LoraSpec), "PEFT's layout is for LoRA"
+    layers = _by_layer(lora.delta(name))
+    scales = {layer: _common(ones) for layer, ones in layers.items()}
+    scale = _most_common(list(scales.values()))
+    scales = {layer: own if math.isclose(own, scale, rel_tol=1e-9) else scale for layer, own in scales.items()}
+    tensors = {f"{PREFIX}{key}": value.cpu().contiguous() for key, value in lora.copies(name).items()}
+    for layer, ones in layers.items():
+        tensors |= _pair(lora.model, layer, ones, scales[layer])
+    slices = {layer: {one.role: one.rank for one in ones} for layer, ones in layers.items() if ones[0].role}
+    about = {"format": "pt", "lora_studio": json.dumps({"slices": slices, "variant": _plain_variant(spec)})}
     save_file(tensors, folder / WEIGHTS, metadata=about)
-    config = _config(lora, name, layers, base_model)
+    ranks = {layer: sum(one.rank for one in ones) for layer, ones in layers.items()}
+    config = _config(lora, spec, ranks, scales, base_model)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     written = _read_tensors(folder / WEIGHTS)[0]
     assert written.keys() == tensors.keys() and all(torch.equal(written[key], tensors[key]) for key in tensors)
@@ -64,69 +81,128 @@ def save(lora: LoRA, name: str, folder: Path, base_model: str) -> None:
 def load(lora: LoRA, folder: Path, name: str) -> LoraSpec:
     """Attach the adapter in `folder`. Raises E_ADAPTER_FILES, E_PEFT_VARIANT, E_KEYS, E_SHAPE, E_NOT_FINITE."""
     config = _read_config(folder)
-    tensors, slices = _read_tensors(folder / WEIGHTS)
-    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    tensors, about = _read_tensors(folder / WEIGHTS)
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    copies: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        match = KEY.fullmatch(key)
-        if not match:
-            raise StudioError(
-                "E_KEYS", f"The adapter holds {quote(key)}, which is not a LoRA factor.", "Only LoRA is read."
-            )
-        pairs.setdefault(match["layer"], {})[match["factor"]] = tensor.float()
-    layers = {}
-    for layer, pair in pairs.items():
-        if set(pair) != {"A", "B"} or pair["A"].dim() != 2 or pair["B"].dim() != 2:
-            raise StudioError("E_KEYS", f"{layer} does not have one A and one B.", "The adapter file is incomplete.")
-        layers[layer] = _factors(layer, pair["A"], pair["B"], config, tuple(slices.get(layer, ())))
+        inner = key.removeprefix(PREFIX)
+        if inner.endswith(BASE_COPY) and _is_the_bases(lora.model, inner.removesuffix(BASE_COPY), tensor):
+            continue
+        match = KEY.fullmatch(inner.removesuffix(".weight") if "magnitude" in inner else inner)
+        if not key.startswith(PREFIX) or (not match and not _saved_whole(inner, config)):
+            message = f"The adapter holds {quote(key)}, which is neither a LoRA factor nor a module saved whole."
+            raise StudioError("E_KEYS", message, "Only LoRA is read.")
+        if match:
+            layers.setdefault(match["layer"], {})[NAMES[match["kind"]]] = tensor.float()
+        else:
+            copies[inner] = tensor.float()
     if not layers:
-        raise StudioError("E_KEYS", "The adapter holds no tensors.", "It was saved empty; save it again.")
-    spec = _spec(config, layers)
-    lora.load_state(name, spec, layers)
+        raise StudioError("E_KEYS", "The adapter holds no LoRA factors.", "It was saved empty; save it again.")
+    factors = []
+    for layer, parts in layers.items():
+        factors += _factors(lora.model, layer, parts, config, about.get("slices", {}).get(layer))
+    saved = [module for module in config.get("modules_to_save") or () if any(_within(key, module) for key in copies)]
+    spec = replace(_spec(config, about, factors), modules_to_save=tuple(saved))
+    lora.load_state(name, spec, factors, copies)
     return spec
 
 
-def _factors(
-    layer: str, A: torch.Tensor, B: torch.Tensor, config: Mapping[str, Any], roles: tuple[str, ...]
-) -> Factors:
-    rank = _patterned(config.get("rank_pattern"), layer, config.get("r", 8))
-    if rank != len(A):
-        raise StudioError(
-            "E_SHAPE",
-            f"{layer}: the config says rank {rank}, A has {len(A)} rows.",
-            "The two files do not belong together.",
-        )
-    alpha = _patterned(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8))
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    roles = roles if roles and len(A) % len(roles) == 0 else ("",)
-    return Factors(A=A, B=B, scale=scale, roles=roles, rank=len(A) // len(roles))
+def portable(folder: Path) -> tuple[bool, str]:
+    """Whether vLLM takes the adapter in `folder` too, and why not."""
+    config = _read_config(folder)
+    tensors, _ = _read_tensors(folder / WEIGHTS)
+    if config.get("use_dora"):
+        return False, "It is DoRA, which vLLM does not load."
+    if foreign := set(config.get("modules_to_save") or ()) - PORTABLE_HEADS:
+        return False, f"It carries the module {min(foreign)}, trained whole, which vLLM does not load."
+    if any("lora_embedding_" in key for key in tensors):
+        return False, "It adapts the embedding, which vLLM does not do for every model."
+    power = 0.5 if config.get("use_rslora") else 1.0
+    common = config["lora_alpha"] / config["r"] ** power
+    for key, A in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            layer = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            alpha = _patterned(config.get("alpha_pattern"), layer, config["lora_alpha"])
+            if not math.isclose(alpha / len(A) ** power, common, rel_tol=1e-9):
+                return False, f"{layer} has a scale of its own, and vLLM takes one for all."
+    return True, "PEFT, vLLM and others load it as it is."
 
 
-def _config(lora: LoRA, name: str, layers: Mapping[str, Factors], base_model: str) -> dict[str, Any]:
-    spec = lora.specs[name]
-    ranks = {layer: len(factors.A) for layer, factors in layers.items()}
-    rank = max(set(ranks.values()), key=list(ranks.values()).count)
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def _by_layer(factors: Sequence[Factors]) -> dict[str, list[Factors]]:
+    layers: dict[str, list[Factors]] = {}
+    for one in factors:
+        layers.setdefault(one.layer, []).append(one)
+    return layers
+
+
+def _pair(model: Any, layer: str, ones: Sequence[Factors], scale: float) -> dict[str, torch.Tensor]:
+    """The tensors of one layer: its slices as one dense pair, in which every product is scaled by `scale`."""
+    module = model.get_submodule(layer)
+    out, key = dimensions(module)[0], f"{PREFIX}{layer}.lora_"
+    B = torch.zeros(out, sum(one.rank for one in ones))
+    at = 0
+    for one in ones:
+        rows = slice(None) if one.rows is None else one.rows.cpu()
+        B[rows, at : at + one.rank] = one.B.cpu() if one.scale == scale else one.B.cpu() * (one.scale / scale)
+        at += one.rank
+    A = torch.cat([one.A.cpu() for one in ones])
+    if isinstance(module, nn.Embedding):
+        return {f"{key}embedding_A": A, f"{key}embedding_B": B}
+    tensors = {f"{key}A.weight": A, f"{key}B.weight": B}
+    if any(one.magnitude is not None for one in ones):
+        magnitude = _row_norms(module)
+        for one in ones:
+            magnitude[slice(None) if one.rows is None else one.rows.cpu()] = one.magnitude.cpu()  # type: ignore[union-attr]
+        tensors[f"{key}magnitude_vector"] = magnitude
+    return tensors
+
+
+def _row_norms(module: nn.Module) -> torch.Tensor:
+    """(out,): what DoRA's magnitude is where nothing was trained."""
+    return base_weight(module).float().square().sum(1).sqrt().cpu()
+
+
+def _plain_variant(spec: LoraSpec) -> str:
+    """The variant that the saved factors have; pissa's two pairs are one plain pair of twice the rank."""
+    return "lora" if spec.variant == "pissa" else spec.variant
+
+
+def _common(ones: Sequence[Factors]) -> float:
+    return _most_common([one.scale for one in ones])
+
+
+def _most_common(values: Sequence[Any]) -> Any:
+    """The first of those that occur most often."""
+    return max(dict.fromkeys(values), key=values.count)
+
+
+def _config(
+    lora: LoRA, spec: LoraSpec, ranks: Mapping[str, int], scales: Mapping[str, float], base_model: str
+) -> dict[str, Any]:
+    rank = _most_common(list(ranks.values()))
     power = 0.5 if spec.variant == "rslora" else 1.0
-    alphas = {layer: factors.scale * ranks[layer] ** power for layer, factors in layers.items()}
-    alpha = next(alphas[layer] for layer in layers if ranks[layer] == rank)
+    alphas = {layer: _tidy(scales[layer] * ranks[layer] ** power) for layer in ranks}
+    odd = [layer for layer in ranks if ranks[layer] != rank]
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if heads(lora.model) else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": rank,
-        "lora_alpha": _tidy(alpha),
+        "lora_alpha": next(alphas[layer] for layer in ranks if ranks[layer] == rank),
         "lora_dropout": spec.dropout,
         "bias": "none",
-        "target_modules": _suffixes(lora, set(layers)),
-        "modules_to_save": None,
-        "fan_in_fan_out": any(type(lora.model.get_submodule(layer)).__name__ == "Conv1D" for layer in layers),
+        "target_modules": _suffixes(lora, set(ranks)),
+        "modules_to_save": list(spec.modules_to_save) or None,
+        "fan_in_fan_out": any(type(lora.model.get_submodule(layer)).__name__ == "Conv1D" for layer in ranks),
         "init_lora_weights": True,
         "use_rslora": spec.variant == "rslora",
-        "use_dora": False,
-        "rank_pattern": {re.escape(layer): ranks[layer] for layer in layers if ranks[layer] != rank},
-        "alpha_pattern": {
-            re.escape(layer): _tidy(alphas[layer]) for layer in layers if not math.isclose(alphas[layer], alpha)
-        },
+        "use_dora": spec.variant == "dora",
+        "rank_pattern": {re.escape(layer): ranks[layer] for layer in odd},
+        "alpha_pattern": {re.escape(layer): alphas[layer] for layer in odd},
     }
 
 
@@ -138,19 +214,101 @@ def _tidy(alpha: float) -> float:
 def _suffixes(lora: LoRA, layers: set[str]) -> list[str]:
     """The short names, when they select exactly these layers; else the full ones."""
     short = {layer.rsplit(".", 1)[-1] for layer in layers}
-    every = [path for path, module in lora.model.named_modules() if is_linear(module)]
+    every = [path for path, module in lora.model.named_modules() if is_adaptable(module)]
     selected = {path for path in every if path.rsplit(".", 1)[-1] in short}
     return sorted(short if selected == layers else layers)
 
 
-def _spec(config: Mapping[str, Any], layers: Mapping[str, Factors]) -> LoraSpec:
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+
+def _factors(
+    model: Any, layer: str, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any], slices: Any
+) -> list[Factors]:
+    """One layer of the file: its slices, where the header names them and the tensors bear it out, else the whole."""
+    if not {"A", "B"} <= parts.keys() or parts["A"].dim() != 2 or parts["B"].dim() != 2:
+        raise StudioError("E_KEYS", f"{layer} does not have one A and one B.", "The adapter file is incomplete.")
+    A, B, magnitude = parts["A"], parts["B"], parts.get("magnitude")
+    if (magnitude is not None) != bool(config.get("use_dora")):
+        message = f"{layer} and use_dora in the config do not agree on a magnitude."
+        raise StudioError("E_KEYS", message, "The two files do not belong together.")
+    rank = _patterned(config.get("rank_pattern"), layer, config.get("r", 8))
+    if rank != len(A):
+        message = f"{layer}: the config says rank {rank}, A has {len(A)} rows."
+        raise StudioError("E_SHAPE", message, "The two files do not belong together.")
+    alpha = _patterned(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8))
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    own = [target for target in matrices(model) if target.name == layer]
+    role = own[0].role if len(own) == 1 else ""
+    whole = Factors(layer=layer, role=role, A=A, B=B, scale=scale, magnitude=magnitude)
+    return _sliced(model, whole, slices, own) or [whole]
+
+
+def _sliced(model: Any, whole: Factors, slices: Any, own: Sequence[Any]) -> list[Factors]:
+    """The slices that `whole` is made of; none when training elsewhere has filled its zero blocks."""
+    if isinstance(slices, list):  # of equal rank, as older files say
+        slices = {role: len(whole.A) // max(1, len(slices)) for role in slices}
+    rows_of = {target.role: target.rows for target in own if target.rows is not None}
+    if not slices or not slices.keys() <= rows_of.keys() or sum(slices.values()) != len(whole.A):
+        return []
+    if whole.magnitude is not None and len(whole.magnitude) != len(whole.B):
+        return []
+    found, at = [], 0
+    left, untouched = whole.B.clone(), torch.ones(len(whole.B), dtype=torch.bool)
+    if len(whole.B) != dimensions(model.get_submodule(whole.layer))[0]:
+        return []
+    for role, rank in slices.items():
+        rows, span = rows_of[role], slice(at, at + rank)
+        magnitude = None if whole.magnitude is None else whole.magnitude[rows]
+        part = replace(whole, role=role, A=whole.A[span], B=whole.B[rows, span], rows=rows, magnitude=magnitude)
+        found.append(part)
+        left[rows, span] = 0
+        untouched[rows] = False
+        at += rank
+    if left.any():
+        return []
+    if whole.magnitude is not None:
+        norms = _row_norms(model.get_submodule(whole.layer))
+        if not torch.allclose(whole.magnitude[untouched], norms[untouched], rtol=1e-6):
+            return []
+    return found
+
+
+def _is_the_bases(model: Any, layer: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is just the base's own weight; another one would silently be lost."""
+    known = dict(model.named_modules())
+    own = getattr(known.get(layer), "weight", None)
+    return own is not None and own.shape == tensor.shape and torch.equal(own.detach().cpu(), tensor.to(own.dtype))
+
+
+def _saved_whole(key: str, config: Mapping[str, Any]) -> bool:
+    return any(_within(key, module) for module in config.get("modules_to_save") or ())
+
+
+def _within(key: str, module: str) -> bool:
+    """Whether a parameter's name lies in a module named by its ending."""
+    return f".{key}".rpartition(f".{module}.")[1] != ""
+
+
+def _spec(config: Mapping[str, Any], about: Mapping[str, Any], factors: Sequence[Factors]) -> LoraSpec:
     """What the adapter is, as nearly as one spec can say it; the factors themselves are exact."""
-    first = next(iter(layers.values()))
-    variant = "rslora" if config.get("use_rslora") else "lora"
-    alpha = first.scale / VARIANTS[variant](1.0, first.rank)
-    roles = dict.fromkeys(role for factors in layers.values() for role in factors.roles if role)
-    targets = tuple(roles) or tuple(dict.fromkeys(layer.rsplit(".", 1)[-1] for layer in layers))
-    return LoraSpec(variant=variant, rank=first.rank, alpha=float(alpha), targets=targets)
+    variant = "rslora" if config.get("use_rslora") else "dora" if config.get("use_dora") else "lora"
+    if config.get("use_dora") or about.get("variant") in ("lora-fa", "lora+"):
+        variant = str(about.get("variant") or "dora")
+    ranks = [one.rank for one in factors]
+    rank = _most_common(ranks)
+    alpha = factors[0].scale / VARIANTS[variant](1.0, rank)
+    roles = dict.fromkeys(one.role or one.layer for one in factors)
+    odd = {one.layer: one for one in factors if one.rank != rank}
+    return LoraSpec(
+        variant=variant,
+        rank=rank,
+        alpha=float(alpha),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        targets=tuple(roles),
+        rank_pattern={layer: one.rank for layer, one in odd.items()},
+        alpha_pattern={layer: one.scale / VARIANTS[variant](1.0, one.rank) for layer, one in odd.items()},
+    )
 
 
 def _patterned(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> Any:
@@ -194,10 +352,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get("lora_studio", "{}")
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(about).get("slices", {})  # noqa: SIM118
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(json.loads(about))  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise StudioError("E_SAFETENSORS", f"{path.name} is damaged: {quote(str(error))}.", "Copy it again.") from error

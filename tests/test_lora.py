@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_studio.core.layout import dimensions
 from lora_studio.core.lora import LoRA
 from lora_studio.core.merge import merged, merged_state
 from lora_studio.core.spec import LoraSpec
@@ -100,7 +101,7 @@ def toy(kind: type = nn.Linear) -> nn.Module:
     text = type("Config", (), {"num_hidden_layers": 1, "model_type": "toy"})()
     text.get_text_config = lambda: text
     model.config = text
-    return model
+    return model.eval()
 
 
 def test_conv1d_is_linear_with_its_weight_transposed() -> None:
@@ -154,11 +155,12 @@ def test_gradients_are_those_of_an_explicit_w0_plus_s_b_a(family: str, variant: 
         model(input_ids=IDS, labels=IDS).loss.backward()
     ours = [tensor.grad.clone() for tensor in lora.parameters("x")]
     weights = {}
-    for path, part in lora._parts("x"):
+    for path, part in lora.parts("x"):
         part.zero_grad()
-        update = spec.scale * (part.dense_B() @ part.A)
         layer = model.get_submodule(path)
-        weights[f"{path}.weight"] = layer.weight + (update.T if isinstance(layer, Conv1D) else update)
+        update = part.scale * part.dense_B(dimensions(layer)[0]) @ part.A
+        before = weights.get(f"{path}.weight", layer.weight)
+        weights[f"{path}.weight"] = before + (update.T if isinstance(layer, Conv1D) else update)
     torch.func.functional_call(model, weights, kwargs={"input_ids": IDS, "labels": IDS}).loss.backward()
     for tensor, gradient in zip(lora.parameters("x"), ours, strict=True):
         torch.testing.assert_close(tensor.grad, gradient, rtol=1e-10, atol=1e-14)
@@ -187,10 +189,11 @@ def test_rows_of_one_batch_train_their_own_adapter_as_if_alone() -> None:
 
 def test_the_update_has_at_most_its_rank_and_leaves_other_slices_alone() -> None:
     lora = adapted("gpt2", LoraSpec(rank=3, targets=("attn.q", "attn.v")))
-    for factors in lora.delta("x").values():
-        delta = factors.dense()
-        q, k, v = delta.chunk(3)
-        assert not k.any() and torch.linalg.matrix_rank(q) == torch.linalg.matrix_rank(v) == 3
+    base = {key: value.clone() for key, value in lora.model.state_dict().items()}
+    for key, new in merged_state(lora, "x", torch.float32).items():
+        if key.endswith("c_attn.weight"):
+            q, k, v = (new - base[key]).T.chunk(3)
+            assert not k.any() and torch.linalg.matrix_rank(q) == torch.linalg.matrix_rank(v) == 3
 
 
 def test_detaching_and_removing_leave_the_model_as_it_was() -> None:

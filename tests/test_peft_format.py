@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_studio.core.layout import heads
 from lora_studio.core.lora import LoRA
-from lora_studio.core.spec import LoraSpec
+from lora_studio.core.spec import VARIANTS, LoraSpec
 from lora_studio.errors import StudioError
-from lora_studio.peft_format import CONFIG, WEIGHTS, load, save
-from tests.tiny import CAUSAL, causal
+from lora_studio.peft_format import CONFIG, WEIGHTS, load, portable, save
+from tests.tiny import CAUSAL, causal, classifier
 
 logging.getLogger("peft").setLevel(logging.ERROR)
 IDS = torch.arange(3, 36).view(3, 11)
@@ -23,7 +24,7 @@ TARGETS = {"q and v": ("attn.q", "attn.v"), "everything": ("all-linear",), "one 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits
+        return model(input_ids=IDS).logits
 
 
 def trained(family: str, spec: LoraSpec) -> tuple[LoRA, torch.Tensor]:
@@ -74,19 +75,162 @@ def test_slices_come_back_as_slices(family: str, tmp_path: Path) -> None:
     assert shapes[0] == shapes[1]
 
 
+# what an adapter may be -> (our spec, their config), both on the same layers
+KINDS: dict[str, tuple[dict, dict]] = {
+    "lora": ({}, {}),
+    "rslora": ({"variant": "rslora"}, {"use_rslora": True}),
+    "dora": ({"variant": "dora"}, {"use_dora": True}),
+    "patterns": (
+        {"rank_pattern": {"mlp.down": 5}, "alpha_pattern": {"mlp.down": 7.0, "attn.o": 3.0}},
+        {"rank_pattern": {"MLP": 5}, "alpha_pattern": {"MLP": 7, "OUT": 3}},
+    ),
+    "embeddings": ({"targets": ("embed", "attn.o")}, {"target_modules": ["EMBED", "OUT"]}),
+    "slices": ({"targets": ("attn.q", "attn.v")}, {}),
+}
+LAYERS = {  # family -> the names in PEFT's words
+    "gpt2": {"EMBED": "wte", "OUT": "attn.c_proj", "MLP": "mlp.c_proj"},
+    "llama": {"EMBED": "embed_tokens", "OUT": "o_proj", "MLP": "down_proj"},
+    "qwen3": {"EMBED": "embed_tokens", "OUT": "o_proj", "MLP": "down_proj"},
+    "gpt_neox": {"EMBED": "embed_in", "OUT": "attention.dense", "MLP": "dense_4h_to_h"},
+    "roberta": {"EMBED": "word_embeddings", "OUT": "attention.output.dense", "MLP": "intermediate.dense"},
+    "deberta-v2": {"EMBED": "word_embeddings", "OUT": "attention.output.dense", "MLP": "intermediate.dense"},
+}
+CLASSIFYING = ("roberta", "deberta-v2", "gpt2", "llama")
+COMBINATIONS = [(family, kind, False) for family in ("gpt2", "llama", "qwen3", "gpt_neox") for kind in KINDS]
+COMBINATIONS += [(family, kind, True) for family in CLASSIFYING for kind in KINDS]
+
+
+def fresh(family: str, classify: bool) -> torch.nn.Module:
+    return classifier(family) if classify else causal(family)
+
+
+def moved(parameters: object) -> None:
+    draws = torch.Generator().manual_seed(2)
+    for tensor in parameters:  # type: ignore[attr-defined]
+        tensor.data += torch.empty(tensor.shape).normal_(0, 0.1, generator=draws)
+
+
+def theirs_of(model: torch.nn.Module, family: str, kind: str, classify: bool) -> peft.PeftModel:
+    names, options = LAYERS[family], dict(KINDS[kind][1])
+    for pattern in ("rank_pattern", "alpha_pattern"):
+        options[pattern] = {names[key]: value for key, value in options.get(pattern, {}).items()}
+    options["target_modules"] = [names[key] for key in options.get("target_modules", ["OUT", "MLP"])]
+    if classify:
+        options |= {"task_type": "SEQ_CLS", "modules_to_save": list(heads(model))}
+    return peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=6, **options))
+
+
+@pytest.mark.parametrize(("family", "kind", "classify"), COMBINATIONS)
+def test_our_adapters_compute_the_same_in_peft_and_come_back(
+    family: str, kind: str, classify: bool, tmp_path: Path
+) -> None:
+    model = fresh(family, classify)
+    lora = LoRA(model)
+    options = {"targets": ("attn.o", "mlp.down"), **KINDS[kind][0]}
+    lora.add("x", LoraSpec(rank=3, alpha=5.0, modules_to_save=heads(model), **options))
+    moved(lora.parameters("x"))
+    with lora.use("x"):
+        wanted = logits(model)
+    save(lora, "x", tmp_path, "base")
+    theirs = peft.PeftModel.from_pretrained(fresh(family, classify), tmp_path).eval()
+    torch.testing.assert_close(logits(theirs), wanted, rtol=1e-5, atol=1e-5)
+    again = LoRA(fresh(family, classify))
+    spec = load(again, tmp_path, "again")
+    with again.use("again"):
+        torch.testing.assert_close(logits(again.model), wanted, rtol=1e-6, atol=1e-6)
+    assert spec.variant == lora.specs["x"].variant and set(spec.targets) == set(options["targets"])
+    save(again, "again", tmp_path / "twice", "base")
+    first, second = load_file(tmp_path / WEIGHTS), load_file(tmp_path / "twice" / WEIGHTS)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+    assert json.loads((tmp_path / CONFIG).read_text()) == json.loads((tmp_path / "twice" / CONFIG).read_text())
+    assert {tensor.dtype for tensor in first.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("family", "kind", "classify"), COMBINATIONS)
+def test_their_adapters_compute_the_same_here_train_on_and_go_back(
+    family: str, kind: str, classify: bool, tmp_path: Path
+) -> None:
+    theirs = theirs_of(fresh(family, classify), family, kind, classify)
+    moved(tensor for tensor in theirs.parameters() if tensor.requires_grad)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    lora = LoRA(fresh(family, classify))
+    load(lora, tmp_path / "theirs", "x")
+    with lora.use("x"):
+        torch.testing.assert_close(logits(lora.model), logits(theirs), rtol=1e-5, atol=1e-5)
+    lora.model.train()
+    optimizer = torch.optim.SGD(lora.parameters("x"), lr=0.1)
+    with lora.use("x"):
+        lora.model.eval()
+        lora.model(input_ids=IDS).logits.float().square().mean().backward()
+    optimizer.step()
+    with lora.use("x"):
+        wanted = logits(lora.model)
+    save(lora, "x", tmp_path / "ours", "base")
+    back = peft.PeftModel.from_pretrained(fresh(family, classify), tmp_path / "ours").eval()
+    torch.testing.assert_close(logits(back), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_peft_trains_every_variant_of_ours_on(tmp_path: Path) -> None:
+    for variant in VARIANTS:
+        lora, wanted = trained("llama", LoraSpec(rank=3, variant=variant))
+        save(lora, "x", tmp_path / variant, "base")
+        theirs = peft.PeftModel.from_pretrained(causal("llama"), tmp_path / variant, is_trainable=True)
+        theirs.eval()
+        torch.testing.assert_close(logits(theirs), wanted, rtol=1e-5, atol=1e-5)
+        optimizer = torch.optim.SGD([tensor for tensor in theirs.parameters() if tensor.requires_grad], lr=1.0)
+        theirs(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        theirs.save_pretrained(tmp_path / variant / "on")
+        _, ours = reloaded("llama", tmp_path / variant / "on")
+        torch.testing.assert_close(ours, logits(theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_fused_slices_are_bit_identical_in_peft(family: str, tmp_path: Path) -> None:
+    lora, wanted = trained(family, LoraSpec(rank=4, alpha=8.0, targets=("attn.q", "attn.v")))
+    save(lora, "x", tmp_path, "base")
+    theirs = peft.PeftModel.from_pretrained(causal(family), tmp_path).eval()
+    assert torch.equal(logits(theirs), wanted)
+
+
 @pytest.mark.parametrize(
-    "kind", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 5}, "alpha_pattern": {"q_proj": 7}}]
+    ("spec", "reason"),
+    [
+        (LoraSpec(rank=3), None),
+        (LoraSpec(rank=3, variant="rslora", targets=("all-linear",), rank_pattern={"attn.q": 2}), None),
+        (LoraSpec(rank=3, alpha_pattern={"attn.q": 2.0}), None),
+        (LoraSpec(rank=3, variant="dora"), "DoRA"),
+        (LoraSpec(rank=3, targets=("embed", "attn.q")), "embedding"),
+    ],
 )
-def test_peft_adapters_load_here_with_equal_logits(kind: dict, tmp_path: Path) -> None:
-    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], **kind)
-    theirs = peft.get_peft_model(causal("llama"), config)
-    torch.manual_seed(2)
-    for name, tensor in theirs.named_parameters():
-        if "lora_" in name:
-            tensor.data.normal_(0, 0.2)
-    theirs.eval().save_pretrained(tmp_path)
-    _, ours = reloaded("llama", tmp_path)
-    torch.testing.assert_close(ours, logits(theirs), rtol=1e-5, atol=1e-5)
+def test_portable_says_whether_a_loader_that_knows_one_scale_takes_it(
+    spec: LoraSpec, reason: str | None, tmp_path: Path
+) -> None:
+    lora, _ = trained("llama", spec)
+    save(lora, "x", tmp_path, "base")
+    good, why = portable(tmp_path)
+    assert good == (reason is None) and (reason or "") in why
+    config, tensors = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
+    if good:  # what such a loader computes: one scale for every layer
+        power = 0.5 if config["use_rslora"] else 1.0
+        scale = config["lora_alpha"] / config["r"] ** power
+        for one in lora.delta("x"):
+            key = f"base_model.model.{one.layer}.lora_"
+            update = scale * tensors[f"{key}B.weight"] @ tensors[f"{key}A.weight"]
+            ratio = 1.0 if spec.variant != "rslora" else scale * (len(tensors[f"{key}A.weight"]) ** 0.5)
+            if spec.variant != "rslora":
+                torch.testing.assert_close(update * ratio, one.dense())
+
+
+def test_a_foreign_file_with_scales_of_its_own_is_not_portable_until_saved_here(tmp_path: Path) -> None:
+    theirs = theirs_of(causal("llama"), "llama", "patterns", False)
+    moved(tensor for tensor in theirs.parameters() if tensor.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    assert not portable(tmp_path)[0]
+    lora = LoRA(causal("llama"))
+    load(lora, tmp_path, "x")
+    save(lora, "x", tmp_path / "ours", "base")
+    assert portable(tmp_path / "ours")[0]
 
 
 def test_peft_trains_our_fused_adapter_on_and_hands_it_back(tmp_path: Path) -> None:
@@ -100,7 +244,7 @@ def test_peft_trains_our_fused_adapter_on_and_hands_it_back(tmp_path: Path) -> N
     theirs.eval().save_pretrained(tmp_path / "theirs")
     again, ours = reloaded("gpt2", tmp_path / "theirs")
     torch.testing.assert_close(ours, logits(theirs), rtol=1e-5, atol=1e-5)
-    assert all(factors.dense().chunk(3)[1].any() for factors in again.delta("again").values())  # k was trained too
+    assert all(factors.dense().chunk(3)[1].any() for factors in again.delta("again"))  # k was trained too
 
 
 def test_short_target_names_are_written_only_when_they_select_the_same_layers(tmp_path: Path) -> None:
@@ -140,7 +284,7 @@ def damaged(folder: Path, what: str) -> None:
         tensors = {}
     else:
         config |= {
-            "dora": {"use_dora": True},
+            "dora without magnitudes": {"use_dora": True},
             "ia3": {"peft_type": "IA3"},
             "bias": {"bias": "all"},
             "pissa": {"init_lora_weights": "pissa"},
@@ -160,7 +304,8 @@ DAMAGE = {
     "unknown key": "E_KEYS",
     "unknown layer": "E_KEYS",
     "empty": "E_KEYS",
-    **dict.fromkeys(("dora", "ia3", "bias", "pissa", "moe"), "E_PEFT_VARIANT"),
+    "dora without magnitudes": "E_KEYS",
+    **dict.fromkeys(("ia3", "bias", "pissa", "moe"), "E_PEFT_VARIANT"),
 }
 
 

@@ -7,40 +7,52 @@
     with lora.use(None, "pirate"):             # row 0 the base model, row 1 adapted, one batch
         model.generate(**two_rows)
 
-This module knows tensors only: files are peft_format's, merging is merge's.
+This module knows tensors only: files are adapters', merging is merge's, the paper's other methods are baselines'.
 """
 
 import difflib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lora_studio.core.layout import Target, dimensions, is_linear, matrices
-from lora_studio.core.slot import Part, Route, Slot
-from lora_studio.core.spec import LoraSpec
+from lora_studio.core.layout import Target, dimensions, experts, is_adaptable, matrices
+from lora_studio.core.slot import Before, Copied, InputSlot, LowRank, Part, Route, Slot, base_weight
+from lora_studio.core.spec import LoraSpec, Method
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import check
 
 Row = str | None | Mapping[str, float]  # one adapter, the base model, or a blend
+Parts = dict[str, list[Part]]  # layer -> what an adapter does there; "" is the model itself
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Factors:
-    """The update of one layer, scale · B A, with B dense."""
+    """The update of one matrix, scale · B A; with a magnitude, DoRA's rescaling of its rows as well."""
 
-    A: torch.Tensor  # (R, in)
-    B: torch.Tensor  # (out, R)
+    layer: str  # dotted name
+    role: str
+    A: torch.Tensor  # (r, in)
+    B: torch.Tensor  # (rows, r)
     scale: float
-    roles: tuple[str, ...]  # the slices in A's row blocks; one empty role when the layer is unsliced
-    rank: int  # of one slice; R = len(roles) · rank
+    rows: torch.Tensor | None = None  # (rows,): where B's rows lie in the layer's output; None for all of them
+    magnitude: torch.Tensor | None = None  # (rows,)
 
-    def dense(self) -> torch.Tensor:
-        """The full (out, in) update."""
-        return self.scale * (self.B @ self.A)
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    def dense(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """The full (rows, in) update; with a magnitude it depends on the base `weight` (rows, in)."""
+        update = self.scale * (self.B @ self.A)
+        if self.magnitude is None:
+            return update
+        assert weight is not None, "a DoRA update depends on the base weight"
+        adapted = weight.to(update) + update
+        return adapted * (self.magnitude / adapted.norm(dim=1))[:, None] - weight.to(update)
 
 
 class LoRA:
@@ -48,9 +60,10 @@ class LoRA:
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model.requires_grad_(False)
-        self.specs: dict[str, LoraSpec] = {}
+        self.specs: dict[str, Method] = {}
         self._slots: dict[str, Slot] = {}
         self._route = Route()
+        self._standing = ExitStack()  # of the trained copies that stand in for the base's tensors just now
 
     # ---- what there is -------------------------------------------------------------------------------------------
 
@@ -59,58 +72,115 @@ class LoRA:
         return tuple(self.specs)
 
     def plan(self, spec: LoraSpec) -> list[Target]:
-        """The matrices that `spec` would adapt, in forward order. Raises E_TARGETS, E_LAYERS or E_CONFIG."""
+        """The matrices that `spec` would adapt, in forward order. Raises the E_ codes of `plan`."""
         return plan(self.model, spec)
 
     def parameters(self, name: str) -> list[nn.Parameter]:
-        """A and B of every layer of one adapter, in forward order."""
-        return [tensor for _, part in self._parts(name) for tensor in (part.A, part.B)]
+        """The trainable parameters of one adapter, in forward order, tied ones once."""
+        every = (tensor for _, part in self.parts(name) for tensor in part.parameters() if tensor.requires_grad)
+        return list(dict.fromkeys(every))
 
-    def delta(self, name: str) -> dict[str, Factors]:
-        """The update of each adapted layer, detached, by layer name."""
+    def groups(self, name: str, ratio_b: float = 1.0) -> list[dict[str, Any]]:
+        """The same for an optimizer: {"params", "ratio"}, the ratio being the share of the learning rate they take.
+
+        ratio_b: how many times faster B learns than A under variant lora+.
+        """
+        merged: dict[tuple, dict[str, Any]] = {}
+        taken: set[nn.Parameter] = set()
+        for _, part in self.parts(name):
+            for group in part.groups(ratio_b):
+                fresh = [tensor for tensor in group.pop("params") if tensor not in taken]
+                taken.update(fresh)
+                merged.setdefault(tuple(group.items()), {"params": [], **group})["params"] += fresh
+        return [group for group in merged.values() if group["params"]]
+
+    def delta(self, name: str) -> list[Factors]:
+        """The update of each adapted matrix, detached, in forward order."""
+        return [_factors(layer, part) for layer, part in self.parts(name) if isinstance(part, LowRank)]
+
+    def copies(self, name: str) -> dict[str, torch.Tensor]:
+        """What was trained whole, detached, by parameter name; a tied tensor under each of its names."""
         return {
-            layer: Factors(
-                A=part.A.detach(), B=part.dense_B().detach(), scale=part.scale, roles=part.roles, rank=part.rank
-            )
-            for layer, part in self._parts(name)
+            f"{layer}.{parameter}": tensor.detach()
+            for layer, part in self.parts(name)
+            if isinstance(part, Copied)
+            for parameter, tensor in part.tensors.items()
         }
+
+    def parts(self, name: str) -> Iterator[tuple[str, Part]]:
+        """(layer, part) of one adapter, in forward order."""
+        assert name in self.specs, f"no adapter called {name}"
+        for layer, slot in self._slots.items():
+            for part in slot.parts.get(name, ()):
+                yield layer, part
+
+    def changed(self, name: str) -> bool:
+        """Whether the adapter does anything to the base model."""
+        return any(part.changed(self.model.get_submodule(layer)) for layer, part in self.parts(name))
+
+    def finite(self, name: str) -> bool:
+        """Whether all its values are numbers."""
+        return all(bool(tensor.isfinite().all()) for tensor in self.parameters(name))
+
+    def packs(self, name: str) -> bool:
+        """Whether sequences may be laid end to end under it; virtual tokens want a row per sequence."""
+        return not any(isinstance(part, Before) for _, part in self.parts(name))
 
     # ---- adding and removing -------------------------------------------------------------------------------------
 
     def add(self, name: str, spec: LoraSpec, seed: int = 0) -> list[Target]:
         """Attach a fresh adapter that changes nothing yet; the same seed gives the same A on any device."""
         targets = self.plan(spec)
-        self._claim(name, spec)
+        parts = low_rank(self.model, spec, targets)
         generator = torch.Generator().manual_seed(seed)
-        for layer, slices in _by_layer(targets).items():
-            self._put(name, layer, slices, spec.rank, spec.scale, spec.dropout).reset(generator)
+        for layer, ones in parts.items():
+            for part in ones:
+                assert isinstance(part, LowRank)
+                part.reset(self.model.get_submodule(layer), generator)
+        self.attach(name, spec, parts | copied(self.model, spec.modules_to_save))
         return targets
 
-    def load_state(self, name: str, spec: LoraSpec, layers: Mapping[str, Factors]) -> None:
-        """Attach an adapter with given factors. Raises E_KEYS, E_SHAPE or E_NOT_FINITE and then attaches nothing."""
-        known = {layer: module for layer, module in self.model.named_modules() if is_linear(module)}
-        for layer, factors in layers.items():
-            _check_factors(layer, factors, known)
-        matrices_of = _by_layer(matrices(self.model))
-        self._claim(name, spec)
-        for layer, factors in layers.items():
-            slices = [target for target in matrices_of.get(layer, []) if target.role in factors.roles]
-            module = self.model.get_submodule(layer)
-            if len(slices) != len(factors.roles) or not _holds(Part(module, slices, factors.rank, 1.0), factors.B):
-                out, width = dimensions(module)
-                slices = [Target(name=layer, role="", layer=-1, shape=(out, width))]
-            part = self._put(name, layer, slices, len(factors.A) // len(slices), factors.scale, spec.dropout)
+    def attach(self, name: str, spec: Method, parts: Parts) -> None:
+        """Attach what has been built; every other way of adding ends here."""
+        assert name and "." not in name, f"an adapter name is a plain word, got {name!r}"
+        assert name not in self.specs, f"adapter {name} exists already"
+        self.specs[name] = spec
+        for layer, ones in parts.items():
+            if layer not in self._slots:
+                self._slots[layer] = (Slot if layer else InputSlot)(self._route)
+                self._slots[layer].hook(self.model.get_submodule(layer))
+            self._slots[layer].parts[name] = ones
+
+    def load_state(
+        self, name: str, spec: LoraSpec, factors: Sequence[Factors], copies: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        """Attach an adapter with given values. Raises E_KEYS, E_SHAPE or E_NOT_FINITE and then attaches nothing."""
+        order = {path: number for number, (path, _) in enumerate(self.model.named_modules())}
+        for one in factors:
+            self._check(one)
+        parts: Parts = {}
+        for one in sorted(factors, key=lambda one: order[one.layer]):
+            variant = "dora" if one.magnitude is not None else spec.variant if spec.variant != "pissa" else "lora"
+            shape = (len(one.B), one.A.shape[1])
+            target = Target(name=one.layer, role=one.role, layer=-1, shape=shape, rows=one.rows)
+            layer = self.model.get_submodule(one.layer)
+            part = LowRank(layer, target, one.rank, one.scale, variant, spec.dropout)
             with torch.no_grad():
-                part.A.copy_(factors.A)
-                part.B.copy_(part.compact_B(factors.B.to(part.B)))
+                part.A.copy_(one.A)
+                part.B.copy_(one.B)
+                if part.magnitude is not None and one.magnitude is not None:
+                    part.magnitude.copy_(one.magnitude)
+            parts.setdefault(one.layer, []).append(part)
+        whole = copied(self.model, spec.modules_to_save)
+        fill_copies(whole, copies or {})
+        self.attach(name, spec, parts | whole)
 
     def remove(self, name: str) -> None:
         """Forget one adapter; the others keep their bits."""
         assert name in self.specs and name not in self._route.names, f"adapter {name} is not there, or in use"
         del self.specs[name]
         for layer, slot in list(self._slots.items()):
-            if name in slot.parts:
-                del slot.parts[name]
+            slot.parts.pop(name, None)
             if not slot.parts:
                 slot.unhook()
                 del self._slots[layer]
@@ -125,21 +195,32 @@ class LoRA:
 
     @contextmanager
     def use(self, *rows: Row) -> Iterator[None]:
-        """Route the batch inside: one entry for all rows, or one per row; no entry at all is the base model."""
-        before = self._route.names, self._route.weights, self._route.strength
+        """Route the batch inside: one entry for all rows, or one per row; no entry at all is the base model.
+
+        Call model.train() before it, and the backward inside it: recomputed activations need the same route.
+        """
+        route = self._route
+        before = route.names, route.weights, route.strength, route.whole
+        assert not any(
+            isinstance(part, Copied) and part.standing_in for one in before[0] for _, part in self.parts(one)
+        )
         mixes = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
         names = tuple(name for name in self.specs if any(name in mix for mix in mixes))
         unknown = {name for mix in mixes for name in mix} - set(self.specs)
         assert not unknown, f"no adapter called {sorted(unknown)}"
         device = next(self.model.parameters()).device
         weights = [[mix.get(name, 0.0) for name in names] for mix in mixes] or [[]]
-        self._route.names = names
-        self._route.weights = torch.tensor(weights, device=device)
-        self._route.strength = torch.ones(len(names), device=device)
+        route.names = names
+        route.weights = torch.tensor(weights, device=device)
+        route.strength = torch.ones(len(names), device=device)
+        route.whole = mixes == [dict.fromkeys(names, 1.0)] and len(names) == 1
         try:
-            yield
+            with self._standing:
+                if route.whole:
+                    self._stand_in(names[0])
+                yield
         finally:
-            self._route.names, self._route.weights, self._route.strength = before
+            route.names, route.weights, route.strength, route.whole = before
 
     @contextmanager
     def unhooked(self) -> Iterator[None]:
@@ -153,103 +234,158 @@ class LoRA:
                 slot.hook(self.model.get_submodule(path))
 
     def set_scale(self, name: str, strength: float) -> None:
-        """Change the strength of an adapter in use: an in-place write, live and without recompiling."""
+        """Change the strength of an adapter in use: an in-place write, live and without recompiling.
+
+        It acts in evaluation mode only; in training the strength is 1.
+        """
         self._route.strength[self._route.names.index(name)] = strength
+        if not self.model.training:
+            self._standing.close()  # copies are gated from here on
 
-    # ---- inside --------------------------------------------------------------------------------------------------
+    def _stand_in(self, name: str) -> None:
+        """Put the trained copies of an adapter that has every row in the place of the base's own tensors."""
+        for layer, part in self.parts(name):
+            if isinstance(part, Copied):
+                self._standing.enter_context(part.instead(self.model.get_submodule(layer)))
 
-    def _parts(self, name: str) -> Iterator[tuple[str, Part]]:
-        assert name in self.specs, f"no adapter called {name}"
-        for layer, slot in self._slots.items():
-            if name in slot.parts:
-                yield layer, slot.parts[name]
-
-    def _claim(self, name: str, spec: LoraSpec) -> None:
-        assert name and "." not in name, f"an adapter name is a plain word, got {name!r}"
-        assert name not in self.specs, f"adapter {name} exists already"
-        self.specs[name] = spec
-
-    def _put(self, name: str, layer: str, slices: list[Target], rank: int, scale: float, dropout: float) -> Part:
-        module = self.model.get_submodule(layer)
-        if layer not in self._slots:
-            self._slots[layer] = Slot(self._route)
-            self._slots[layer].hook(module)
-        part = Part(module, slices, rank, scale, dropout)
-        self._slots[layer].parts[name] = part
-        return part
+    def _check(self, one: Factors) -> None:
+        known = dict(self.model.named_modules())
+        if one.layer not in known or not is_adaptable(known[one.layer]):
+            message = f"The adapter has a layer {quote(one.layer)} that this model lacks."
+            raise StudioError("E_KEYS", message, "Load its own base.")
+        out, width = dimensions(known[one.layer])
+        rows = out if one.rows is None else len(one.rows)
+        good = one.A.shape[1:] == (width,) and one.B.shape == (rows, len(one.A))
+        if not good or (one.magnitude is not None and one.magnitude.shape != (rows,)):
+            message = (
+                f"{one.layer}: A is {tuple(one.A.shape)} and B {tuple(one.B.shape)}, the base weight ({rows}, {width})."
+            )
+            raise StudioError("E_SHAPE", message, "This adapter was made for another base model.")
+        check_finite(one.layer, one.A, one.B, *filter(lambda tensor: tensor is not None, [one.magnitude]))
 
 
 def plan(model: nn.Module, spec: LoraSpec) -> list[Target]:
-    """The matrices of `model` that `spec` would adapt; works on the meta device too. See LoRA.plan."""
+    """The matrices of `model` that `spec` would adapt; works on the meta device too.
+
+    Raises E_CONFIG, E_TARGETS, E_LAYERS, E_RANK, E_MOE or E_VARIANT.
+    """
     check(spec)
     everything = matrices(model)
     if spec.layers:
         depth = 1 + max(target.layer for target in everything)
         wrong = [layer for layer in spec.layers if not 0 <= layer < depth]
         if wrong:
-            raise StudioError(
-                "E_LAYERS", f"Layer {wrong[0]} does not exist.", f"This model has layers 0 to {depth - 1}."
-            )
-    chosen: dict[tuple[str, str], Target] = {}
+            message = f"Layer {wrong[0]} does not exist."
+            raise StudioError("E_LAYERS", message, f"This model has layers 0 to {depth - 1}.")
+    picked = set[int]()
     for wanted in spec.targets:
-        hits = _matching(everything, wanted)
-        if not hits:
-            raise _no_match(everything, wanted)
-        chosen.update({(hit.name, hit.role): hit for hit in hits})
-    order = {(target.name, target.role): number for number, target in enumerate(everything)}
-    picked = [chosen[key] for key in sorted(chosen, key=order.__getitem__)]
-    kept = [target for target in picked if not spec.layers or target.layer in spec.layers]
+        _refuse_experts(model, wanted)
+        picked.update(_matching(everything, wanted))
+    for wanted in (*spec.rank_pattern, *spec.alpha_pattern):
+        _matching(everything, wanted)
+    kept = [everything[number] for number in sorted(picked)]
+    kept = [target for target in kept if not spec.layers or target.layer in (-1, *spec.layers)]
     if not kept:
         raise StudioError("E_TARGETS", "No matrix is selected.", "Choose at least one, for instance attn.q and attn.v.")
+    for target in kept:
+        rank, most = spec.rank_of(target), min(target.shape)
+        if rank > most:
+            message = f"Rank {rank} is more than {quote(target.name)} ({target.role}) has: it is {target.shape}."
+            raise StudioError("E_RANK", message, f"Give a rank of {most} or less.")
+        if target.role == "embed" and spec.variant not in ("lora", "rslora", "lora+"):
+            message = f"Variant {spec.variant} is not made for embeddings."
+            raise StudioError("E_VARIANT", message, "Take lora, or leave the embedding out.")
     return kept
 
 
-def _matching(everything: list[Target], wanted: str) -> list[Target]:
-    """By role, by dotted name or its ending (then every slice of that layer), or all of them."""
-    return [
-        target
-        for target in everything
-        if wanted in ("all-linear", target.role) or target.name == wanted or target.name.endswith(f".{wanted}")
-    ]
+def low_rank(model: nn.Module, spec: LoraSpec, targets: Sequence[Target]) -> Parts:
+    """The parts of `spec` on these matrices, not yet drawn: A and B are zero."""
+    parts: Parts = {}
+    for target in targets:
+        layer = model.get_submodule(target.name)
+        rank, scale = spec.rank_of(target), spec.scale_of(target)
+        part = LowRank(layer, target, rank, scale, spec.variant, spec.dropout)
+        parts.setdefault(target.name, []).append(part)
+    return parts
 
 
-def _no_match(everything: list[Target], wanted: str) -> StudioError:
+def copied(model: nn.Module, modules: Sequence[str]) -> Parts:
+    """fp32 copies of every parameter in the named modules, a tied parameter copied once. Raises E_TARGETS."""
+    masters: dict[nn.Parameter, nn.Parameter] = {}
+    parts: Parts = {}
+    for wanted in modules:
+        found = [path for path, _ in model.named_modules() if path == wanted or path.endswith(f".{wanted}")]
+        if not found:
+            message = f"This model has no module {quote(wanted)} to train whole."
+            raise StudioError("E_TARGETS", message, f"It has {', '.join(name for name, _ in model.named_children())}.")
+        for top in found:
+            for path, module in model.get_submodule(top).named_modules(prefix=top):
+                own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
+                for tensor in own.values():
+                    masters.setdefault(tensor, nn.Parameter(tensor.detach().clone().float()))
+                if own:
+                    parts[path] = [Copied({name: masters[tensor] for name, tensor in own.items()})]
+    return parts
+
+
+def fill_copies(parts: Parts, values: Mapping[str, torch.Tensor]) -> None:
+    """Write saved values into copies, name by name and complete. Raises E_KEYS, E_SHAPE, E_NOT_FINITE."""
+    wanted = {
+        f"{layer}.{name}": tensor
+        for layer, ones in parts.items()
+        for part in ones
+        if isinstance(part, Copied)
+        for name, tensor in part.tensors.items()
+    }
+    for name in sorted(wanted.keys() ^ values.keys()):
+        lacks = "lacks" if name in wanted else "has, and this model does not expect,"
+        raise StudioError("E_KEYS", f"The adapter {lacks} the tensor {quote(name)}.", "Load its own base.")
+    for name, tensor in wanted.items():
+        if tensor.shape != values[name].shape:
+            message = f"{name} is {tuple(values[name].shape)} in the adapter and {tuple(tensor.shape)} in this model."
+            raise StudioError("E_SHAPE", message, "This adapter was made for another base model.")
+        check_finite(name, values[name])
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(values[name])
+
+
+def check_finite(name: str, *tensors: torch.Tensor) -> None:
+    """Raises E_NOT_FINITE: one bad value would spread to every row, the base's included (0 · inf)."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise StudioError("E_NOT_FINITE", f"{name}: the adapter holds values that are not finite.", "Train it again.")
+
+
+def weight(model: nn.Module, one: Factors) -> torch.Tensor:
+    """(rows, in): the base weight that these factors change, in fp32 at least. Raises E_QUANTISED."""
+    full = base_weight(model.get_submodule(one.layer))
+    part = full if one.rows is None else full[one.rows]
+    return part.to(torch.promote_types(part.dtype, torch.float32))
+
+
+def _factors(layer: str, part: LowRank) -> Factors:
+    A, B = part.factors()
+    magnitude = None if part.magnitude is None else part.magnitude.detach()
+    return Factors(layer=layer, role=part.role, A=A, B=B, scale=part.scale, rows=part.rows, magnitude=magnitude)
+
+
+def _matching(everything: Sequence[Target], wanted: str) -> list[int]:
+    """Numbers of the matrices that a name means: a role, a dotted name or its ending, all-linear. Raises E_TARGETS."""
+    hits = [number for number, target in enumerate(everything) if target.answers_to(wanted)]
+    if hits:
+        return hits
     roles = list(dict.fromkeys(target.role for target in everything))
     names = list(dict.fromkeys(target.name.rsplit(".", 1)[-1] for target in everything))
     close = difflib.get_close_matches(wanted, roles + names, n=2, cutoff=0.4)
     meant = f"Did you mean {' or '.join(close)}? " if close else ""
-    return StudioError(
-        "E_TARGETS", f"No matrix of this model is called {quote(wanted)}.", f"{meant}It has {', '.join(roles)}."
-    )
+    message = f"No matrix of this model is called {quote(wanted)}."
+    raise StudioError("E_TARGETS", message, f"{meant}It has {', '.join(roles)}.")
 
 
-def _by_layer(targets: list[Target]) -> dict[str, list[Target]]:
-    layers: dict[str, list[Target]] = {}
-    for target in targets:
-        layers.setdefault(target.name, []).append(target)
-    return layers
-
-
-def _holds(part: Part, dense: torch.Tensor) -> bool:
-    """Whether these slices carry all of a dense B; training in another program may have filled its zero blocks."""
-    if part.A.shape[0] != dense.shape[1]:
-        return False
-    with torch.no_grad():
-        part.B.copy_(part.compact_B(dense.to(part.B)))
-        return torch.equal(part.dense_B(), dense.to(part.B))
-
-
-def _check_factors(layer: str, factors: Factors, known: Mapping[str, nn.Module]) -> None:
-    if layer not in known:
-        raise StudioError(
-            "E_KEYS", f"The adapter has a layer {quote(layer)} that this model lacks.", "Load its own base."
-        )
-    out, width = dimensions(known[layer])
-    if factors.A.shape[1:] != (width,) or factors.B.shape != (out, len(factors.A)):
-        raise StudioError(
-            "E_SHAPE",
-            f"{layer}: A is {tuple(factors.A.shape)} and B {tuple(factors.B.shape)}, the base weight ({out}, {width}).",
-            "This adapter was made for another base model.",
-        )
-    if not (factors.A.isfinite().all() and factors.B.isfinite().all()):
-        raise StudioError("E_NOT_FINITE", f"{layer}: the adapter holds values that are not finite.", "Train it again.")
+def _refuse_experts(model: nn.Module, wanted: str) -> None:
+    """Mixture-of-experts weights are three-dimensional and routed per token; no slot fits them."""
+    found = experts(model)
+    named = any(path.endswith(f".{wanted}") or f".{wanted}." in path or path == wanted for path in found)
+    if found and (wanted in ("all-linear", "mlp.gate", "mlp.up", "mlp.down") or named):
+        message = f"{quote(wanted)} reaches into a mixture of experts ({found[0]})."
+        raise StudioError("E_MOE", message, "Experts cannot be adapted here; choose attention matrices.")

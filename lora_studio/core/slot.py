@@ -1,24 +1,33 @@
-"""The forward hook that adds adapters to one linear layer, and the gate that says whose rows get how much.
+"""The forward hook that adds adapters to one layer, and the gate that says whose rows get how much.
 
-    y = base(x) + ((x Aᵀ) ⊙ g) Bᵀ
+    y = base(x) + scale · ((x Aᵀ) ⊙ g) Bᵀ
 
-A (R, in) and B (out, R) stack the factors of the adapters in use, R the sum of their ranks; g holds
-scale · row weight per column. So g = 0 is the base model bit for bit, rows of one batch may carry different
-adapters or blends, and a strength slider is a write into a tensor. The base weight is never written.
+A (R, in) and B (out, R) stack the factors of the adapters in use, R the sum of their ranks; g holds the row
+weight per column. So g = 0 is the base model bit for bit, rows of one batch may
+carry different adapters or blends, and a strength slider is a write into a tensor. The base weight is never written.
+
+What one adapter does to one layer is a Part: LowRank here, Copied here for modules that are trained whole, and
+those of the paper's other methods in baselines. A part answers with what it adds to the layer's output.
 
 Masters are fp32; they are cast down to the dtype of x, never x up (casting inputs up costs a fifth of the
 peak memory and changes no gradient).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
+from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
 
-from lora_studio.core.layout import Target, dimensions
+from lora_studio.core.layout import Target, embedding_scale
+from lora_studio.errors import StudioError
 
 
 class Route:
@@ -26,78 +35,215 @@ class Route:
 
     names     adapters in use; empty means the hooks add nothing at all
     weights   (1 or rows, names): weight of each adapter on each row of the batch
-    strength  (names,): the live slider, multiplied onto weights; written in place
+    strength  (names,): the live slider, multiplied onto weights; written in place; training does not see it,
+              because recomputed activations would be gated by where the slider has got to in the meantime
+    whole     one adapter with weight 1 on every row
     """
 
     def __init__(self) -> None:
         self.names: tuple[str, ...] = ()
         self.weights = torch.empty(1, 0)
         self.strength = torch.empty(0)
+        self.whole = False
 
-    def gate(self, batch: int) -> torch.Tensor:
-        """(1 or batch, names). A row's weight covers all its beams, which generate() keeps next to each other."""
-        weights = self.weights * self.strength
-        if len(weights) in (1, batch):
+    def gate(self, batch: int, training: bool) -> torch.Tensor | None:
+        """(1 or batch, names); None for all ones. A row's weight covers its beams, which generate() keeps together."""
+        if training and self.whole:
+            return None
+        weights = self.weights if training else self.weights * self.strength
+        if len(weights) == 1 or batch in (1, len(weights)):
             return weights
         assert batch % len(weights) == 0, f"{len(weights)} adapter rows do not divide a batch of {batch}"
         return weights.repeat_interleave(batch // len(weights), dim=0)
 
 
 class Part(nn.Module):
-    """One adapter in one layer: n slices of its output rows, each with its own A and B of rank r.
+    """What one adapter does to one layer."""
 
-    A (n·r, in); B compact (adapted rows, r); scale multiplies B A. One slice without rows is the whole layer.
+    def delta(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        """What is added to the layer's own `output`; the slot gates it."""
+        raise NotImplementedError
+
+    def changed(self, layer: nn.Module) -> bool:
+        """Whether this part does anything yet."""
+        raise NotImplementedError
+
+    def groups(self, ratio_b: float) -> list[dict[str, Any]]:
+        """Trainable parameters for the optimizer, with the share of the learning rate that they take."""
+        return [{"params": [tensor for tensor in self.parameters() if tensor.requires_grad], "ratio": 1.0}]
+
+
+class LowRank(Part):
+    """scale · B A on one matrix: A (r, in), B (rows, r) for the rows of the layer's output that are adapted.
+
+    variant is a name of spec.VARIANTS; dropout acts on x before A, in training only.
     """
 
-    rows: torch.Tensor  # (adapted rows,): where B's rows belong in the output
-    block: torch.Tensor  # (adapted rows,): which slice they belong to
+    rows: torch.Tensor | None  # (rows,): where B's rows lie in the layer's output; None for all of them
+    start_A: torch.Tensor  # (r, in), pissa only: what A was drawn as; the base already holds this product
+    start_B: torch.Tensor
 
     def __init__(
-        self, layer: nn.Module, slices: Sequence[Target], rank: int, scale: float, dropout: float = 0.0
+        self, layer: nn.Module, target: Target, rank: int, scale: float, variant: str = "lora", dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self.out, width = dimensions(layer)
-        self.roles = tuple(target.role for target in slices)
-        self.rank, self.scale, self.dropout = rank, scale, dropout
-        self.whole = any(target.rows is None for target in slices)
-        assert len(slices) == 1 or not self.whole, "a whole layer cannot be sliced as well"
-        rows = [torch.arange(self.out) if target.rows is None else target.rows for target in slices]
-        count = sum(map(len, rows))
+        rows, width = target.shape
         device = next(layer.parameters()).device
-        self.A = nn.Parameter(torch.zeros(len(slices) * rank, width, device=device))
-        self.B = nn.Parameter(torch.zeros(count, rank, device=device))
-        if not self.whole:
-            block = torch.cat([torch.full((len(numbers),), n) for n, numbers in enumerate(rows)])
-            self.register_buffer("rows", torch.cat(rows).to(device), persistent=False)
-            self.register_buffer("block", block.to(device), persistent=False)
+        self.role, self.scale, self.variant, self.dropout = target.role, scale, variant, dropout
+        self.A = nn.Parameter(torch.zeros(rank, width, device=device), requires_grad=variant != "lora-fa")
+        self.B = nn.Parameter(torch.zeros(rows, rank, device=device))
+        self.register_buffer("rows", None if target.rows is None else target.rows.to(device), persistent=False)
+        self.magnitude: nn.Parameter | None = None
+        if variant == "dora":
+            self.register_buffer("squares", _squares(self._weight(layer)), persistent=False)  # (rows,) ‖W‖²
+            self.magnitude = nn.Parameter(self.squares.sqrt())
+            self._norm: tuple[tuple[int, int], torch.Tensor] | None = None
 
-    def reset(self, generator: torch.Generator) -> None:
-        """A as in the authors' code, uniform in ±1/sqrt(in); B zero, so that training starts at the base model."""
-        bound = 1 / math.sqrt(self.A.shape[1])
-        fresh = torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator)
+    @property
+    def rank(self) -> int:
+        return len(self.A)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, in) of the adapted matrix."""
+        return len(self.B), self.A.shape[1]
+
+    @property
+    def stacks(self) -> bool:
+        """Whether it is nothing but a product of two factors, which slots stack with those of other adapters."""
+        return self.variant not in ("dora", "pissa") and not self.dropout
+
+    def reset(self, layer: nn.Module, generator: torch.Generator) -> None:
+        """A as in the authors' code, uniform in ±1/sqrt(in), and B zero, so that training starts at the base model.
+
+        For an embedding the roles are exchanged (A zero, B normal); pissa takes both from W0's singular vectors.
+        """
         with torch.no_grad():
-            self.A.copy_(fresh)
-            self.B.zero_()
+            if self.variant == "pissa":
+                U, S, Vh = torch.linalg.svd(self._weight(layer).float(), full_matrices=False)
+                root = (S[: self.rank] / self.scale).sqrt()
+                self.A.copy_(root[:, None] * Vh[: self.rank])
+                self.B.copy_(U[:, : self.rank] * root)
+                self.register_buffer("start_A", self.A.detach().clone(), persistent=False)
+                self.register_buffer("start_B", self.B.detach().clone(), persistent=False)
+            elif isinstance(layer, nn.Embedding):
+                self.A.zero_()
+                self.B.copy_(torch.empty(self.B.shape).normal_(generator=generator))
+            else:
+                bound = 1 / math.sqrt(self.A.shape[1])
+                self.A.copy_(torch.empty(self.A.shape).uniform_(-bound, bound, generator=generator))
+                self.B.zero_()
 
-    def dense_B(self) -> torch.Tensor:
-        """B as one (out, n·r) matrix: block-structured with zero rows where nothing is adapted."""
-        if self.whole:
-            return self.B
-        full = self.B.new_zeros(self.out, len(self.roles), self.rank)
-        return full.index_put((self.rows, self.block), self.B).flatten(1)
+    def factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A (R, in) and B (rows, R) of the whole update; pissa's is s (B A - B0 A0), of twice the rank."""
+        if self.variant != "pissa":
+            return self.A.detach(), self.B.detach()
+        return torch.cat([self.A.detach(), self.start_A]), torch.cat([self.B.detach(), -self.start_B], dim=1)
 
-    def compact_B(self, dense: torch.Tensor) -> torch.Tensor:
-        """The inverse of dense_B: (out, n·r) -> (adapted rows, r)."""
-        if self.whole:
-            return dense
-        return dense.view(self.out, len(self.roles), self.rank)[self.rows, self.block]
+    def dense_B(self, out: int, B: torch.Tensor | None = None) -> torch.Tensor:
+        """B with a row for each of the layer's `out` outputs: (out, r)."""
+        B = self.B if B is None else B
+        return B if self.rows is None else B.new_zeros(out, self.rank).index_copy(0, self.rows, B)
+
+    def delta(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        x, out = inputs[0], output.shape[-1]
+        added = self._product(layer, x, self.A, self.dense_B(out))
+        if self.variant == "pissa":  # the same products in the same order, so that their difference starts at 0 exactly
+            added = added - self._product(layer, x, self.start_A, self.dense_B(out, self.start_B))
+        if self.magnitude is None:
+            return added
+        bias = getattr(layer, "bias", None)
+        direction = added + (output if bias is None else output - bias)
+        stretch = self.magnitude / self.norm(layer) - 1  # (rows,)
+        if self.rows is not None:
+            stretch = stretch.new_zeros(out).index_copy(0, self.rows, stretch)
+        return added + stretch.to(output.dtype) * direction
+
+    def norm(self, layer: nn.Module) -> torch.Tensor:
+        """(rows,): ‖W + s B A‖ of each output row, without forming B A, and a constant to the gradient (DoRA, 4.3).
+
+        ‖W‖² + 2s ⟨W Aᵀ, B⟩ + s² ⟨B (A Aᵀ), B⟩. Outside training it is kept until A or B change.
+        """
+        version = (self.A._version, self.B._version)
+        if self._norm and self._norm[0] == version and not layer.training:
+            return self._norm[1]
+        with torch.no_grad():
+            W, A, B, s = self._weight(layer), self.A, self.B, self.scale
+            cross = (F.linear(W, A.to(W.dtype)).to(B.dtype) * B).sum(1)
+            norm = (self.squares + 2 * s * cross + s * s * ((B @ (A @ A.T)) * B).sum(1)).clamp_min(0).sqrt()
+        self._norm = version, norm
+        return norm
+
+    def changed(self, layer: nn.Module) -> bool:
+        if self.magnitude is not None and not torch.equal(self.magnitude, self.squares.sqrt()):
+            return True
+        if self.variant == "pissa":
+            return not (torch.equal(self.A, self.start_A) and torch.equal(self.B, self.start_B))
+        return bool((self.A if isinstance(layer, nn.Embedding) else self.B).any())
+
+    def groups(self, ratio_b: float) -> list[dict[str, Any]]:
+        """B learns `ratio_b` times as fast as A under lora+; magnitudes do not decay."""
+        groups = [{"params": [self.B], "ratio": ratio_b if self.variant == "lora+" else 1.0}]
+        if self.A.requires_grad:
+            groups.insert(0, {"params": [self.A], "ratio": 1.0})
+        if self.magnitude is not None:
+            groups.append({"params": [self.magnitude], "ratio": 1.0, "weight_decay": 0.0})
+        return groups
+
+    def _product(self, layer: nn.Module, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        """scale · B A x. A dropped x is made again in the backward rather than kept for every layer."""
+        if self.dropout and layer.training and not isinstance(layer, nn.Embedding):
+            hidden = checkpoint(self._dropped, x, A, use_reentrant=False)
+            return F.linear(hidden * self.scale, B.to(x.dtype))  # type: ignore[operator]
+        return _product(layer, x, A, B, self.scale)
+
+    def _dropped(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.dropout(x, self.dropout), A.to(x.dtype))
+
+    def _weight(self, layer: nn.Module) -> torch.Tensor:
+        """(rows, in): the base weight's rows that this part adapts."""
+        weight = base_weight(layer)
+        return weight if self.rows is None else weight[self.rows]
+
+
+class Copied(Part):
+    """A layer trained whole, on copies of its own parameters: a classifier head, or everything in full fine-tuning.
+
+    While one adapter has every row, the copies stand in place of the base's tensors, which are put aside, not
+    written. In a mixed batch the layer is computed a second time with them, and the difference is gated.
+    """
+
+    def __init__(self, tensors: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        self.tensors = nn.ParameterDict(tensors)
+        self.standing_in = False
+
+    @contextmanager
+    def instead(self, layer: nn.Module) -> Iterator[None]:
+        """Inside, the copies are the layer's parameters."""
+        own = {name: layer._parameters[name] for name in self.tensors}
+        layer._parameters.update({name: tensor.to(own[name].dtype) for name, tensor in self.tensors.items()})
+        self.standing_in = True
+        try:
+            yield
+        finally:
+            layer._parameters.update(own)
+            self.standing_in = False
+
+    def delta(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
+        with self.instead(layer):
+            return layer.forward(*inputs) - output
+
+    def changed(self, layer: nn.Module) -> bool:
+        own = layer._parameters
+        return any(not torch.equal(tensor.to(own[name].dtype), own[name]) for name, tensor in self.tensors.items())
 
 
 class Slot:
-    """All adapters of one linear layer. It is kept outside the model, which therefore stays as it was."""
+    """All adapters of one layer. It is kept outside the model, which therefore stays as it was."""
 
     def __init__(self, route: Route) -> None:
-        self.parts: dict[str, Part] = {}
+        self.parts: dict[str, list[Part]] = {}
         self.route = route
         self._handle: RemovableHandle | None = None
 
@@ -113,17 +259,158 @@ class Slot:
         self._handle = None
 
     def _add(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        parts = [(column, self.parts[name]) for column, name in enumerate(self.route.names) if name in self.parts]
-        if not parts:
+        live = [
+            (column, part)
+            for column, name in enumerate(self.route.names)
+            for part in self.parts.get(name, ())
+            if not (isinstance(part, Copied) and part.standing_in)
+        ]
+        if not live:
             return None
-        x = inputs[0]  # (batch, ..., in)
-        gate = self.route.gate(x.shape[0]).to(x.dtype)
-        gates = [(gate[:, column, None] * part.scale).expand(-1, len(part.A)) for column, part in parts]
-        g = torch.cat(gates, dim=1).view(-1, *[1] * (x.dim() - 2), sum(len(part.A) for _, part in parts))
-        A = torch.cat([part.A for _, part in parts]) if len(parts) > 1 else parts[0][1].A
-        B = torch.cat([part.dense_B() for _, part in parts], dim=1) if len(parts) > 1 else parts[0][1].dense_B()
-        dropout = max(part.dropout for _, part in parts)  # adapters that train together share one mask
-        if dropout and layer.training:
-            x = F.dropout(x, dropout)
-        hidden = F.linear(x, A.to(x.dtype))  # (batch, ..., R)
-        return output + F.linear(hidden * g, B.to(x.dtype)).to(output.dtype)
+        gate = self.route.gate(inputs[0].shape[0], layer.training)
+        gates = None if gate is None else gate.view(len(gate), *[1] * (output.dim() - 2), -1).to(output.dtype)
+        stacked = [(column, part) for column, part in live if isinstance(part, LowRank) and part.stacks]
+        changed = output
+        if stacked:
+            changed = changed + _stacked(layer, inputs[0], output, stacked, gates)
+        for column, part in live:
+            if not (isinstance(part, LowRank) and part.stacks):
+                added = part.delta(layer, inputs, output)
+                changed = changed + (added if gates is None else gates[..., column : column + 1] * added)
+        return changed
+
+
+class Before(Part):
+    """What an adapter puts in front of every sequence: keys and values that all tokens attend to."""
+
+    length: int  # virtual tokens
+
+    def keys_values(self, model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per layer of the model, keys and values (1, kv_heads, length, head_dim)."""
+        raise NotImplementedError
+
+
+class InputSlot(Slot):
+    """The adapters that act before the first layer; it sits on the model itself.
+
+    The cache gets the virtual tokens of each adapter in use, the attention mask shows them to the rows that the
+    adapter has, and the positions of these rows begin behind them.
+    """
+
+    def hook(self, layer: nn.Module) -> None:
+        assert self._handle is None, "this slot is hooked already"
+        self._handle = layer.register_forward_pre_hook(self._prepare, with_kwargs=True)
+
+    def _prepare(self, model: Any, inputs: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        names = enumerate(self.route.names)
+        live = [(column, part) for column, name in names for part in self.parts.get(name, ())]
+        if not live:
+            return None
+        ids = kwargs["input_ids"]
+        batch, length = ids.shape
+        cache = kwargs.get("past_key_values")
+        cache = DynamicCache() if cache is None else cache
+        ahead = sum(part.length for _, part in live if isinstance(part, Before))
+        seen = max(0, cache.get_seq_length() - ahead)  # tokens of earlier calls
+        mask = kwargs.get("attention_mask")
+        mask = torch.ones(batch, seen + length, dtype=torch.long, device=ids.device) if mask is None else mask
+        positions = kwargs.get("position_ids")
+        positions = torch.arange(seen, seen + length, device=ids.device)[None] if positions is None else positions
+        gate = self.route.gate(batch, model.training)
+        shown = []
+        fresh = cache.get_seq_length() == 0
+        for column, part in live:
+            assert isinstance(part, Before)
+            on = mask.new_ones(batch) if gate is None else (gate[:, column] != 0).to(mask).expand(batch)
+            shown.append(on[:, None].expand(batch, part.length))
+            positions = positions + on[:, None] * part.length
+            for layer, pair in enumerate(part.keys_values(model) if fresh else []):
+                cache.update(*(tensor.expand(batch, -1, -1, -1) for tensor in pair), layer)
+        mask = torch.cat([*shown, mask], dim=1)
+        return inputs, kwargs | {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+
+
+def base_weight(layer: nn.Module) -> torch.Tensor:
+    """The layer's own weight as (out, in), detached: a view. Raises E_QUANTISED when it is packed."""
+    weight: torch.Tensor = layer.weight.detach()  # type: ignore[assignment]
+    if not weight.is_floating_point():
+        raise StudioError(
+            "E_QUANTISED",
+            "This needs the base weights themselves, and here they are quantised.",
+            "Load the base model in bfloat16 or float32, or use variant lora.",
+        )
+    return weight.T if isinstance(layer, (Conv1D, nn.Embedding)) else weight
+
+
+def _stacked(
+    layer: nn.Module,
+    x: torch.Tensor,
+    output: torch.Tensor,
+    parts: Sequence[tuple[int, LowRank]],
+    gates: torch.Tensor | None,
+) -> torch.Tensor:
+    """((x Aᵀ) ⊙ g) Bᵀ over all parts at once; gates (1 or batch, 1, ..., names) or None."""
+    out = output.shape[-1]
+    columns = None
+    if gates is not None:
+        spans = [gates[..., column : column + 1].expand(*gates.shape[:-1], part.rank) for column, part in parts]
+        columns = torch.cat(spans, dim=-1)
+    if len(parts) == 1:
+        part = parts[0][1]
+        return _product(layer, x, part.A, part.dense_B(out), part.scale, columns)
+    A = torch.cat([part.A for _, part in parts])  # (R, in)
+    B = torch.cat([part.scale * part.dense_B(out) for _, part in parts], dim=1)  # (out, R)
+    return _product(layer, x, A, B, 1.0, columns)
+
+
+def _product(
+    layer: nn.Module, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, gates: torch.Tensor | None = None
+) -> torch.Tensor:
+    """scale · ((x Aᵀ) ⊙ g) Bᵀ; x Aᵀ for an embedding: A's columns at the ids x, scaled as the layer scales its own."""
+    if not isinstance(layer, nn.Embedding):
+        return Product.apply(x, A, B, scale, gates)  # type: ignore[return-value]
+    hidden = F.embedding(x, A.T.to(layer.weight.dtype)) * (scale * embedding_scale(layer))
+    return F.linear(hidden if gates is None else hidden * gates, B.to(hidden.dtype))
+
+
+class Product(torch.autograd.Function):
+    """scale · ((x Aᵀ) ⊙ g) Bᵀ that keeps x alone for its backward: x Aᵀ and the casts of A and B are made again.
+
+    With a frozen A it keeps (x Aᵀ) ⊙ g instead, which is narrow, and x is free to go (LoRA-FA's saving).
+    x (batch, ..., in); A (R, in) and B (out, R) fp32 masters, cast down to the dtype of x; g (1 or batch, 1, ..., R).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, gates: torch.Tensor | None
+    ) -> torch.Tensor:
+        hidden = _hidden(x, A, scale, gates)  # (batch, ..., R)
+        ctx.scale, ctx.trains_A = scale, ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if ctx.trains_A else hidden, A, B, gates)
+        return F.linear(hidden, B.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        kept, A, B, gates = ctx.saved_tensors
+        (gradient,) = outer  # (batch, ..., out)
+        hidden = _hidden(kept, A, ctx.scale, gates) if ctx.trains_A else kept
+        for_x = for_A = for_B = None
+        if ctx.needs_input_grad[2]:
+            for_B = (gradient.flatten(0, -2).T @ hidden.flatten(0, -2)).to(B.dtype)
+        inner = (gradient @ B.to(gradient.dtype)) * ctx.scale  # (batch, ..., R)
+        inner = inner if gates is None else inner * gates
+        if ctx.trains_A:
+            for_A = (inner.flatten(0, -2).T @ kept.flatten(0, -2)).to(A.dtype)
+        if ctx.needs_input_grad[0]:
+            for_x = inner @ A.to(inner.dtype)
+        return for_x, for_A, for_B, None, None
+
+
+def _hidden(x: torch.Tensor, A: torch.Tensor, scale: float, gates: torch.Tensor | None) -> torch.Tensor:
+    hidden = F.linear(x, A.to(x.dtype)) * scale
+    return hidden if gates is None else hidden * gates
+
+
+def _squares(weight: torch.Tensor) -> torch.Tensor:
+    """(rows,): squared norm of each row, in fp32."""
+    return weight.float().square().sum(1)
