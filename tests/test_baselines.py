@@ -307,3 +307,25 @@ def test_unusual_families_train_every_method_or_say_why_not(family: str, kind: s
     with lora.use("x"):
         lora.model(input_ids=IDS, labels=IDS, attention_mask=torch.ones_like(IDS)).loss.backward()
     assert all(tensor.grad is not None for tensor in lora.parameters("x"))
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_the_live_strength_reaches_every_method(kind: str) -> None:
+    lora = with_method("llama", kind)
+    base = logits(lora.model)
+    disturb(lora, "x")
+    with lora.use("x"):
+        full = logits(lora.model)
+        lora.set_scale("x", 0.0)
+        torch.testing.assert_close(logits(lora.model), base, rtol=1e-5, atol=1e-5)
+        lora.set_scale("x", 1.0)
+        torch.testing.assert_close(logits(lora.model), full, rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits(lora.model), base)
+
+
+def test_copies_stand_in_for_one_use_at_a_time() -> None:
+    lora = with_method("llama", "full")
+    with lora.use("x"), pytest.raises(AssertionError, match="outer"), lora.use(None):
+        pass
+    with lora.use(None), lora.use("x"):
+        pass

@@ -201,9 +201,8 @@ class LoRA:
         """
         route = self._route
         before = route.names, route.weights, route.strength, route.whole
-        assert not any(
-            isinstance(part, Copied) and part.standing_in for one in before[0] for _, part in self.parts(one)
-        )
+        standing = (part for one in before[0] for _, part in self.parts(one) if isinstance(part, Copied))
+        assert not any(part.standing_in for part in standing), "leave the outer `use` first: copies stand in there"
         mixes = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
         names = tuple(name for name in self.specs if any(name in mix for mix in mixes))
         unknown = {name for mix in mixes for name in mix} - set(self.specs)
@@ -257,10 +256,8 @@ class LoRA:
         rows = out if one.rows is None else len(one.rows)
         good = one.A.shape[1:] == (width,) and one.B.shape == (rows, len(one.A))
         if not good or (one.magnitude is not None and one.magnitude.shape != (rows,)):
-            message = (
-                f"{one.layer}: A is {tuple(one.A.shape)} and B {tuple(one.B.shape)}, the base weight ({rows}, {width})."
-            )
-            raise StudioError("E_SHAPE", message, "This adapter was made for another base model.")
+            shapes = f"A is {tuple(one.A.shape)} and B {tuple(one.B.shape)}, the base weight ({rows}, {width})"
+            raise StudioError("E_SHAPE", f"{one.layer}: {shapes}.", "This adapter was made for another base model.")
         check_finite(one.layer, one.A, one.B, *filter(lambda tensor: tensor is not None, [one.magnitude]))
 
 
