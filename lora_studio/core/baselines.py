@@ -183,7 +183,11 @@ class Prefix(Before):
         drawn = torch.randint(model.get_input_embeddings().num_embeddings, (1, self.length), generator=generator)
         with torch.no_grad():
             pairs = _keys_values(model, input_ids=drawn.to(self.states.device))
-            self.states.copy_(torch.stack([torch.cat(pair) for pair in pairs]))
+            states = torch.stack([torch.cat(pair) for pair in pairs])
+            if states.shape != self.states.shape:
+                message = f"{model.config.model_type} keeps its keys in a shape of its own."
+                raise StudioError("E_METHOD", message, "Choose prefix embeddings, or another method.")
+            self.states.copy_(states)
 
     def keys_values(self, model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
         dtype = model.get_input_embeddings().weight.dtype
@@ -195,7 +199,7 @@ class Prefix(Before):
 
 def _keys_values(model: Any, **tokens: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of every block for one row of tokens, as a cache holds them."""
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     model.base_model(**tokens, past_key_values=cache, use_cache=True)
     return [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -252,6 +256,9 @@ def _before(model: Any, spec: BaselineSpec) -> Part:
     device = next(model.parameters()).device
     if spec.kind == "prompt":
         return Prompt(spec.size, text.hidden_size, device)
-    with torch.no_grad():
-        keys = [pair[0] for pair in _keys_values(model, input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))]
-    return Prefix(spec.size, (len(keys), keys[0].shape[1], keys[0].shape[3]), device)
+    keys = [target.shape[0] for target in matrices(model) if target.role == "attn.k"]
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if len(set(keys)) != 1 or keys[0] % head_dim:
+        message = f"{label} does not know the keys of {text.model_type}."
+        raise StudioError("E_METHOD", message, "Choose prefix embeddings, or another method.")
+    return Prefix(spec.size, (len(keys), keys[0] // head_dim, head_dim), device)

@@ -258,7 +258,7 @@ class LoRA:
         if not good or (one.magnitude is not None and one.magnitude.shape != (rows,)):
             shapes = f"A is {tuple(one.A.shape)} and B {tuple(one.B.shape)}, the base weight ({rows}, {width})"
             raise StudioError("E_SHAPE", f"{one.layer}: {shapes}.", "This adapter was made for another base model.")
-        check_finite(one.layer, one.A, one.B, *filter(lambda tensor: tensor is not None, [one.magnitude]))
+        check_finite(one.layer, *(tensor for tensor in (one.A, one.B, one.magnitude) if tensor is not None))
 
 
 def plan(model: nn.Module, spec: LoraSpec) -> list[Target]:

@@ -80,6 +80,7 @@ class LowRank(Part):
     """
 
     rows: torch.Tensor | None  # (rows,): where B's rows lie in the layer's output; None for all of them
+    squares: torch.Tensor  # (rows,), dora only: ‖W‖² of each row
     start_A: torch.Tensor  # (r, in), pissa only: what A was drawn as; the base already holds this product
     start_B: torch.Tensor
 
@@ -152,7 +153,7 @@ class LowRank(Part):
             added = added - self._product(layer, x, self.start_A, self.dense_B(out, self.start_B))
         if self.magnitude is None:
             return added
-        bias = getattr(layer, "bias", None)
+        bias: Any = getattr(layer, "bias", None)
         direction = added + (output if bias is None else output - bias)
         stretch = self.magnitude / self.norm(layer) - 1  # (rows,)
         if self.rows is not None:
@@ -221,7 +222,7 @@ class Copied(Part):
     @contextmanager
     def instead(self, layer: nn.Module) -> Iterator[None]:
         """Inside, the copies are the layer's parameters."""
-        own = {name: layer._parameters[name] for name in self.tensors}
+        own: dict[str, Any] = {name: layer._parameters[name] for name in self.tensors}
         layer._parameters.update({name: tensor.to(own[name].dtype) for name, tensor in self.tensors.items()})
         self.standing_in = True
         try:
@@ -235,7 +236,7 @@ class Copied(Part):
             return layer.forward(*inputs) - output
 
     def changed(self, layer: nn.Module) -> bool:
-        own = layer._parameters
+        own: dict[str, Any] = layer._parameters
         return any(not torch.equal(tensor.to(own[name].dtype), own[name]) for name, tensor in self.tensors.items())
 
 
@@ -324,8 +325,8 @@ class InputSlot(Slot):
             on = mask.new_ones(batch) if gate is None else (gate[:, column] != 0).to(mask).expand(batch)
             shown.append(on[:, None].expand(batch, part.length))
             positions = positions + on[:, None] * part.length
-            for layer, pair in enumerate(part.keys_values(model) if fresh else []):
-                cache.update(*(tensor.expand(batch, -1, -1, -1) for tensor in pair), layer)
+            for layer, (keys, values) in enumerate(part.keys_values(model) if fresh else []):
+                cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), layer)
         mask = torch.cat([*shown, mask], dim=1)
         return inputs, kwargs | {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
 
