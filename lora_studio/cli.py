@@ -9,18 +9,18 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from lora_studio.core.spec import LoraSpec
+from lora_studio.core.spec import BASELINES, METHODS, LoraSpec, Method
 from lora_studio.errors import StudioError
 from lora_studio.events import Ended, to_line
 from lora_studio.fields import Knob, knobs
-from lora_studio.runs.config import DataChoice, Run, RunConfig
+from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, method_of, short
 from lora_studio.settings import Sampling, TrainConfig
 from lora_studio.studio import Studio, run_as_json
 
@@ -32,6 +32,10 @@ Model = Annotated[str, typer.Option(help="starter, a catalogue name, a Hub id or
 Data = Annotated[str, typer.Option(help="A file, orders, plain_english, tickets, or a Hub dataset.")]
 Format = Annotated[str, typer.Option(help="How to read the rows, when the guess is wrong.")]
 Column = Annotated[list[str] | None, typer.Option(help="ROLE=COLUMN, as often as needed.")]
+WIDTHS = ", ".join(f"{means} of {kind} ({usual})" for kind, (_, means, usual) in BASELINES.items() if means)
+MethodName = Annotated[str, typer.Option(help=f"How the model is adapted [{', '.join(METHODS)}].")]
+Width = Annotated[int, typer.Option(help=f"{WIDTHS}; 0 takes what stands in brackets.")]
+Task = Annotated[str, typer.Option(help=f"Write text or choose a label [{', '.join(('auto', *TASKS))}].")]
 SHORT = {"learning_rate": "--lr"}  # names that people expect
 
 
@@ -57,9 +61,9 @@ def with_knobs(*configs: type) -> Callable[[Callable[..., None]], Callable[..., 
 
 def _option(setting: Knob) -> inspect.Parameter:
     flags = [f"--{setting.name.replace('_', '-')}", *filter(None, [SHORT.get(setting.name)])]
-    several = isinstance(setting.default, tuple)
+    several = isinstance(setting.default, (tuple, Mapping))
     kind = str if several else setting.type
-    default = ",".join(map(str, setting.default)) if several else setting.default
+    default = "" if several and not setting.default else ",".join(setting.default) if several else setting.default
     choices = f" [{', '.join(setting.choices)}]" if setting.choices else ""
     about = typer.Option(*flags, help=f"{setting.help}{choices}.")
     return inspect.Parameter(
@@ -68,15 +72,41 @@ def _option(setting: Knob) -> inspect.Parameter:
 
 
 def pick(config: type, settings: dict[str, Any]) -> Any:
-    """The part of the options that belongs to one config; comma lists become tuples."""
-    values = {}
-    for name, setting in knobs(config).items():
-        value = settings[name]
-        if isinstance(setting.default, tuple):
-            words = [word.strip() for word in value.split(",") if word.strip()]
-            value = tuple(int(word) if name == "layers" and word.isdigit() else word for word in words)
-        values[name] = value
-    return config(**values)
+    """The part of the options that belongs to one config."""
+    return config(**_values(config, settings))
+
+
+def _values(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Its values: comma lists become tuples, and with NAME=NUMBER mappings."""
+    return {name: _parse(setting, settings[name]) for name, setting in knobs(config).items()}
+
+
+def _parse(setting: Knob, value: Any) -> Any:
+    if not isinstance(setting.default, (tuple, Mapping)):
+        return value
+    words = [word.strip() for word in value.split(",") if word.strip()]
+    if isinstance(setting.default, tuple):
+        return tuple(int(word) if setting.name == "layers" and word.isdigit() else word for word in words)
+    pairs = [word.rpartition("=") for word in words]
+    return {name.strip(): _number(number, get_args(setting.type)[1]) for name, _, number in pairs}
+
+
+def _number(text: str, kind: type) -> Any:
+    """The text as a number of this kind, or as it is, for the checks to refuse in words."""
+    try:
+        return kind(text)
+    except ValueError:
+        return text
+
+
+def _method(name: str, width: int, settings: Mapping[str, Any]) -> Method:
+    """What the options describe. Raises E_METHOD also for settings of LoRA that another method would not look at."""
+    lora = _values(LoraSpec, settings)
+    set_too = [knob for knob, setting in knobs(LoraSpec).items() if lora[knob] != setting.default]
+    if name in BASELINES and set_too:
+        option = f"--{set_too[0].replace('_', '-')}"
+        raise StudioError("E_METHOD", f"{option} is a setting of LoRA, and the method is {name}.", "Leave it out.")
+    return method_of(name, width, lora)
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
@@ -88,13 +118,17 @@ def plan(
     settings: dict[str, Any],
     model: Model = "starter",
     data: Data = "",
+    method: MethodName = "lora",
+    width: Width = 0,
+    task: Task = "auto",
     as_json: Json = False,
     root: Root = None,
 ) -> None:
     """What would be adapted, and what it would cost."""
     studio = Studio(root)
     choice = _choice(studio, data, "", None) if data else None
-    result = studio.plan(model, pick(LoraSpec, settings), pick(TrainConfig, settings), choice).as_json()
+    chosen, task = _method(method, width, settings), studio.task(model, choice, task)
+    result = studio.plan(model, chosen, pick(TrainConfig, settings), choice, task).as_json()
     if as_json:
         return _print_json(result)
     for target in result["targets"]:
@@ -140,18 +174,22 @@ def train(
     name: Annotated[str, typer.Option(help="Shown in the run list.")] = "",
     format: Format = "",
     column: Column = None,
+    method: MethodName = "lora",
+    width: Width = 0,
+    task: Task = "auto",
     as_json: Json = False,
     root: Root = None,
 ) -> None:
     """Queue a run, wait for it and print its events. Ctrl-C stops it and keeps what it has."""
     studio = Studio(root)
     choice = _choice(studio, data, format, column)
-    spec = pick(LoraSpec, settings)
+    chosen = _method(method, width, settings)
     config = RunConfig(
-        name=name or f"{choice.name} r{spec.rank}",
+        name=name or f"{choice.name} {short(chosen)}",
         model=model,
+        task=studio.task(model, choice, task),
         dataset=choice,
-        method=spec,
+        method=chosen,
         train=pick(TrainConfig, settings),
     )
     run = studio.start(config)
@@ -199,17 +237,19 @@ def compare(
     as_json: Json = False,
     root: Root = None,
 ) -> None:
-    """The base model's answer and the adapted one, from one batch."""
+    """The base model's answer and the adapted one, from one batch; of classifiers the chance of each label."""
     studio = Studio(root)
     chosen = [studio.runs.get(one).id for one in run]
     last = None
     for last in studio.compare(chosen, prompt, strength=strength, sampling=pick(Sampling, settings)):  # noqa: B007
         pass
     assert last is not None, "a comparison always has a last moment"
-    answers = [
+    answers: list[dict[str, Any]] = [
         {"name": name, "text": answer.text, "tokens": answer.tokens}
         for name, answer in zip(last.names, last.answers, strict=True)
     ]
+    for answer, chances in zip(answers, last.chances, strict=False):
+        answer["chances"] = chances
     if as_json:
         return _print_json({"prompt": prompt, "answers": answers, "base_difference": last.base_difference})
     for answer in answers:
@@ -238,17 +278,70 @@ def evaluate(
 
 
 @app.command()
+def analyze(
+    run: str,
+    other: Annotated[str, typer.Argument(metavar="[RUN2]", help="Another run, to compare its directions with.")] = "",
+    ranks: Annotated[bool, typer.Option("--ranks", help="Also the held-out loss at smaller ranks.")] = False,
+    smaller: Annotated[int, typer.Option(help="Save the adapter cut to this rank, in the folder --to.")] = 0,
+    to: Annotated[Path | None, typer.Option(help="Folder for the smaller adapter.")] = None,
+    as_json: Json = False,
+    root: Root = None,
+) -> None:
+    """Inside an adapter: how much each matrix changed, in how many directions, and what that amplifies."""
+    if bool(smaller) != bool(to):
+        raise typer.BadParameter("--smaller RANK and --to DIR go together")
+    studio = Studio(root)
+    id = studio.runs.get(run).id
+    result = studio.inside(id, studio.runs.get(other).id if other else None).as_json()
+    if ranks:
+        result["ranks"] = [moment.as_json() for moment in studio.rank_curve(id)][-1]
+    if to:
+        result["files"] = [str(path) for path in studio.smaller(id, smaller, to).files]
+    if as_json:
+        return _print_json(result)
+    _print_analysis(result)
+
+
+@app.command()
 def export(
     run: str,
     to: Annotated[Path, typer.Option(help="Folder to write.")],
     merged: Annotated[bool, typer.Option("--merged", help="The whole model with the adapter folded in.")] = False,
     archive: Annotated[bool, typer.Option("--archive", help="Also a zip beside the folder.")] = False,
+    dtype: Annotated[
+        str, typer.Option(help="Of the merged weights: float32, bfloat16 or float16; as loaded here by default.")
+    ] = "",
     as_json: Json = False,
     root: Root = None,
 ) -> None:
-    """Write the adapter in PEFT's layout, or the merged model."""
+    """Write the adapter, in PEFT's layout when it is LoRA, or the merged model."""
     studio = Studio(root)
-    files = [str(path) for path in studio.export(studio.runs.get(run).id, to, merged=merged, archive=archive)]
+    done = studio.export(studio.runs.get(run).id, to, merged=merged, archive=archive, dtype=dtype)
+    files = [str(path) for path in done.files]
+    if as_json:
+        return _print_json({"files": files} | ({"rounding": done.rounding.as_json()} if done.rounding else {}))
+    print("\n".join(files))
+    if done.rounding:
+        print(done.rounding.sentence)
+
+
+@app.command()
+def combine(
+    run: Annotated[list[str], typer.Argument(help="Runs of LoRA on the same base model.")],
+    to: Annotated[Path, typer.Option(help="Folder to write.")],
+    weights: Annotated[str, typer.Option(help="One number per run, such as 0.5,0.5; equal shares by default.")] = "",
+    rank: Annotated[int, typer.Option(min=0, help="Cut to the nearest of this rank; 0 keeps the exact sum.")] = 0,
+    as_json: Json = False,
+    root: Root = None,
+) -> None:
+    """One adapter out of several: their weighted sum."""
+    studio = Studio(root)
+    shares = [_number(word, float) for word in weights.split(",")] if weights else [1 / len(run)] * len(run)
+    wrong = [share for share in shares if isinstance(share, str)]
+    if wrong:
+        raise typer.BadParameter(f"--weights wants numbers with commas between them, got {wrong[0]!r}")
+    done = studio.combine(run, shares, to, rank=rank or None)
+    files = [str(path) for path in done.files]
     if as_json:
         return _print_json({"files": files})
     print("\n".join(files))
@@ -311,6 +404,29 @@ def _sentence(event: dict[str, Any]) -> str:
     if event["type"] == "Warned":
         return event["message"]
     return f"{event['status']} at {step}"
+
+
+def _print_analysis(result: dict[str, Any]) -> None:
+    from lora_studio.charts import percent
+
+    print(f"{'matrix':44} {'role':10} {'change':>9} {'effective rank':>15} {'99 % in':>8} {'amplifies':>10}")
+    for module, row in zip(result["modules"], result["amplification"], strict=True):
+        change = percent(module["relative_norm"])
+        rank = f"{module['effective_rank']:.1f} of {len(module['singular_values'])}"
+        factor = "-" if row["factor"] is None else f"{row['factor']:.3g}x"
+        print(f"{module['name']:44} {module['role']:10} {change:>9} {rank:>15} {module['rank99']:>8} {factor:>10}")
+    if result["similarity"]:
+        print("\nshared directions      first of each (by chance)   all (by chance)")
+        for one in result["similarity"]["modules"]:
+            phi, chance = one["phi_update"], one["baseline"]
+            if phi:
+                whole = chance[len(phi) - 1][len(phi[0]) - 1]
+                print(f"{one['name']:44} {phi[0][0]:.3f} ({chance[0][0]:.3f})  {phi[-1][-1]:.3f} ({whole:.3f})")
+    for point in result.get("ranks", {}).get("points", []):
+        good = "  keeps 99 % of the gain" if point["rank"] == result["ranks"]["smallest"] else ""
+        loss, size = _figure(point["loss"]), f"{point['parameters']:,} parameters"
+        print(f"rank {point['rank']:>4}  held-out loss {loss}  {size:>24}{good}")
+    print("\n".join(result.get("files", [])), end="\n" if "files" in result else "")
 
 
 def _figure(value: float | None) -> str:

@@ -1,15 +1,17 @@
 """Parameters, bytes and seconds before launch. Parameters are exact, the rest is a forecast that says so.
 
-    weights      P · b                                    P parameters of b bytes
+    weights      P · b                                    P parameters of b bytes; full fine-tuning trains a copy, so
+                                                          that they stay and can be compared with
     adapter      16 · n                                   n trainable: fp32 master, gradient, two Adam moments
     activations  T · L · b · (5 h + 2 kv + 3 I) · 1.41    T tokens of the largest step, L layers from the lowest
-                                                          adapted one, 1.41 for the allocator and the backward
-    head         CHUNK · V · (4 fp32 | 2.5 bf16) · 4      the logits of one chunk and their temporaries
+                                                          trained one, 1.41 for the allocator and the backward
+    head         CHUNK · V · (4 fp32 | 2.5 bf16) · 4      the logits of one chunk and their temporaries; a classifier
+                                                          has none
     runtime      the interpreter and its libraries
 
-Time counts floating-point operations: a frozen matrix is used once forward and once backward (its own
-gradient is never made), 4 per parameter and token, at a share of the matrix rate that this machine shows
-in a short measurement.
+Time counts floating-point operations: 2 per parameter and token forward, 2 more in the blocks that the gradient
+passes, 2 more for each trained parameter, at a share of the matrix rate that this machine shows in a short
+measurement.
 """
 
 import functools
@@ -19,15 +21,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora_studio.core.layout import Target
+from lora_studio.core.baselines import Piece
+from lora_studio.core.layout import blocks, heads
 from lora_studio.core.lean import CHUNK
 from lora_studio.data.batches import Lengths
-from lora_studio.train import HELDOUT_TOKENS, SAMPLE_TOKENS, TrainConfig
+from lora_studio.settings import TrainConfig
+from lora_studio.train import HELDOUT_TOKENS, SAMPLE_TOKENS
 
 RUNTIME_BYTES = 420 * 2**20
 EFFICIENCY = 0.45  # of the measured matrix rate that a training step reaches on this machine's class
 STEP_S = 0.03  # of every step, whatever its size
 START_S = 9.0  # imports, loading and tokenising before the first step
+PACKED = {"int8": 1.0, "nf4": 0.53}  # bytes a weight, with its share of the scales
 ASSUMED = Lengths(median=128, p95=256, max=256, cut=0, unsupervised=0, total=12_800, supervised=6_400, histogram=())
 
 
@@ -47,8 +52,7 @@ class Estimate:
 
 def estimate(
     model: Any,
-    targets: Sequence[Target],
-    rank: int,
+    pieces: Sequence[Piece],
     config: TrainConfig,
     *,
     precision: str,
@@ -56,20 +60,19 @@ def estimate(
     lengths: Lengths | None = None,
     rows: int = 100,
 ) -> Estimate:
-    """Forecast for a model skeleton, the planned targets and a dataset's length statistics (or 100 assumed rows)."""
+    """Forecast for a model skeleton, what is to be trained and a dataset's length statistics (or 100 assumed rows)."""
     text = model.config.get_text_config()
-    size = 2 if precision == "bfloat16" else 4
+    size = 4 if precision == "float32" else 2
     data = lengths or ASSUMED
-    trainable = sum(target.parameters(rank) for target in targets)
+    trainable = sum(piece.parameters for piece in pieces)
     total = sum(tensor.numel() for tensor in model.parameters())
-    depth = text.num_hidden_layers
-    adapted = depth - min((target.layer for target in targets), default=0)
+    passed = text.num_hidden_layers - _lowest(model, pieces)
     step_tokens = _step_tokens(config, data, rows)
     memory = {
-        "weights": total * size,
+        "weights": total_bytes(model, precision),
         "adapter": 16 * trainable,
-        "activations": int(1.41 * step_tokens * adapted * size * _saved_elements(text)),
-        "head": int((2.5 if size == 2 else 4.0) * CHUNK * text.vocab_size * 4),
+        "activations": int(1.41 * step_tokens * passed * size * _saved_elements(text)),
+        "head": int((2.5 if size == 2 else 4.0) * CHUNK * _vocabulary(model) * 4),
         "runtime": RUNTIME_BYTES if device == "cpu" else 0,
     }
     memory["peak"] = sum(memory.values())
@@ -78,8 +81,19 @@ def estimate(
         total=total,
         adapter_bytes=4 * trainable,
         memory_bytes=memory,
-        seconds=_seconds(model, config, data, rows, precision, device),
+        seconds=_seconds(model, trainable, passed, config, data, rows, precision, device),
     )
+
+
+def _lowest(model: Any, pieces: Sequence[Piece]) -> int:
+    """The block that the gradient reaches down to: 0 for what lies below them all, their number for a head alone."""
+    depth, above = model.config.get_text_config().num_hidden_layers, heads(model)
+    return min((max(0, piece.layer) for piece in pieces if piece.name.split(".")[0] not in above), default=depth)
+
+
+def _vocabulary(model: Any) -> int:
+    """Outputs of the head that writes text; 0 for a classifier."""
+    return model.config.get_text_config().vocab_size if model.get_output_embeddings() is not None else 0
 
 
 def _step_tokens(config: TrainConfig, data: Lengths, rows: int) -> int:
@@ -99,24 +113,40 @@ def _saved_elements(text: Any) -> int:
     return 5 * hidden + 2 * keys * head_dim + 3 * inner
 
 
-def _seconds(model: Any, config: TrainConfig, data: Lengths, rows: int, precision: str, device: str) -> float:
+def _seconds(
+    model: Any,
+    trainable: int,
+    passed: int,
+    config: TrainConfig,
+    data: Lengths,
+    rows: int,
+    precision: str,
+    device: str,
+) -> float:
     text = model.config.get_text_config()
-    head = text.vocab_size * text.hidden_size
-    body = sum(tensor.numel() for name, tensor in model.named_parameters() if "layers." in name or ".h." in name)
+    head = _vocabulary(model) * text.hidden_size
+    body = sum(tensor.numel() for tensor in blocks(model)[1].parameters())
     kept = max(1, round(rows * (1 - config.holdout)))
     steps = config.total_steps(kept)
     examples = steps * min(config.batch_size, kept)
     tokens, supervised = examples * data.total / rows, examples * data.supervised / rows
     measured = min(HELDOUT_TOKENS, rows * config.holdout * data.total / rows)
     rounds = config.evaluations + 1
-    operations = 4 * (body * tokens + head * supervised) + 2 * body * measured * rounds
-    decoding = rounds * SAMPLE_TOKENS * bool(config.samples) * total_bytes(model, precision) / _READ_RATE[device]
-    return START_S + STEP_S * steps + operations / (EFFICIENCY * matrix_rate(precision, device)) + decoding
+    backward = body * passed / text.num_hidden_layers + min(trainable, body)
+    operations = 2 * (body + backward) * tokens + 4 * head * supervised + 2 * body * measured * rounds
+    written = SAMPLE_TOKENS if head and config.samples else 0  # a classifier writes nothing
+    decoding = rounds * written * total_bytes(model, precision) / _READ_RATE[device]
+    rate = EFFICIENCY * matrix_rate("float32" if precision == "float32" else "bfloat16", device)
+    return START_S + STEP_S * steps + operations / rate + decoding
 
 
 def total_bytes(model: Any, precision: str) -> int:
-    """Bytes of the weights in this precision."""
-    return sum(tensor.numel() for tensor in model.parameters()) * (2 if precision == "bfloat16" else 4)
+    """Bytes of the weights in this precision; int8 and nf4 hold the blocks' matrices alone."""
+    total = sum(tensor.numel() for tensor in model.parameters())
+    if precision not in PACKED:
+        return total * (4 if precision == "float32" else 2)
+    packed = sum(tensor.numel() for tensor in blocks(model)[1].parameters() if tensor.dim() == 2)
+    return int(2 * (total - packed) + PACKED[precision] * packed)
 
 
 _READ_RATE = {"cpu": 4e9, "mps": 5e10, "cuda": 5e11}  # bytes of weights per second while decoding a token

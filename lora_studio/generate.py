@@ -1,4 +1,4 @@
-"""Answers, token by token: one model, one batch, a gate per row.
+"""Answers, token by token, or the probabilities of labels: one model, one batch, a gate per row.
 
 `stream` is the decoding loop; `compare` runs one prompt through the base model and any number of adapters in
 one batch. Rows are drawn with the same random number at each step, so with equal models sampled texts are
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from lora_studio.core.lean import Tokens, class_logits
 from lora_studio.core.lora import LoRA, Row
 from lora_studio.models import context
 from lora_studio.settings import Sampling
@@ -125,6 +126,15 @@ def compare(
     """One prompt, one batch, one row per entry: None is the base model, a mapping is a blend or a strength."""
     with lora.use(*rows):
         yield from answer(lora.model, tokenizer, [prompt] * len(rows), sampling)
+
+
+@torch.inference_mode()
+def classify(lora: LoRA, rows: Sequence[Row], ids: Sequence[int], classes: Sequence[str]) -> list[list[float]]:
+    """The probability of each class for one text, one list per row; rows as for `compare`."""
+    with lora.use(*rows):
+        logits = class_logits(lora.model, [Tokens(ids, ())] * len(rows))  # (rows, classes)
+    assert logits.shape[1] == len(classes), f"the model chooses among {logits.shape[1]}, not {len(classes)}"
+    return logits.float().softmax(-1).tolist()
 
 
 @torch.inference_mode()

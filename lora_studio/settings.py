@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from lora_studio.errors import StudioError
 from lora_studio.fields import knob
 
+QUANTISED = ("int8", "nf4")  # precisions of the blocks' matrices alone; everything else is then in bfloat16
+# Learning rates as a share of LoRA's, from the paper's GPT-3 runs (Table 12); methods not named bear at least as much.
+RATES = {"full": 1 / 40, "top": 1 / 40, "adapter_h": 1 / 2, "adapter_p": 1 / 2, "adapter_l": 1 / 2, "prefix": 1 / 2}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -24,11 +28,14 @@ class TrainConfig:
         label="Learning rate",
         help="Peak; larger models want less, 1e-3 at a billion parameters",
     )
+    lr_ratio_b: float = knob(
+        16.0, min=0.01, max=1000.0, label="Rate of B", help="Variant lora+ only: B learns this many times faster than A"
+    )
     schedule: str = knob(
         "linear", choices=("linear", "cosine", "constant"), label="Schedule", help="How the learning rate falls"
     )
     warmup: float = knob(0.06, min=0.0, max=1.0, label="Warm-up", help="Share of the steps in which the rate rises")
-    weight_decay: float = knob(0.0, min=0.0, max=1.0, label="Weight decay", help="AdamW's, on A and B")
+    weight_decay: float = knob(0.0, min=0.0, max=1.0, label="Weight decay", help="AdamW's, on what is trained")
     clip_norm: float = knob(1.0, min=0.0, max=1000.0, label="Clip norm", help="Largest gradient norm; 0 never clips")
     max_length: int = knob(512, min=8, max=131_072, label="Length limit", help="Tokens per example; the rest is cut")
     holdout: float = knob(0.1, min=0.0, max=0.5, label="Held out", help="Share of the rows kept to measure on")
@@ -36,15 +43,15 @@ class TrainConfig:
     samples: int = knob(3, min=0, max=20, label="Samples", help="Held-out prompts answered at each evaluation")
     precision: str = knob(
         "auto",
-        choices=("auto", "float32", "bfloat16"),
+        choices=("auto", "float32", "bfloat16", *QUANTISED),
         label="Precision",
-        help="Of the frozen base; auto fits the machine",
+        help="Of the frozen base; auto fits the machine, int8 and nf4 need a CUDA GPU and bitsandbytes",
     )
     seed: int = knob(0, min=0, max=2**31 - 1, label="Seed", help="Same seed, same run")
 
-    def usual_rate(self, parameters: int) -> float:
-        """A learning rate that short LoRA runs bear on a model of this size: it falls with the root of the size."""
-        return 5e-3 * min(1.0, math.sqrt(135e6 / parameters))
+    def usual_rate(self, parameters: int, method: str = "lora") -> float:
+        """A learning rate that short runs of a method bear on a model of this size: it falls with the size's root."""
+        return RATES.get(method, 1.0) * 5e-3 * min(1.0, math.sqrt(135e6 / parameters))
 
     def total_steps(self, rows: int) -> int:
         """Steps for this many training rows. Raises E_CONFIG when neither steps nor epochs is given."""

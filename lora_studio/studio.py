@@ -4,9 +4,12 @@ It joins the libraries (models, data), the runs and their queue, and keeps one b
 comparing. Everything durable lies under `root`; two Studios on one root see the same runs.
 """
 
+import contextlib
 import logging
+import math
 import os
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -14,12 +17,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_studio.core.spec import LoraSpec
+from lora_studio.core.spec import Method
 from lora_studio.data.library import DataLibrary, Dataset, split
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import check
 from lora_studio.models import CATALOGUE, ModelLibrary
-from lora_studio.runs.config import DataChoice, Run, RunConfig
+from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, base_precision
 from lora_studio.runs.store import RunStore
 from lora_studio.runs.supervisor import Supervisor
 from lora_studio.settings import TrainConfig
@@ -70,23 +73,27 @@ class Inspection:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a run would adapt and cost."""
+    """What a run would train and cost."""
 
-    targets: Sequence[Any]  # core.layout.Target
-    rank: int
+    pieces: Sequence[Any]  # core.baselines.Piece
+    method: Method  # as asked, with the heads that a classifier trains along
+    labels: tuple[str, ...]  # what a classifier chooses from
     estimate: Any  # estimate.Estimate
 
     def as_json(self) -> dict[str, Any]:
         targets = [
-            {
-                "name": target.name,
-                "role": target.role,
-                "shape": list(target.shape),
-                "parameters": target.parameters(self.rank),
-            }
-            for target in self.targets
+            {"name": piece.name, "role": piece.role, "shape": list(piece.shape), "parameters": piece.parameters}
+            for piece in self.pieces
         ]
         return {"targets": targets, **self.estimate.as_json()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """The files of an export and, for a merged model, what rounding changed (export.Rounding)."""
+
+    files: list[Path]
+    rounding: Any = None
 
 
 @dataclass(frozen=True)
@@ -95,15 +102,17 @@ class Comparison:
 
     names: tuple[str, ...]  # "base", then run ids
     answers: Sequence[Any]  # generate.Answer
-    base_difference: float  # largest |logit| difference of the base row to the untouched model; 0 is right
+    base_difference: float  # largest |logit| difference of the base row to the untouched model; 0 is right if exact
     seconds: float
+    exact: bool = True  # False with virtual tokens, which the base row only does not look at, so that sums round
+    chances: Sequence[Mapping[str, float]] = ()  # of each label, per answer; empty where text is written
 
 
 @dataclass
 class _Loaded:
     """The base model kept for comparing, with the adapters loaded so far."""
 
-    model: str
+    key: tuple[str, tuple[str, ...], str]  # name, labels, precision
     lora: Any
     tokenizer: Any
 
@@ -123,19 +132,47 @@ class Studio:
         self._busy = threading.Lock()  # one forward at a time on the loaded model
         self._read: tuple[Any, Any] = (None, None)  # the rows looked at last, by their choice
         self._measured: tuple[Any, Any] = (None, None)  # their lengths, by choice, model and limit
+        self._report: tuple[Any, Any] = (None, None)  # what was seen inside last, by the adapters looked into
 
     # ---- before a run ------------------------------------------------------------------------------------------------
 
-    def inspect(self, choice: DataChoice, model: str = "starter", config: TrainConfig = TrainConfig()) -> Inspection:
+    def task(self, model: str, choice: DataChoice | None = None, asked: str = "auto") -> str:
+        """causal or classify, as asked; auto chooses labels for text with labels on a model that cannot write."""
+        if asked in TASKS:
+            return asked
+        if asked != "auto":
+            raise StudioError("E_TASK", f"There is no task {quote(asked)}.", f"Give one of auto, {', '.join(TASKS)}.")
+        if choice and self.format(choice) != "text_label":
+            return "causal"
+        return "causal" if self._writes(model) else "classify"
+
+    def format(self, choice: DataChoice) -> str:
+        """How the rows of a choice are read: a name of data.formats.FORMATS."""
+        return choice.format or self.data.get(choice.id).format
+
+    def labels(self, choice: DataChoice) -> tuple[str, ...]:
+        """What a classifier would choose from: the different labels of all rows. Raises E_LABELS."""
+        from lora_studio.data.formats import labels_of
+
+        return labels_of(self._examples(choice)[0])
+
+    def inspect(
+        self, choice: DataChoice, model: str = "starter", config: TrainConfig = TrainConfig(), task: str = "causal"
+    ) -> Inspection:
         """Rows, split, token lengths and warnings of a dataset under a model's tokenizer."""
-        from lora_studio.data.batches import encode, lengths
+        from lora_studio.data.batches import encode, encode_label, lengths
 
         dataset = self.data.get(choice.id)
         examples, warnings = self._examples(choice)
-        key, kept = (*_key(choice), model, config.max_length), self._measured
+        key, kept = (*_key(choice), model, config.max_length, task), self._measured
         if key != kept[0]:  # the form asks at every change, mostly about the same rows
-            tokenizer = self.models.tokenizer(model)
-            kept = key, lengths([encode(tokenizer, example, config.max_length) for example in examples])
+            tokenizer, most = self.models.tokenizer(model), config.max_length
+            if task == "classify":
+                labels = self.labels(choice)
+                encoded = [encode_label(tokenizer, example, labels, most) for example in examples]
+            else:
+                encoded = [encode(tokenizer, example, most) for example in examples]
+            kept = key, lengths(encoded)
             self._measured = kept
         measured = kept[1]
         train, heldout = split(examples, config.holdout, config.seed)
@@ -145,7 +182,7 @@ class Studio:
             warnings = [*warnings, f"{measured.unsupervised} examples keep no token to learn from and are left out"]
         return Inspection(
             dataset=dataset,
-            format=choice.format or dataset.format,
+            format=self.format(choice),
             columns=choice.columns or self.data.mapping(dataset, choice.format),
             rows=len(examples),
             train=len(train),
@@ -154,42 +191,64 @@ class Studio:
             warnings=tuple(warnings),
         )
 
-    def preview(self, choice: DataChoice, row: int = 0, model: str = "starter", max_length: int = 512) -> list[Any]:
-        """Row number `row` as the model will see it: data.batches.Piece per token."""
-        from lora_studio.data.batches import preview
+    def preview(
+        self, choice: DataChoice, row: int = 0, model: str = "starter", max_length: int = 512, task: str = "causal"
+    ) -> list[Any]:
+        """Row number `row` as the model will see it: data.batches.Piece per token; a classifier's ends in its label."""
+        from lora_studio.data.batches import Piece, encode_label, preview
 
         examples, _ = self._examples(choice)
-        return preview(self.models.tokenizer(model), examples[row % len(examples)], max_length)
+        tokenizer, example = self.models.tokenizer(model), examples[row % len(examples)]
+        if task != "classify":
+            return preview(tokenizer, example, max_length)
+        ids = encode_label(tokenizer, example, self.labels(choice), max_length).tokens.ids
+        return [*(Piece(tokenizer.decode([id]), "context") for id in ids), Piece(f" {example.target} ", "trained")]
+
+    def matrices(self, model: str) -> list[Any]:
+        """Every matrix of a model that LoRA can adapt (core.layout.Target), in forward order."""
+        from lora_studio.core.layout import matrices
+
+        return matrices(self.models.skeleton(model, labels=0 if self._writes(model) else 2))
 
     def plan(
-        self, model: str, spec: LoraSpec, config: TrainConfig = TrainConfig(), choice: DataChoice | None = None
+        self,
+        model: str,
+        method: Method,
+        config: TrainConfig = TrainConfig(),
+        choice: DataChoice | None = None,
+        task: str = "causal",
     ) -> Plan:
-        """The matrices that would be adapted, exact parameter counts, forecast memory and time."""
-        from lora_studio.core.lora import plan
+        """What would be trained, exact parameter counts, forecast memory and time.
+
+        A classifier without a dataset is planned for two labels.
+        """
+        from lora_studio.core.baselines import plan
+        from lora_studio.core.layout import heads
         from lora_studio.estimate import estimate
-        from lora_studio.models import context, device, training_precision
+        from lora_studio.models import context, device
 
         check(config)
-        skeleton = self.models.skeleton(model)
+        labels = () if task == "causal" else self.labels(choice) if choice else ("0", "1")
+        skeleton = self.models.skeleton(model, labels=len(labels))
+        if labels:
+            method = replace(method, modules_to_save=heads(skeleton))
         most = context(skeleton)
         if most and config.max_length > most:
             message = f"The length limit is {config.max_length}, this model reads at most {most} tokens."
             raise StudioError("E_CONTEXT", message, f"Set the length limit to {most} or less.")
-        targets = plan(skeleton, spec)
-        seen = self.inspect(choice, model, config) if choice else None
+        pieces = plan(skeleton, method)
+        seen = self.inspect(choice, model, config, task) if choice else None
         on = device()
-        precision = training_precision(on) if config.precision == "auto" else config.precision
         forecast = estimate(
             skeleton,
-            targets,
-            spec.rank,
+            pieces,
             config,
-            precision=precision,
+            precision=base_precision(method, config.precision, on),
             device=on,
             lengths=seen.lengths if seen else None,
             rows=seen.rows if seen else 100,
         )
-        return Plan(targets=targets, rank=spec.rank, estimate=forecast)
+        return Plan(pieces=pieces, method=method, labels=labels, estimate=forecast)
 
     # ---- runs --------------------------------------------------------------------------------------------------------
 
@@ -197,8 +256,11 @@ class Studio:
         """Queue a run; everything that can be wrong with it is said here, before anything is written."""
         check(config)
         config = replace(config, model=self.models.lasting_name(config.model))
-        plan = self.plan(config.model, config.method, config.train, config.dataset)
+        plan = self.plan(config.model, config.method, config.train, config.dataset, config.task)
+        config = replace(config, method=plan.method)
         facts = {"revision": self.models.revision(config.model), "estimate": plan.estimate.as_json()}
+        if plan.labels:
+            facts["labels"] = list(plan.labels)
         entry = CATALOGUE.get(config.model)
         if entry:
             facts["repo"] = entry.repo
@@ -236,9 +298,10 @@ class Studio:
     ) -> Generator[Comparison, None, None]:
         """The base model and each run's adapter on one prompt, one batch, as the texts grow.
 
-        All runs must share a base model. Raises E_NO_PROMPT, E_NO_ADAPTER, E_MIXED_BASES, E_STRENGTH.
+        Classifiers answer at once, with the chance of each label; their base has the head it began with.
+        All runs must share a base model and labels. Raises E_NO_PROMPT, E_NO_ADAPTER, E_MIXED_BASES, E_STRENGTH.
         """
-        from lora_studio.generate import Sampling, base_difference, compare
+        from lora_studio.generate import Sampling, base_difference, classify, compare
         from lora_studio.models import context
 
         if not prompt.strip():
@@ -256,9 +319,15 @@ class Studio:
                 raise StudioError("E_CONTEXT", message, "Shorten it.")
             rows = [None, *({view.id: strength} for view in views)]
             difference = base_difference(loaded.lora, ids, rows)
+            exact = all(loaded.lora.packs(view.id) for view in views)
             names, clock = ("base", *(view.id for view in views)), time.monotonic()
+            if labels := views[0].labels:
+                found = [dict(zip(labels, row, strict=True)) for row in classify(loaded.lora, rows, ids, labels)]
+                answers = [_chosen(chances) for chances in found]
+                yield Comparison(names, answers, difference, time.monotonic() - clock, exact, found)
+                return
             for answers in compare(loaded.lora, loaded.tokenizer, ids, rows, sampling):
-                yield Comparison(names, answers, difference, time.monotonic() - clock)
+                yield Comparison(names, answers, difference, time.monotonic() - clock, exact)
 
     def evaluate(self, run: str, choice: DataChoice | None = None, limit: int = 200) -> dict[str, Any]:
         """Base against adapted on the run's held-out rows, or on all rows of another dataset; at most `limit`."""
@@ -270,43 +339,139 @@ class Studio:
             choice, examples = config.dataset, self.heldout(run, limit)
         else:
             examples = self._examples(choice)[0][:limit]
-        labels = (choice.format or self.data.get(choice.id).format) == "text_label"
         with self._busy:
             loaded = self._with_adapters([view])
             return evaluate(
-                loaded.lora, view.id, loaded.tokenizer, examples, max_length=config.train.max_length, labels=labels
+                loaded.lora,
+                view.id,
+                loaded.tokenizer,
+                examples,
+                max_length=config.train.max_length,
+                labels=self.format(choice) == "text_label",
+                classes=view.labels,
             )
 
-    def export(self, run: str, to: Path, *, merged: bool = False, archive: bool = False) -> list[Path]:
-        """Write the adapter, or the merged model, to the folder `to`; with `archive` also as a zip beside it.
+    def inside(self, run: str, other: str | None = None) -> Any:
+        """What a run's adapter is made of (inside.Report) and, with `other`, what it has in common with that run's.
 
-        `to` must be new, empty or hold an earlier export of the same kind. Raises E_EXISTS, E_NO_ADAPTER.
+        The latest report is kept. Raises E_NOT_LORA, E_NOTHING_SHARED, E_QUANTISED, and as `compare` does.
         """
-        from lora_studio.export import archive_of, check_folder, export_adapter, export_merged, pack
+        from lora_studio.inside import report
+
+        views = [self.runs.get(one) for one in (run, other) if one]
+        key, kept = [_stamp(view) for view in views], self._report
+        if key != kept[0]:
+            with self._busy:
+                loaded = self._with_adapters(views)
+                kept = key, report(loaded.lora, *(view.id for view in views))
+            self._report = kept
+        return kept[1]
+
+    def rank_curve(self, run: str) -> Generator[Any, None, None]:
+        """The held-out loss of a run's adapter at smaller ranks (inside.RankCurve), as it is measured.
+
+        On the rows that training measured. Raises E_NO_HELDOUT, E_NOT_LORA, E_NO_ADAPTER.
+        """
+        from lora_studio.inside import rank_curve
+        from lora_studio.train import HELDOUT_TOKENS, within
+
+        view = self.runs.get(run)
+        rows = [tokens for tokens in self._tokens(view, self.heldout(run, 1000)) if tokens.count]
+        if not rows:
+            message = f"{quote(view.name)} has no held-out rows to measure on."
+            raise StudioError("E_NO_HELDOUT", message, "Train with a share of the rows held out.")
+        with self._busy:
+            loaded = self._with_adapters([view])
+            yield from rank_curve(loaded.lora, view.id, within(rows, HELDOUT_TOKENS))
+
+    def smaller(self, run: str, rank: int, to: Path) -> Exported:
+        """Write a run's adapter with only its `rank` strongest directions per matrix to the folder `to`.
+
+        Raises E_RANK, E_NOT_LORA, and as `export` does.
+        """
+        from lora_studio.export import check_folder, export_smaller, sort_of
 
         view, to = self.runs.get(run), to.expanduser().resolve()
-        check_folder(to, merged=merged, archive=archive)
-        if not merged:
-            files = export_adapter(view, to)
-        else:
-            with self._busy:
-                loaded = self._with_adapters([view])
-                files = export_merged(view, loaded.lora, view.id, loaded.tokenizer, to)
-        return [*files, pack(files, to, archive_of(to))] if archive else files
+        check_folder(to, sort_of(view, merged=False))
+        with self._busy:
+            loaded = self._with_adapters([view])
+            return Exported(files=export_smaller(view, loaded.lora, rank, to))
 
-    def archive(self, run: str, *, merged: bool = False) -> Path:
-        """A fresh zip of the adapter or the merged model under `exports`, for a download; kept for an hour."""
-        from lora_studio.export import fresh_download
+    def export(self, run: str, to: Path, *, merged: bool = False, archive: bool = False, dtype: str = "") -> Exported:
+        """Write the adapter, or the merged model, to the folder `to`; with `archive` also as a zip beside it.
+
+        `to` must be new, empty or hold an earlier export of the same kind. dtype: of the merged weights; empty takes
+        the one in which this machine compares. Raises E_EXISTS, E_NO_ADAPTER, E_DTYPE, and E_MERGE for methods that
+        are no change of weights.
+        """
+        from lora_studio.export import DTYPES, archive_of, check_folder, export_adapter, export_merged, pack, sort_of
+
+        if dtype and dtype not in DTYPES:
+            raise StudioError("E_DTYPE", f"There is no dtype {quote(dtype)}.", f"Give one of {', '.join(DTYPES)}.")
+        view, to = self.runs.get(run), to.expanduser().resolve()
+        check_folder(to, sort_of(view, merged=merged), archive=archive)
+        if not merged:
+            done = Exported(files=export_adapter(view, to))
+        else:
+            rows = self._heldout_ids(view)
+            with self._busy:
+                usual = self._precision(view)
+                loaded = self._with_adapters([view], self._exact(view))
+                files, rounding = export_merged(
+                    view, loaded.lora, view.id, loaded.tokenizer, to, dtype=dtype or usual, rows=rows
+                )
+                done = Exported(files=files, rounding=rounding)
+        return replace(done, files=[*done.files, pack(done.files, to, archive_of(to))]) if archive else done
+
+    def combine(self, runs: Sequence[str], weights: Sequence[float], to: Path, *, rank: int | None = None) -> Exported:
+        """Write one LoRA adapter that does what these runs' adapters do together, each with its weight.
+
+        Without `rank` the sum is exact, and as wide as the adapters together; with it, the nearest of that rank.
+        Raises E_WEIGHTS, E_MERGE, and as `compare` and `export` do.
+        """
+        from lora_studio.export import check_folder, export_combined, sort_of
+
+        views, to = [self.runs.get(run) for run in runs], to.expanduser().resolve()
+        if len(weights) != len({view.id for view in views}) or not all(math.isfinite(weight) for weight in weights):
+            message = f"There are {len(views)} runs and {len(weights)} weights."
+            raise StudioError("E_WEIGHTS", message, "Give each run once, and a number for each.")
+        if views:
+            check_folder(to, sort_of(views[0], merged=False))
+        with self._busy:
+            loaded = self._with_adapters(views)
+            return Exported(files=export_combined(views, weights, loaded.lora, to, rank=rank))
+
+    def archive(self, run: str, *, merged: bool = False, dtype: str = "", rank: int | None = None) -> Exported:
+        """A fresh zip of the adapter or the merged model under `exports`, for a download; kept for an hour.
+
+        rank: cuts the adapter to it, as `smaller` does.
+        """
+        from lora_studio.export import archive_of, fresh_download, pack
 
         view = self.runs.get(run)
         folder = fresh_download(self.exports)
-        unpacked = folder / f"{'merged' if merged else 'adapter'}-{view.id[:8]}"
+        cut = "" if rank is None else f"-r{rank}"
+        unpacked = folder / f"{'merged' if merged else 'adapter'}-{view.id[:8]}{cut}"
         try:
-            return self.export(view.id, unpacked, merged=merged, archive=True)[-1]
+            if rank is not None:
+                files = self.smaller(view.id, rank, unpacked).files
+                return Exported(files=[pack(files, unpacked, archive_of(unpacked))])
+            done = self.export(view.id, unpacked, merged=merged, archive=True, dtype=dtype)
+            return replace(done, files=done.files[-1:])
         finally:
             shutil.rmtree(unpacked, ignore_errors=True)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _writes(self, model: str) -> bool:
+        """Whether a model can write text; encoders can only choose labels. Raises E_ARCH for one that does neither."""
+        try:
+            return bool(self.models.skeleton(model))
+        except StudioError as error:
+            if error.code == "E_ARCH":
+                with contextlib.suppress(StudioError):
+                    return not self.models.skeleton(model, labels=2)
+            raise
 
     def _examples(self, choice: DataChoice) -> tuple[list[Any], list[str]]:
         """The rows of a choice and the warnings on the way; the latest are kept."""
@@ -316,9 +481,12 @@ class Studio:
             self._read = found
         return found[1]
 
-    def _with_adapters(self, views: Sequence[Run]) -> _Loaded:
-        """The runs' base model with their adapters attached; call with the lock held."""
-        from lora_studio.peft_format import load
+    def _with_adapters(self, views: Sequence[Run], precision: str = "") -> _Loaded:
+        """The runs' base model with their adapters attached; call with the lock held.
+
+        precision: of the base; empty takes what suits comparing on this machine.
+        """
+        from lora_studio.adapters import load
 
         if not views:
             raise StudioError("E_RUN_NOT_FOUND", "No run is chosen.", "Choose at least one.")
@@ -332,35 +500,88 @@ class Studio:
             raise StudioError(
                 "E_MIXED_BASES", f"These runs have different bases: {', '.join(sorted(bases))}.", "Choose one."
             )
-        loaded = self._base(bases.pop())
+        if len({view.labels for view in views}) > 1:
+            message = "These runs have different labels, or some choose labels and some write text."
+            raise StudioError("E_MIXED_BASES", message, "Choose runs that learnt the same task.")
+        loaded = self._base(views[0], precision or self._precision(views[0]))
         for view in views:
             if view.id in loaded.lora.names:
                 loaded.lora.remove(view.id)  # a running run may have saved a better one since
             load(loaded.lora, view.path / "adapter", view.id)
         return loaded
 
-    def _base(self, model: str) -> _Loaded:
+    def _base(self, view: Run, precision: str) -> _Loaded:
         from lora_studio.core.lora import LoRA
+        from lora_studio.models import device
+
+        model, labels = view.config.model, view.labels
+        key = model, labels, precision
+        if self._loaded is None or self._loaded.key != key:
+            self._loaded = None  # free the old one first
+            lora = LoRA(self.models.load(model, precision=precision, on=device(), labels=len(labels)))
+            self._loaded = _Loaded(key, lora, self.models.tokenizer(model))
+        return self._loaded
+
+    def _precision(self, view: Run) -> str:
+        """In which the base of a run is loaded for comparing."""
         from lora_studio.models import device, inference_precision
 
-        if self._loaded is None or self._loaded.model != model:
-            self._loaded = None  # free the old one first
-            skeleton = self.models.skeleton(model)
-            on = device()
-            precision = inference_precision(on, sum(tensor.numel() for tensor in skeleton.parameters()))
-            lora = LoRA(self.models.load(model, precision=precision, on=on))
-            self._loaded = _Loaded(model, lora, self.models.tokenizer(model))
-        return self._loaded
+        return inference_precision(device(), self._parameters(view))
+
+    def _exact(self, view: Run) -> str:
+        """In which it is loaded for merging: float32, where two of it fit into the memory that is free."""
+        from lora_studio.models import memory
+
+        return "float32" if 2.5 * 4 * self._parameters(view) < memory()[0] else self._precision(view)
+
+    def _parameters(self, view: Run) -> int:
+        skeleton = self.models.skeleton(view.config.model, labels=len(view.labels))
+        return sum(tensor.numel() for tensor in skeleton.parameters())
 
     def _prompt_ids(self, view: Run, tokenizer: Any, prompt: str) -> list[int]:
         """As the run's training rows began: through the chat template, or as raw text for plain text rows."""
-        from lora_studio.data.batches import prompt_ids
-        from lora_studio.data.formats import Message
+        from lora_studio.data.batches import encode_label, prompt_ids
+        from lora_studio.data.formats import Example, Message
 
-        dataset = view.config.dataset
-        if (dataset.format or self.data.get(dataset.id).format) == "text":
+        said = Message("user", prompt)
+        if view.labels:
+            example = Example((said, Message("assistant", view.labels[0])))
+            return list(encode_label(tokenizer, example, view.labels, sys.maxsize).tokens.ids)
+        if self.format(view.config.dataset) == "text":
             return tokenizer(prompt)["input_ids"]
-        return prompt_ids(tokenizer, [Message("user", prompt)])
+        return prompt_ids(tokenizer, [said])
+
+    def _heldout_ids(self, view: Run, limit: int = 8) -> list[Sequence[int]]:
+        """Token ids of the first held-out rows of a run, as training saw them; of any rows when none were held out."""
+        try:
+            examples = self.heldout(view.id, limit) or self._examples(view.config.dataset)[0][:limit]
+        except StudioError as error:  # the dataset may be gone; the export is worth more than the figure
+            log.warning("no held-out rows to measure on: %s", error)
+            return []
+        return [tokens.ids for tokens in self._tokens(view, examples)]
+
+    def _tokens(self, view: Run, examples: Sequence[Any]) -> list[Any]:
+        """Rows as a run trains on them: core.lean.Tokens."""
+        from lora_studio.data.batches import encode, encode_label
+
+        most, tokenizer = view.config.train.max_length, self.models.tokenizer(view.config.model)
+        if view.labels:
+            return [encode_label(tokenizer, example, view.labels, most).tokens for example in examples]
+        return [encode(tokenizer, example, most).tokens for example in examples]
+
+
+def _chosen(chances: Mapping[str, float], most: int = 5) -> Any:
+    """A classifier's answer in words: the likeliest labels first."""
+    from lora_studio.generate import Answer
+
+    ranked = sorted(chances.items(), key=lambda one: -one[1])[:most]
+    return Answer(", ".join(f"{label} {100 * chance:.0f} %" for label, chance in ranked), done=True)
+
+
+def _stamp(view: Run) -> tuple[str, int]:
+    """What is different once a run has saved its adapter anew."""
+    file = view.path / "adapter" / "adapter_model.safetensors"
+    return view.id, file.stat().st_mtime_ns if view.has_adapter else 0
 
 
 def _key(choice: DataChoice) -> tuple:

@@ -1,7 +1,8 @@
 """Training as a generator of events: train(job) yields, the caller decides what happens to each event.
 
 There are no callbacks and there is no file code here. To stop, stop pulling; between two events the weights
-are consistent, so that is when a caller saves. Same job, same seed: same events.
+are consistent, so that is when a caller saves. Same job, same seed: same events. Any method trains in the same
+way, LoRA or one of the paper's others, and so does a classifier: its rows carry a label instead of an answer.
 """
 
 import math
@@ -17,12 +18,13 @@ import torch
 
 from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
-from lora_studio.data.batches import Encoded, prompt_ids
+from lora_studio.data.batches import Encoded, encode_label, prompt_ids
 from lora_studio.data.formats import Example
 from lora_studio.errors import StudioError
 from lora_studio.events import Event, Metric, Sample, Started, Warned
 from lora_studio.generate import Sampling, answers
-from lora_studio.settings import TrainConfig
+from lora_studio.models import parameter_count
+from lora_studio.settings import QUANTISED, TrainConfig
 
 HELDOUT_TOKENS = 2_048  # of held-out text measured at each evaluation
 SAMPLE_TOKENS = 48  # longest answer in the sample timeline
@@ -30,7 +32,10 @@ SAMPLE_TOKENS = 48  # longest answer in the sample timeline
 
 @dataclass(kw_only=True)
 class Job:
-    """Everything that one training needs, loaded: the adapter is attached and fresh."""
+    """Everything that one training needs, loaded: the adapter is attached and fresh.
+
+    classes: the names of the labels, where the rows carry labels.
+    """
 
     lora: LoRA
     adapter: str
@@ -38,14 +43,16 @@ class Job:
     train: Sequence[Encoded]
     heldout: Sequence[Encoded]
     samples: Sequence[Example] = ()
+    classes: Sequence[str] = ()
     config: TrainConfig
     optimizer: torch.optim.Optimizer = field(init=False)
 
     def __post_init__(self) -> None:
-        parameters = self.lora.parameters(self.adapter)
-        fused = parameters[0].device.type in ("cuda", "cpu")
+        config = self.config
+        groups = self.lora.groups(self.adapter, config.lr_ratio_b)
+        fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=fused
+            groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
         )
 
 
@@ -62,19 +69,21 @@ def train(job: Job) -> Iterator[Event]:
     steps = config.total_steps(len(rows))
     parameters = lora.parameters(job.adapter)
     first = next(lora.model.parameters())
-    total = sum(tensor.numel() for tensor in lora.model.parameters())
-    usual = config.usual_rate(total)
+    total = parameter_count(lora.model)
+    usual = config.usual_rate(total, getattr(lora.specs[job.adapter], "kind", "lora"))
     yield Started(
         steps=steps,
         trainable=sum(tensor.numel() for tensor in parameters),
         total=total,
         device=str(first.device),
-        precision=str(first.dtype).removeprefix("torch."),
+        precision=config.precision if config.precision in QUANTISED else str(first.dtype).removeprefix("torch."),
         train_rows=len(rows),
         heldout_rows=len(_measured(job)),
     )
     if config.learning_rate > 2 * usual:
-        message = f"A learning rate of {config.learning_rate:g} is high for a model of this size; {usual:.1g} is usual."
+        message = (
+            f"A learning rate of {config.learning_rate:g} is high for this model and method; {usual:.1g} is usual."
+        )
         yield Warned(step=0, code="W_RATE", message=message)
     torch.manual_seed(config.seed)  # dropout's
     measure_at = measured_steps(config, steps)
@@ -83,7 +92,7 @@ def train(job: Job) -> Iterator[Event]:
     for step, batch in enumerate(_batches(rows, config, steps), start=1):
         rate = config.learning_rate * schedule(config, step, steps)
         for group in job.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         loss, norm = _step(job, parameters, batch)
         seen += sum(len(tokens.ids) for tokens in batch)
         elapsed = time.monotonic() - clock
@@ -112,11 +121,20 @@ def train(job: Job) -> Iterator[Event]:
 
 def heldout_loss(job: Job) -> float | None:
     """Mean loss of the held-out rows under the job's adapter; None when nothing is held out."""
+    return heldout_figures(job).get("heldout_loss")
+
+
+def heldout_figures(job: Job, *, base: bool = False) -> dict[str, float]:
+    """heldout_loss, and the accuracy where rows carry labels, under the job's adapter or of the base model.
+
+    {} when nothing is held out.
+    """
     rows = _measured(job)
     if not rows:
-        return None
-    with job.lora.use(job.adapter):
-        return mean_loss(job.lora, rows)
+        return {}
+    with job.lora.use(None if base else job.adapter):
+        found = figures(job.lora, rows)
+    return {"heldout_loss" if name == "loss" else name: value for name, value in found.items()}
 
 
 def measured_steps(config: TrainConfig, steps: int) -> frozenset[int]:
@@ -136,13 +154,25 @@ def schedule(config: TrainConfig, step: int, steps: int) -> float:
 
 
 @torch.no_grad()
+def figures(lora: LoRA, rows: Sequence[lean.Tokens], budget: int = 4096) -> dict[str, float]:
+    """Of rows under the adapter in use: "loss", the mean cross-entropy per supervised token or per label, and for
+    labels "accuracy", the share of rows whose likeliest label is theirs. `budget`: tokens in a pass.
+    """
+    total, right = 0.0, 0
+    for batch in _passes(sorted(rows, key=lambda tokens: len(tokens.ids)), budget):  # alike lengths pad little
+        if batch[0].label is None:
+            total += float(_summed_loss(lora, batch))
+            continue
+        logits = lean.class_logits(lora.model, batch)
+        total += float(lean.label_loss(logits, batch))
+        right += sum(best == tokens.label for best, tokens in zip(logits.argmax(-1).tolist(), batch, strict=True))
+    loss = total / sum(tokens.count for tokens in rows)
+    return {"loss": loss} if rows[0].label is None else {"loss": loss, "accuracy": right / len(rows)}
+
+
 def mean_loss(lora: LoRA, rows: Sequence[lean.Tokens], budget: int = 4096) -> float:
-    """Mean cross-entropy per supervised token under the adapter in use; `budget` tokens a pass."""
-    model, total, count = lora.model, 0.0, sum(tokens.count for tokens in rows)
-    device = next(model.parameters()).device
-    for batch in _passes(rows, budget):
-        total += float(_summed_loss(model, lean.pack(batch, device)))
-    return total / count
+    """The loss of `figures`."""
+    return figures(lora, rows, budget)["loss"]
 
 
 def peak_memory(device: torch.device) -> int:
@@ -156,17 +186,20 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _step(job: Job, parameters: Sequence[torch.nn.Parameter], batch: Sequence[lean.Tokens]) -> tuple[float, float]:
-    """One optimizer step; the loss averages over all supervised tokens of the step, however it is split."""
-    model = job.lora.model.train()
+    """One optimizer step; the loss averages over all supervised tokens or labels of the step, however it is split."""
+    model = job.lora.model.train()  # before `use`, which goes by it
     count = sum(tokens.count for tokens in batch)
     size = math.ceil(len(batch) / job.config.accumulate)
     total = 0.0
     with job.lora.use(job.adapter):
         for start in range(0, len(batch), size):
-            packed = lean.pack(batch[start : start + size], parameters[0].device)
-            loss = _summed_loss(model, packed) / count
+            loss = _summed_loss(job.lora, batch[start : start + size]) / count
             loss.backward()
             total += loss.item()
+    unreached = job.lora.unreached(job.adapter)
+    if unreached:
+        message = f"The model does not pass through {unreached[0]}, so it cannot be adapted."
+        raise StudioError("E_UNREACHED", message, "Leave this matrix out.")
     norm = torch.nn.utils.clip_grad_norm_(parameters, job.config.clip_norm or math.inf)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
@@ -174,33 +207,49 @@ def _step(job: Job, parameters: Sequence[torch.nn.Parameter], batch: Sequence[le
     return total, float(norm)
 
 
-def _summed_loss(model: Any, packed: lean.Packed) -> torch.Tensor:
-    if not lean.packable(model):
+def _summed_loss(lora: LoRA, batch: Sequence[lean.Tokens]) -> torch.Tensor:
+    """By labels, else packed where model and adapters allow it, else padded."""
+    model = lora.model
+    if batch[0].label is not None:
+        return lean.label_loss(lean.class_logits(model, batch), batch)
+    packed = lean.pack(batch, next(model.parameters()).device)
+    if not (lean.packable(model) and all(map(lora.packs, lora.names))):
         return lean.padded_loss(model, packed)
     with lean.packed_attention(model):
         return lean.packed_loss(model, packed)
 
 
 def _measure(job: Job, step: int) -> Iterator[Event]:
-    """Held-out loss and the fixed sample prompts; at step 0 the fresh adapter is still the base model."""
-    loss = heldout_loss(job)
-    if loss is not None:
-        yield Metric(step=step, values={"heldout_loss": loss})
+    """Held-out loss and the fixed sample prompts, at step 0 of the base model; prefixes change it from the start."""
+    found = heldout_figures(job, base=step == 0)
+    if found:
+        yield Metric(step=step, values=found)
     elif step == 0:
         message = "No rows are held out, so learning cannot be told from memorising."
         yield Warned(step=0, code="W_NO_HELDOUT", message=message)
-    if not job.samples:
-        return
-    prompts = [prompt_ids(job.tokenizer, example.prompt) for example in job.samples]
-    with job.lora.use(job.adapter):
-        texts = answers(job.lora.model, job.tokenizer, prompts, Sampling(max_new_tokens=SAMPLE_TOKENS))
-    for index, (example, text) in enumerate(zip(job.samples, texts, strict=True)):
-        yield Sample(step=step, index=index, prompt=example.prompt[-1].content, text=text, target=example.target)
+    if job.samples:
+        with job.lora.use(job.adapter if step else None):
+            texts = _answers(job)
+        for index, (example, text) in enumerate(zip(job.samples, texts, strict=True)):
+            yield Sample(step=step, index=index, prompt=example.prompt[-1].content, text=text, target=example.target)
+
+
+def _answers(job: Job) -> list[str]:
+    """What the adapter in use writes to each sample, or the label it finds likeliest: "positive (0.93)"."""
+    model, words = job.lora.model, job.tokenizer
+    if not job.classes:
+        prompts = [prompt_ids(words, example.prompt) for example in job.samples]
+        return answers(model, words, prompts, Sampling(max_new_tokens=SAMPLE_TOKENS))
+    rows = [encode_label(words, example, job.classes, job.config.max_length).tokens for example in job.samples]
+    with torch.no_grad():
+        likeliest = lean.class_logits(model, rows).float().softmax(-1).max(-1)
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return [f"{job.classes[index]} ({probability:.2f})" for index, probability in pairs]
 
 
 def _measured(job: Job) -> list[lean.Tokens]:
     """The held-out rows that are measured: the same first ones each time, within the budget."""
-    return _within([one.tokens for one in job.heldout if one.tokens.count], HELDOUT_TOKENS)
+    return within([one.tokens for one in job.heldout if one.tokens.count], HELDOUT_TOKENS)
 
 
 def _batches(rows: Sequence[lean.Tokens], config: TrainConfig, steps: int) -> Iterator[list[lean.Tokens]]:
@@ -217,7 +266,7 @@ def _batches(rows: Sequence[lean.Tokens], config: TrainConfig, steps: int) -> It
         yield batch
 
 
-def _within(rows: Sequence[lean.Tokens], budget: int) -> list[lean.Tokens]:
+def within(rows: Sequence[lean.Tokens], budget: int) -> list[lean.Tokens]:
     """The first rows that fit into `budget` tokens, at least one."""
     kept, used = [], 0
     for tokens in rows:

@@ -123,7 +123,7 @@ def with_theme(url: str, variant: str) -> str:
 
 
 def every_screen(browser: Browser, url: str, model: str, steps: int, folder: Path) -> None:
-    """Data before a run, the run while it trains, then the finished run, compare and export."""
+    """Data before a run, the run while it trains, then the finished run, compare, inside and export."""
     for variant, page in variants(browser):
         page.goto(with_theme(url, variant))
         page.get_by_role("button", name="Café orders").click()
@@ -155,7 +155,13 @@ def finished(page: Page, address: str, variant: str, folder: Path) -> None:
     expect(page.locator("#base-badge .badge")).to_be_visible(timeout=120_000)
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=300_000)
     shoot(page, folder, f"compare_{variant}")
-    page.get_by_role("tab", name="4 Export").click()
+    page.get_by_role("tab", name="4 Inside").click()
+    page.get_by_role("button", name="Look inside").click()
+    expect(page.locator("#inside-values .main-svg").first).to_be_visible(timeout=120_000)
+    page.get_by_role("button", name="Measure the held-out loss").click()
+    expect(page.locator("#inside-curve-line .verdict")).to_be_visible(timeout=300_000)
+    shoot(page, folder, f"inside_{variant}")
+    page.get_by_role("tab", name="5 Export").click()
     expect(page.locator("#command textarea")).to_have_value(re.compile("."), timeout=30_000)
     shoot(page, folder, f"export_{variant}")
 

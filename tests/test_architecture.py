@@ -10,10 +10,11 @@ PACKAGE = Path(__file__).parents[1] / "lora_studio"
 # Each row may import the rows above it, and the lines above it in its own row.
 HOUSE = [
     ["errors", "fields", "events", "hub"],
-    ["core.spec", "core.layout", "core.slot", "core.lora", "core.merge", "core.lean"],
+    ["core.spec", "core.layout", "core.slot", "core.lora"],
+    ["core.baselines", "core.analysis", "core.merge", "core.lean"],
     ["settings"],
     ["data.readers", "data.formats", "data.library", "data.batches"],
-    ["models", "peft_format", "generate", "train", "estimate", "evaluate"],
+    ["models", "peft_format", "adapters", "generate", "train", "estimate", "evaluate", "inside", "charts"],
     ["runs.config", "export", "runs.store", "runs.executors", "runs.supervisor", "runs.worker"],
     ["studio"],
     ["cli", "ui"],

@@ -1,8 +1,9 @@
-"""What is supervised: exactly the answer and the mark that ends it."""
+"""What is supervised: exactly the answer and the mark that ends it; for a classifier, the label of the text."""
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
-from lora_studio.data.batches import encode, lengths, preview, prompt_ids, render
+from lora_studio.data.batches import encode, encode_label, lengths, preview, prompt_ids, render
 from lora_studio.data.formats import Example, Message
 from lora_studio.errors import StudioError
 from tests.tiny import tokenizer
@@ -85,3 +86,47 @@ def test_a_template_that_refuses_is_named() -> None:
     with pytest.raises(StudioError, match="no system role") as caught:
         encode(words, Example(messages=CHAT), 99)
     assert caught.value.code == "E_TEMPLATE"
+
+
+def labelled(text: str, label: str = "good") -> Example:
+    return Example(messages=(Message("user", text), Message("assistant", label)), row=7)
+
+
+def closing_tokenizer():
+    """Like an encoder's: something before a text, and two special tokens that close it."""
+    words = tokenizer()
+    marks = [(mark, words.convert_tokens_to_ids(mark)) for mark in ("<|user|>", "<|assistant|>", "<|end|>")]
+    words.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|user|> $A <|assistant|> <|end|>", special_tokens=marks
+    )
+    return words
+
+
+def test_a_classifier_reads_the_text_alone_as_its_tokenizer_writes_it() -> None:
+    words = closing_tokenizer()
+    one = encode_label(words, labelled("née?"), ["bad", "good"], 99)
+    assert list(one.tokens.ids) == words("née?")["input_ids"] and one.cut == 0
+    assert words.decode(one.tokens.ids) == "<|user|>née?<|assistant|><|end|>"
+    assert one.tokens.label == 1 and one.tokens.count == 1 and not any(one.tokens.supervised)
+    assert encode_label(words, labelled("x", " bad\n"), ["bad", "good"], 99).tokens.label == 0
+
+
+@pytest.mark.parametrize("limit", [8, 9, 12, 14, 15, 16, 99])
+def test_a_long_text_is_cut_inside_and_keeps_what_closes_it(limit: int) -> None:
+    words = closing_tokenizer()
+    one = encode_label(words, labelled("a text of 12"), ["bad", "good"], limit)
+    assert len(one.tokens.ids) == min(limit, 15) and one.cut == 15 - len(one.tokens.ids)
+    text = words.decode(one.tokens.ids)
+    assert text == f"<|user|>{'a text of 12'[: limit - 3]}<|assistant|><|end|>"
+    measured = lengths([one])
+    assert (measured.max, measured.cut, measured.unsupervised) == (15, int(limit < 15), 0)
+
+
+def test_an_empty_text_still_gives_the_model_something_to_read() -> None:
+    assert encode_label(tokenizer(), labelled(""), ["bad", "good"], 99).tokens.ids == (tokenizer().eos_token_id,)
+
+
+def test_a_label_that_training_did_not_know_is_named() -> None:
+    with pytest.raises(StudioError, match=r"Row 7 .*'ugly'.*bad, good") as caught:
+        encode_label(tokenizer(), labelled("x", "ugly"), ["bad", "good"], 99)
+    assert caught.value.code == "E_LABELS"

@@ -1,22 +1,49 @@
 """The command line as a user runs it: JSON alone on stdout, codes and hints on stderr, exit codes 0, 1, 2."""
 
+import io
 import json
 import os
+import shlex
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
+from typer.testing import CliRunner
+
+from lora_studio import cli
+from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
+from lora_studio.export import command_line
+from lora_studio.runs.config import DataChoice, Run, RunConfig
+from lora_studio.settings import TrainConfig
+from lora_studio.studio import Studio
+from tests.tiny import tiny_encoder
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(*words: str, root: Path, stop_after_s: float = 120) -> subprocess.CompletedProcess[str]:
+def process(*words: str, root: Path, stop_after_s: float = 120) -> subprocess.CompletedProcess[str]:
+    """A process of its own, as a user starts it."""
     environment = os.environ | {"LORA_STUDIO_ROOT": str(root), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "lora_studio", *words]
     return subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=stop_after_s, check=False
     )
+
+
+def run(*words: str, root: Path) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has the libraries loaded."""
+    out, err = io.StringIO(), io.StringIO()
+    asked = patch.object(sys, "argv", ["lora_studio", *words])
+    with asked, patch.dict(os.environ, LORA_STUDIO_ROOT=str(root)), redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as end:
+            return subprocess.CompletedProcess(words, int(end.code or 0), out.getvalue(), err.getvalue())
+    raise AssertionError("typer ends with SystemExit")
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +57,7 @@ def trained(home: Path, tiny: Path) -> list[dict]:
     rows = [json.dumps({"question": f"say {n}", "answer": "ab" * (1 + n % 3)}) for n in range(20)]
     (home / "rows.jsonl").write_text("\n".join(rows))
     words = ["--steps", "30", "--lr", "0.1", "--targets", "all-linear", "--batch-size", "4", "--evaluations", "2"]
-    done = run("train", "--model", str(tiny), "--data", str(home / "rows.jsonl"), "--json", *words, root=home)
+    done = process("train", "--model", str(tiny), "--data", str(home / "rows.jsonl"), "--json", *words, root=home)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -55,7 +82,7 @@ def test_compare_gives_both_answers_and_the_base_is_the_untouched_models(
     import transformers
 
     id = trained[-1]["run"]
-    done = run("compare", id[:8], "--prompt", "say 3", "--max-new-tokens", "16", "--json", root=home)
+    done = process("compare", id[:8], "--prompt", "say 3", "--max-new-tokens", "16", "--json", root=home)
     result = json.loads(done.stdout)
     base, adapted = result["answers"]
     assert (base["name"], adapted["name"], result["prompt"], result["base_difference"]) == ("base", id, "say 3", 0.0)
@@ -104,11 +131,6 @@ def test_eval_and_export_and_data_and_plan_print_their_shapes(trained: list[dict
 
 
 def test_the_line_that_repeats_a_run_repeats_it(trained: list[dict], home: Path) -> None:
-    import shlex
-
-    from lora_studio.export import command_line
-    from lora_studio.studio import Studio
-
     words = shlex.split(command_line(Studio(home).runs.get(trained[-1]["run"])))
     assert words[:4] == ["python", "-m", "lora_studio", "train"]
     again = [json.loads(line) for line in run(*words[3:], "--json", root=home).stdout.splitlines()]
@@ -121,6 +143,85 @@ def test_the_line_that_repeats_a_run_repeats_it(trained: list[dict], home: Path)
         for events in (trained, again)
     ]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        LoraSpec(rank=3, variant="dora", layers=(0, 1), rank_pattern={"attn.q": 2}, alpha_pattern={"mlp.up": 0.5}),
+        LoraSpec(targets=("embed", "all-linear"), modules_to_save=("score",)),
+        *(BaselineSpec(kind=kind) for kind in ("full", "bitfit", "adapter_l")),
+        BaselineSpec(kind="top", width=1),
+    ],
+)
+@pytest.mark.parametrize("task", ["causal", "classify"])
+def test_the_line_that_repeats_a_run_asks_for_the_same(
+    home: Path, tiny: Path, method: Method, task: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Studio(home).data.add_text('{"text": "a", "label": "b"}\n{"text": "c", "label": "d"}')
+    config = RunConfig(
+        name="n",
+        model=str(tiny),
+        task=task,
+        dataset=DataChoice(id=dataset.id, name=dataset.name),
+        method=method,
+        train=TrainConfig(steps=3, learning_rate=1e-4, schedule="cosine", lr_ratio_b=4.0),
+    )
+    run = Run(id="1" * 32, path=home, config=config, status="done", created=0.0)
+    started: list[RunConfig] = []
+
+    def start(_: Studio, again: RunConfig) -> Run:
+        started.append(again)
+        return run
+
+    monkeypatch.setattr(Studio, "start", start)
+    monkeypatch.setattr(cli, "_follow", lambda *_: None)
+    monkeypatch.setattr("lora_studio.runs.store.RunStore.get", lambda *_: run)
+    words = [*shlex.split(command_line(run))[3:], "--root", str(home), "--name", "n"]
+    done = CliRunner().invoke(cli.app, words, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert replace(started[0], method=config.method) == config  # heads are added when it starts
+    assert replace(started[0].method, modules_to_save=method.modules_to_save) == method
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_encoder(tmp_path_factory.mktemp("encoder") / "bert")
+
+
+def test_an_encoder_learns_labels_from_a_file_without_being_told(home: Path, encoder: Path) -> None:
+    rows = [f'"{letter * (2 + n)}",{letter}' for n in range(10) for letter in "ab"]
+    (home / "labels.csv").write_text("\n".join(["text,label", *rows]))
+    words = ["--model", str(encoder), "--data", str(home / "labels.csv"), "--steps", "30", "--lr", "0.02", "--json"]
+    plan = json.loads(run("plan", *words, "--method", "adapter_h", "--width", "4", root=home).stdout)
+    assert plan["trainable"] == sum(piece["parameters"] for piece in plan["targets"])
+    assert {"classifier"} < {piece["role"] for piece in plan["targets"]}
+    done = run("train", *words, "--method", "adapter_h", "--width", "4", "--holdout", "0.2", root=home)
+    assert done.returncode == 0, done.stderr
+    id = json.loads(done.stdout.splitlines()[-1])["run"]
+    figures = json.loads(run("eval", id, "--json", root=home).stdout)
+    assert set(figures["base"]) == set(figures["adapted"]) == {"loss", "accuracy"}
+    assert figures["adapted"]["loss"] < figures["base"]["loss"]
+    base, adapted = json.loads(run("compare", id, "--prompt", "bbbb", "--json", root=home).stdout)["answers"]
+    assert set(base["chances"]) == {"a", "b"} and sum(adapted["chances"].values()) == pytest.approx(1)
+    assert max(adapted["chances"], key=adapted["chances"].get) == "b" and adapted["text"].startswith("b ")
+    refused = run("export", id, "--merged", "--to", str(home / "merged"), root=home)
+    assert refused.returncode == 1 and "E_MERGE: " in refused.stderr
+    files = json.loads(run("export", id, "--to", str(home / "adapted"), "--json", root=home).stdout)["files"]
+    assert sorted(Path(file).name for file in files) == ["README.md", "adapter_model.safetensors", "lora_studio.json"]
+
+
+def test_a_merged_export_says_what_rounding_changed_and_a_combination_is_written(
+    trained: list[dict], home: Path
+) -> None:
+    id = trained[-1]["run"]
+    merged = run("export", id, "--merged", "--dtype", "float16", "--to", str(home / "half"), "--json", root=home)
+    rounding = json.loads(merged.stdout)["rounding"]
+    assert rounding["dtype"] == "float16" and 0 < rounding["mean"] <= rounding["largest"] and rounding["rows"] == 2
+    assert rounding["worst_layer"] in rounding["layers"] and max(rounding["layers"].values()) > 0
+    done = run("combine", id, "--weights", "0.5", "--rank", "2", "--to", str(home / "sum"), "--json", root=home)
+    assert all(Path(file).is_file() for file in json.loads(done.stdout)["files"])
+    assert run("combine", id, "--weights", "a", "--to", str(home / "x"), root=home).returncode == 2
 
 
 WRONG = {
@@ -137,17 +238,44 @@ WRONG = {
     "no network": (["plan", "--model", "nobody/nothing"], "E_OFFLINE"),
     "no such run": (["compare", "abcdef", "--prompt", "x"], "E_RUN_NOT_FOUND"),
     "layers that are no numbers": (["plan", "--model", "{tiny}", "--layers", "x"], "E_CONFIG"),
+    "a rank above a matrix": (["plan", "--model", "{tiny}", "--rank", "17"], "E_RANK"),
+    "a rank above one matrix": (["plan", "--model", "{tiny}", "--rank-pattern", "attn.v=17"], "E_RANK"),
+    "alpha 0": (["plan", "--model", "{tiny}", "--alpha", "0"], "E_CONFIG"),
+    "a rank that is no number": (["plan", "--model", "{tiny}", "--rank-pattern", "attn.q=x"], "E_CONFIG"),
+    "a pattern without a name": (["plan", "--model", "{tiny}", "--rank-pattern", "4"], "E_TARGETS"),
+    "a pattern for nothing": (["plan", "--model", "{tiny}", "--alpha-pattern", "attn.z=4"], "E_TARGETS"),
+    "no such variant": (["plan", "--model", "{tiny}", "--variant", "qlora"], "E_CONFIG"),
+    "no such method": (["plan", "--model", "{tiny}", "--method", "magic"], "E_METHOD"),
+    "no such task": (["plan", "--model", "{tiny}", "--task", "dream"], "E_TASK"),
+    "a rank without LoRA": (["plan", "--model", "{tiny}", "--method", "bitfit", "--rank", "4"], "E_METHOD"),
+    "a width for LoRA": (["plan", "--model", "{tiny}", "--width", "4"], "E_METHOD"),
+    "more blocks than there are": (["plan", "--model", "{tiny}", "--method", "top", "--width", "3"], "E_METHOD"),
+    "a prefix that fills the context": (
+        ["plan", "--model", "{tiny}", "--method", "prompt", "--width", "2048"],
+        "E_METHOD",
+    ),
+    "a prefix for an encoder": (["plan", "--model", "{encoder}", "--method", "prefix"], "E_METHOD"),
+    "text from an encoder": (["plan", "--model", "{encoder}", "--task", "causal"], "E_ARCH"),
+    "one label": (["plan", "--model", "{encoder}", "--data", "{home}/one.csv"], "E_LABELS"),
+    "no labels": (["plan", "--model", "{encoder}", "--data", "{home}/plain.txt", "--task", "classify"], "E_LABELS"),
+    "answers that are no labels": (["plan", "--model", "{tiny}", "--data", "orders", "--task", "classify"], "E_LABELS"),
+    "a dtype of no kind": (["export", "{run}", "--to", "{home}/y", "--merged", "--dtype", "int3"], "E_DTYPE"),
+    "other weights than runs": (["combine", "{run}", "--weights", "1,2", "--to", "{home}/y"], "E_WEIGHTS"),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_a_users_mistake_is_a_code_and_a_hint_on_stderr_and_exit_code_one(
-    what: str, home: Path, tiny: Path, trained: list[dict]
+    what: str, home: Path, tiny: Path, encoder: Path, trained: list[dict]
 ) -> None:
+    (home / "one.csv").write_text("text,label\na,x\nb,x\n")
+    (home / "plain.txt").write_text("a line\n\nanother line\n")
     (home / "empty.csv").write_bytes(b"")
     (home / "picture.csv").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(50))
     words, code = WRONG[what]
-    done = run(*(word.format(home=home, tiny=tiny) for word in words), "--json", root=home)
+    names = {"home": home, "tiny": tiny, "encoder": encoder, "run": trained[-1]["run"]}
+    start = process if what in ("no network", "one label") else run  # offline is decided when a process starts
+    done = start(*(word.format(**names) for word in words), "--json", root=home)
     assert done.returncode == 1 and done.stdout == ""
     first, hint, *rest = done.stderr.splitlines()
     assert first.startswith(f"{code}: ") and hint and not rest

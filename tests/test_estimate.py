@@ -1,19 +1,25 @@
 """The forecast: exact where it can be, and monotone where it cannot."""
 
 import dataclasses
+from typing import Any
 
-from lora_studio.core.lora import plan
-from lora_studio.core.spec import LoraSpec
+import pytest
+
+from lora_studio.core.baselines import plan
+from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
 from lora_studio.estimate import Estimate, estimate
 from lora_studio.settings import TrainConfig
-from tests.tiny import causal
+from tests.tiny import causal, classifier
 
 CONFIG = TrainConfig(steps=10)
+TOP = BaselineSpec(kind="top", width=1)
 
 
-def forecast(config: TrainConfig = CONFIG, spec: LoraSpec = LoraSpec(), precision: str = "float32") -> Estimate:
-    model = causal("llama")
-    return estimate(model, plan(model, spec), spec.rank, config, precision=precision, device="cpu")
+def forecast(
+    config: TrainConfig = CONFIG, spec: Method = LoraSpec(), precision: str = "float32", model: Any = None
+) -> Estimate:
+    model = model or causal("llama")
+    return estimate(model, plan(model, spec), config, precision=precision, device="cpu")
 
 
 def test_parameters_are_exact_and_parts_add_up_to_the_peak() -> None:
@@ -34,7 +40,38 @@ def test_every_control_moves_the_forecast_the_right_way() -> None:
     assert more(batch_size=16).memory_bytes["peak"] > base.memory_bytes["peak"]
     assert more(accumulate=4).memory_bytes["peak"] < base.memory_bytes["peak"]
     assert more(evaluations=10).seconds > base.seconds
-    assert forecast(spec=LoraSpec(rank=64)).memory_bytes["adapter"] > base.memory_bytes["adapter"]
+    assert forecast(spec=LoraSpec(rank=16)).memory_bytes["adapter"] > base.memory_bytes["adapter"]
     upper = forecast(spec=LoraSpec(layers=(1,)))
     assert upper.memory_bytes["activations"] * 2 == base.memory_bytes["activations"]
     assert forecast(precision="bfloat16").memory_bytes["weights"] * 2 == base.memory_bytes["weights"]
+
+
+@pytest.mark.parametrize("kind", ["full", "top", "bitfit", "adapter_h", "adapter_p", "adapter_l", "prefix", "prompt"])
+def test_another_method_counts_what_it_trains(kind: str) -> None:
+    model, method = causal("llama"), BaselineSpec(kind=kind, width=1 if kind == "top" else 0)
+    result = forecast(spec=method)
+    assert result.trainable == sum(piece.parameters for piece in plan(model, method)) > 0
+    assert result.memory_bytes["adapter"] == 16 * result.trainable
+
+
+def test_full_fine_tuning_holds_the_base_and_a_trained_copy_and_nothing_passes_below_the_top_block() -> None:
+    full, top, lora = (forecast(spec=spec) for spec in (BaselineSpec(kind="full"), TOP, LoraSpec()))
+    assert full.trainable == full.total and full.memory_bytes["weights"] == 4 * full.total
+    assert full.seconds > lora.seconds > top.seconds
+    assert 2 * top.memory_bytes["activations"] == full.memory_bytes["activations"] == lora.memory_bytes["activations"]
+
+
+def test_a_classifier_has_no_vocabulary_head_and_its_own_head_lies_above_the_blocks() -> None:
+    model, trained = classifier("bert"), dataclasses.replace(TOP, modules_to_save=("classifier",))
+    result = forecast(spec=trained, model=model)
+    assert result.memory_bytes["head"] == 0
+    head = sum(tensor.numel() for tensor in model.classifier.parameters())
+    assert result.trainable == forecast(spec=TOP, model=model).trainable + head
+    both = LoraSpec(targets=("attn.q",), modules_to_save=("classifier",))
+    saved, all_saved = (one.memory_bytes["activations"] for one in (result, forecast(spec=both, model=model)))
+    assert 2 * saved == pytest.approx(all_saved, abs=2)
+
+
+def test_packed_weights_take_less_room() -> None:
+    sizes = [forecast(precision=precision).memory_bytes["weights"] for precision in ("bfloat16", "int8", "nf4")]
+    assert sizes[0] > sizes[1] > sizes[2]

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+import torch
 
 from lora_studio import evaluate as module
 from lora_studio.core.lora import LoRA
@@ -11,7 +12,7 @@ from lora_studio.core.spec import LoraSpec
 from lora_studio.data.formats import Example, Message
 from lora_studio.errors import StudioError
 from lora_studio.evaluate import evaluate, score
-from tests.tiny import causal, tokenizer
+from tests.tiny import causal, classifier, tokenizer
 
 ROWS = [Example(messages=(Message("user", f"say {n}"), Message("assistant", "ab cd")), row=n) for n in range(3)]
 
@@ -80,3 +81,32 @@ def test_nothing_to_measure_is_said() -> None:
     with pytest.raises(StudioError) as caught:
         evaluate(lora, "x", tokenizer(), [], max_length=99, labels=False)
     assert caught.value.code == "E_NO_TARGET"
+
+
+LABELLED = [
+    Example(messages=(Message("user", f"text {n}"), Message("assistant", "bad" if n % 3 else "good")), row=n)
+    for n in range(9)
+]
+
+
+def test_a_classifier_is_measured_by_accuracy_and_loss_and_writes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "answers", None)
+    lora = LoRA(classifier("bert", labels=2, vocabulary=len(tokenizer())))
+    lora.add("x", LoraSpec(modules_to_save=("classifier",)))
+    fresh = evaluate(lora, "x", tokenizer(), LABELLED, max_length=99, labels=True, classes=("bad", "good"))
+    assert fresh["rows"] == 9 and fresh["base"] == fresh["adapted"] and set(fresh["base"]) == {"loss", "accuracy"}
+    head = lora.copies("x")
+    head["classifier.weight"].zero_()
+    head["classifier.bias"].copy_(torch.tensor([math.log(3), 0.0]))  # always "bad", with probability 3/4
+    result = evaluate(lora, "x", tokenizer(), LABELLED, max_length=99, labels=True, classes=("bad", "good"))
+    assert result["base"] == fresh["base"]
+    wanted = {"accuracy": 6 / 9, "loss": (6 * math.log(4 / 3) + 3 * math.log(4)) / 9}
+    assert result["adapted"] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_rows_with_a_label_that_was_not_learnt_cannot_be_measured() -> None:
+    lora = LoRA(classifier("bert", labels=2, vocabulary=len(tokenizer())))
+    lora.add("x", LoraSpec())
+    with pytest.raises(StudioError) as caught:
+        evaluate(lora, "x", tokenizer(), LABELLED, max_length=99, labels=True, classes=("bad", "fair"))
+    assert caught.value.code == "E_LABELS"

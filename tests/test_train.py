@@ -2,19 +2,22 @@
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
 
+from lora_studio.core.baselines import add
 from lora_studio.core.lora import LoRA
-from lora_studio.core.spec import LoraSpec
-from lora_studio.data.batches import encode
+from lora_studio.core.spec import BASELINES, VARIANTS, BaselineSpec, LoraSpec, Method
+from lora_studio.data.batches import encode, encode_label
 from lora_studio.data.formats import Example, Message
 from lora_studio.errors import StudioError
 from lora_studio.events import Metric, Sample, Started
+from lora_studio.generate import classify
 from lora_studio.settings import TrainConfig
-from lora_studio.train import Job, heldout_loss, schedule, train
-from tests.tiny import causal, tokenizer
+from lora_studio.train import Job, heldout_figures, heldout_loss, schedule, train
+from tests.tiny import causal, classifier, tokenizer
 
 CONFIG = TrainConfig(steps=6, batch_size=4, learning_rate=0.01, evaluations=2, samples=0)
 
@@ -26,10 +29,13 @@ def examples(count: int = 12) -> list[Example]:
     ]
 
 
-def job(config: TrainConfig = CONFIG, *, heldout: int = 2, samples: int = 0) -> Job:
+LORA = LoraSpec(rank=4, targets=("all-linear",))
+
+
+def job(config: TrainConfig = CONFIG, *, heldout: int = 2, samples: int = 0, method: Method = LORA) -> Job:
     words = tokenizer()
     lora = LoRA(causal("llama", vocabulary=len(words)))
-    lora.add("x", LoraSpec(rank=4, targets=("all-linear",)), seed=config.seed)
+    add(lora, "x", method, seed=config.seed)
     rows = examples()
     return Job(
         lora=lora,
@@ -137,3 +143,113 @@ def test_bfloat16_bases_train_float32_adapters() -> None:
     work.lora.model.to(torch.bfloat16)
     list(train(work))
     assert {tensor.dtype for tensor in work.lora.parameters("x")} == {torch.float32}
+
+
+METHODS = [dataclasses.replace(LORA, variant=variant) for variant in VARIANTS]
+METHODS += [BaselineSpec(kind=kind, width=2 if BASELINES[kind][1] else 0) for kind in BASELINES]
+LORA_PLUS = dataclasses.replace(LORA, variant="lora+")
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: getattr(method, "kind", getattr(method, "variant", "")))
+def test_every_method_learns_by_the_same_loop_and_leaves_the_base_as_it_was(method: Method) -> None:
+    work = job(dataclasses.replace(CONFIG, steps=8, learning_rate=0.02), method=method)
+    before = {name: tensor.clone() for name, tensor in work.lora.model.state_dict().items()}
+    base = heldout_figures(work, base=True)["heldout_loss"]
+    losses = values(list(train(work)), "heldout_loss")
+    assert losses[0] == base and losses[-1] < base
+    assert work.lora.changed("x") and work.lora.finite("x") and not work.lora.model.training
+    after = work.lora.model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_b_learns_faster_under_lora_plus_alone() -> None:
+    config = dataclasses.replace(CONFIG, steps=1, learning_rate=1e-3, lr_ratio_b=8.0)
+    for method, ratio in ((LORA, 1.0), (LORA_PLUS, 8.0)):
+        work = job(config, method=method)
+        list(train(work))
+        moved = max(float(part.B.detach().abs().max()) for _, part in work.lora.parts("x"))
+        assert moved == pytest.approx(1e-3 * ratio, rel=1e-2)  # Adam's first step is the rate, whatever the gradient
+
+
+def test_magnitudes_do_not_decay() -> None:
+    work = job(dataclasses.replace(CONFIG, weight_decay=0.3), method=dataclasses.replace(LORA, variant="dora"))
+    decay = {id(tensor): group["weight_decay"] for group in work.optimizer.param_groups for tensor in group["params"]}
+    for _, part in work.lora.parts("x"):
+        assert (decay[id(part.A)], decay[id(part.B)], decay[id(part.magnitude)]) == (0.3, 0.3, 0.0)
+
+
+def test_a_rate_for_lora_is_said_to_be_high_for_full_fine_tuning() -> None:
+    quiet, loud = (
+        [event for event in train(job(method=method)) if getattr(event, "code", "") == "W_RATE"]
+        for method in (LORA, BaselineSpec(kind="full"))
+    )
+    assert not quiet and "0.0001" in loud[0].message
+
+
+# ---- labels ----------------------------------------------------------------------------------------------------------
+
+NAMES = ("bad", "fair", "good")
+
+
+def labelled_job(config: TrainConfig, *, heldout: int = 0, dropout: float = 0.0, family: str = "bert") -> Job:
+    words = tokenizer()
+    model = classifier(family, vocabulary=len(words))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    rows = [
+        Example(messages=(Message("user", text), Message("assistant", NAMES[number % 3])), row=number)
+        for number, text in enumerate(["ab", "cdefg", "hi", "jklmnop", "q", "rst", "uvwx", "yz ab cd"])
+    ]
+    lora = LoRA(model)
+    lora.add("x", LoraSpec(targets=("all-linear",), modules_to_save=("classifier" if family == "bert" else "score",)))
+    encoded = [encode_label(words, row, NAMES, config.max_length) for row in rows]
+    return Job(
+        lora=lora,
+        adapter="x",
+        tokenizer=words,
+        train=encoded,
+        heldout=encoded[:heldout],
+        samples=rows[: config.samples],
+        classes=NAMES,
+        config=config,
+    )
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_classifier_with_lora_and_a_head_learns_eight_rows_by_heart(family: str) -> None:
+    config = TrainConfig(steps=60, batch_size=8, learning_rate=0.02, evaluations=2, samples=8)
+    work = labelled_job(config, heldout=8, dropout=0.1, family=family)
+    events = list(train(work))
+    accuracy, loss = values(events, "accuracy"), values(events, "heldout_loss")
+    assert len(accuracy) == len(loss) == 3 and accuracy[-1] == 1.0 and loss[-1] < 0.1 < 1.0 < loss[0]
+    said = [event for event in events if isinstance(event, Sample) and event.step == 60]
+    for row, event in zip(work.train, said, strict=True):
+        (chances,) = classify(work.lora, ["x"], row.tokens.ids, NAMES)
+        name, chance = re.fullmatch(r"(\w+) \((\d\.\d\d)\)", event.text).groups()  # type: ignore[union-attr]
+        assert name == event.target == NAMES[row.tokens.label or 0]
+        assert float(chance) == pytest.approx(max(chances), abs=0.006)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_rows_however_it_is_split() -> None:
+    config = TrainConfig(steps=3, batch_size=8, learning_rate=0.01, samples=0)
+    work = labelled_job(config)
+    model, labels = work.lora.model, torch.tensor([row.tokens.label for row in work.train])
+    width = max(len(row.tokens.ids) for row in work.train)
+    ids = torch.tensor([[*row.tokens.ids, *[1] * (width - len(row.tokens.ids))] for row in work.train])
+    with torch.no_grad():
+        plain = model(input_ids=ids, attention_mask=(ids != 1).long(), labels=labels).loss
+    losses = values(list(train(work)), "train_loss")
+    assert losses[0] == pytest.approx(float(plain), rel=1e-6)
+    for parts in (3, 8):
+        split = values(list(train(labelled_job(dataclasses.replace(config, accumulate=parts)))), "train_loss")
+        assert split == pytest.approx(losses, rel=1e-4)
+
+
+def test_a_matrix_that_the_model_reads_past_its_layer_is_named() -> None:
+    work = job()
+    block = work.lora.model.model.layers[1].mlp
+    block.forward = lambda x: x @ block.gate_proj.weight.T @ block.down_proj.weight.T  # type: ignore[method-assign]
+    with pytest.raises(StudioError) as caught:
+        list(train(work))
+    assert caught.value.code == "E_UNREACHED" and "layers.1.mlp" in caught.value.message

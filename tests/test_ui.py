@@ -8,17 +8,19 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from lora_studio.core.spec import LoraSpec
+from lora_studio.core.baselines import plan
+from lora_studio.core.spec import BASELINES, BaselineSpec, LoraSpec
 from lora_studio.data.batches import Piece
 from lora_studio.errors import StudioError
 from lora_studio.events import Metric, Saved, Started, to_line
 from lora_studio.generate import Answer
 from lora_studio.models import STARTER
 from lora_studio.runs.config import DataChoice, RunConfig
-from lora_studio.settings import TrainConfig
+from lora_studio.settings import RATES, TrainConfig
 from lora_studio.studio import Comparison, Studio
 from lora_studio.ui import boundary, build, compare_tab, data_tab, export_tab, form, live, picker, train_tab
 from lora_studio.ui.desk import Desk
+from tests.tiny import tiny_encoder
 
 EVIL = "<img src=x onerror=alert(1)>"
 DEFAULTS = {name: setting.default for name, setting in form.SETTINGS.items() if name != "targets"}
@@ -43,17 +45,44 @@ def choice(desk: Desk) -> dict:
     return data_tab.open_sample(desk, "tickets")[0]
 
 
+def cost(
+    desk: Desk,
+    choice: dict | None,
+    model: object,
+    preset: str = PAPER,
+    *,
+    task: str = "causal",
+    method: str = "lora",
+    **settings: object,
+) -> str:
+    return train_tab.cost(desk, choice, str(model), task, method, preset, None, **{**DEFAULTS, **settings})
+
+
+def trainable(line: str) -> int:
+    found = re.search(r"<b>([\d,]+)</b> trainable of", line)
+    assert found, line
+    return int(found[1].replace(",", ""))
+
+
 def test_estimate_line_follows_rank_and_targets(desk: Desk, tiny: Path, choice: dict) -> None:
-    def trainable(rank: int, preset: str) -> int:
-        line = train_tab.cost(desk, choice, str(tiny), preset, None, **{**DEFAULTS, "rank": rank})
-        found = re.search(r"<b>([\d,]+)</b> trainable of", line)
-        assert found, line
-        return int(found[1].replace(",", ""))
+    def count(rank: int, preset: str) -> int:
+        return trainable(cost(desk, choice, tiny, preset, rank=rank))
 
     # two layers, hidden 32, q 32 -> 32 and v 32 -> 16: rank * (64 + 48) each
-    assert trainable(4, PAPER) == 2 * 4 * (64 + 48)
-    assert trainable(8, PAPER) == 2 * trainable(4, PAPER)
-    assert trainable(4, "All linear") > trainable(4, "All attention") > trainable(4, PAPER)
+    assert count(4, PAPER) == 2 * 4 * (64 + 48)
+    assert count(8, PAPER) == 2 * count(4, PAPER)
+    assert count(4, "All linear") > count(4, "All attention") > count(4, PAPER)
+
+
+def test_estimate_line_follows_the_method_and_the_task(desk: Desk, tiny: Path, choice: dict) -> None:
+    for kind in BASELINES:
+        width = {"top": 1}.get(kind, BASELINES[kind][2])
+        line = cost(desk, choice, tiny, method=kind, width=width, rank=None)  # LoRA's settings are not looked at
+        wanted = plan(desk.studio.models.skeleton(str(tiny)), BaselineSpec(kind=kind, width=width))
+        assert trainable(line) == sum(piece.parameters for piece in wanted)
+    labels = len(desk.studio.labels(DataChoice(**choice)))
+    head = 32 * labels  # of a hidden size of 32, without a bias
+    assert trainable(cost(desk, choice, tiny, task="classify")) == trainable(cost(desk, choice, tiny)) + head
 
 
 @pytest.mark.parametrize(
@@ -62,13 +91,22 @@ def test_estimate_line_follows_rank_and_targets(desk: Desk, tiny: Path, choice: 
         ({"rank": 0}, None, "Rank is 0."),
         ({"learning_rate": None}, None, "Learning rate is None."),
         ({"layers": "first"}, None, "Layers is"),
+        ({"rank_pattern": "attn.q"}, None, "Rank pattern is"),
+        ({"rank_pattern": "attn.q=0"}, None, "Rank pattern is 0."),
+        ({"rank_pattern": "attn.v=17"}, None, "E_RANK"),
+        ({"rank": 17}, None, "E_RANK"),
+        ({"alpha": 0}, None, "Alpha is 0."),
+        ({"method": "magic"}, None, "E_METHOD"),
+        ({"method": "top", "width": 3}, None, "E_METHOD"),
+        ({"method": "prefix", "width": 2048}, None, "E_METHOD"),
+        ({"method": "prefix", "width": None}, None, "Width is None."),
         ({}, f"{EVIL}/no", "is no catalogue name"),
     ],
 )
 def test_estimate_line_gives_way_to_the_problem(
     desk: Desk, tiny: Path, settings: dict, model: str | None, said: str
 ) -> None:
-    line = train_tab.cost(desk, None, model or str(tiny), PAPER, None, **{**DEFAULTS, **settings})
+    line = cost(desk, None, model or tiny, **settings)
     assert said in line and "class='problem'" in line and EVIL not in line
 
 
@@ -107,6 +145,9 @@ def test_answers_and_names_are_escaped() -> None:
     moment = Comparison(("base", "run"), [Answer(EVIL, 1), Answer(EVIL, 1)], 0.0, 1.0)
     assert EVIL not in "".join(compare_tab.picture(moment)) + compare_tab.expectation(EVIL)
     assert "max difference 0)" in compare_tab.badge(0.0) and "bad" in compare_tab.badge(1e-6)
+    assert "badge plain" in compare_tab.badge(1e-6, exact=False)
+    chosen = replace(moment, chances=[{"a": 0.5}, {"a": 1.0}])
+    assert "tokens" not in "".join(compare_tab.picture(chosen)[2:4])
 
 
 def test_data_tab_opens_inspects_and_corrects(desk: Desk, tiny: Path, choice: dict) -> None:
@@ -133,29 +174,100 @@ def test_a_bad_file_is_a_problem_in_place(desk: Desk, tmp_path: Path) -> None:
 def test_form_to_run_config_and_back(desk: Desk, tiny: Path, choice: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desk.studio.supervisor, "tick", lambda: None)  # queued is enough
     raw = {**DEFAULTS, "rank": 3, "alpha": 6, "layers": "0", "steps": 7, "seed": 5, "schedule": "cosine"}
-    run, problem = train_tab.start(desk, choice, str(tiny), "All linear", None, "", **raw)
+    raw |= {"rank_pattern": " attn.q = 2, mlp.up=4", "alpha_pattern": "mlp.up=0.5", "width": 9}
+    run, problem = train_tab.start(desk, choice, str(tiny), "causal", "lora", "All linear", None, "", **raw)
     assert problem == ""
     config = desk.studio.runs.get(run).config
     assert config == RunConfig(
         name="tickets r3 all",
         model=str(tiny),
         dataset=DataChoice(id=choice["id"], name="tickets"),
-        method=LoraSpec(rank=3, alpha=6.0, layers=(0,), targets=("all-linear",)),
+        method=LoraSpec(
+            rank=3,
+            alpha=6.0,
+            layers=(0,),
+            targets=("all-linear",),
+            rank_pattern={"attn.q": 2, "mlp.up": 4},
+            alpha_pattern={"mlp.up": 0.5},
+        ),
         train=TrainConfig(steps=7, seed=5, schedule="cosine"),
     )
+    assert isinstance(config.method, LoraSpec)
     assert form.method(vars(config.method), config.method.targets) == config.method
     assert form.training(vars(config.train)) == config.train
 
 
+def test_form_to_another_method_and_labels(
+    desk: Desk, tiny: Path, choice: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk.studio.supervisor, "tick", lambda: None)
+    raw = {**DEFAULTS, "rank": None, "width": 5}
+    run, problem = train_tab.start(desk, choice, str(tiny), "classify", "adapter_p", PAPER, None, "", **raw)
+    assert problem == ""
+    started = desk.studio.runs.get(run)
+    assert started.config.method == BaselineSpec(kind="adapter_p", width=5, modules_to_save=("score",))
+    assert (started.name, started.config.task) == ("tickets adapter_p 5", "classify") and len(started.labels) > 1
+    line = live.answer(desk.studio, {"run": run, "start": 0})["about"]["line"]
+    assert line == f"tiny · tickets · Adapter P (Pfeiffer), 5 bottleneck width · {len(started.labels)} labels"
+    run, problem = train_tab.start(desk, choice, str(tiny), "causal", "full", PAPER, None, "", **raw)
+    assert problem == "" and desk.studio.runs.get(run).config.method == BaselineSpec(kind="full")
+
+
+def test_a_method_shows_what_belongs_to_it_and_its_usual_rate() -> None:
+    lora, more, width, rate = train_tab.show_method("prefix", TrainConfig().learning_rate)
+    assert lora.visible == more.visible == "hidden" and rate == TrainConfig().learning_rate * RATES["prefix"]
+    assert (width.visible, width.label, width.value) == (True, "Virtual tokens", 16)
+    lora, _, width, rate = train_tab.show_method("full", rate)
+    assert (lora.visible, width.visible) == ("hidden", False) and rate == TrainConfig().learning_rate * RATES["full"]
+    assert train_tab.show_method("lora", rate)[0].visible is True
+    assert train_tab.show_method("lora", rate)[3] == TrainConfig().learning_rate
+    assert train_tab.show_method("full", 0.123)[3] == gr.skip()  # the person's own
+
+
+def test_the_task_is_open_where_rows_have_labels_and_the_model_writes(
+    desk: Desk, tiny: Path, choice: dict, tmp_path: Path
+) -> None:
+    encoder = str(tiny_encoder(tmp_path / "bert"))
+    orders = data_tab.open_sample(desk, "orders")[0]
+
+    def settled(choice: dict | None, model: object, current: str, forced: bool = False) -> tuple:
+        shown, forced = train_tab.settle_task(desk, choice, str(model), current, forced)
+        return shown.value, shown.visible, forced
+
+    assert settled(choice, tiny, "causal") == ("causal", True, False)
+    assert settled(choice, tiny, "classify") == ("classify", True, False)  # the person's choice
+    assert settled(choice, encoder, "causal") == settled(None, encoder, "causal") == ("classify", True, True)
+    assert settled(choice, tiny, "classify", forced=True) == ("causal", True, False)  # the encoder's
+    assert settled(orders, tiny, "classify") == settled(None, tiny, "causal") == ("causal", False, False)
+    assert settled(choice, "no/model", "classify") == ("causal", False, False)
+
+
+def test_labels_in_the_data_tab_and_mistakes_with_them(desk: Desk, tiny: Path, choice: dict, tmp_path: Path) -> None:
+    shown = data_tab.show_row(desk, choice, 0, str(tiny), 512, "classify")
+    label = desk.studio._examples(DataChoice(**choice))[0][0].target
+    assert f"<span class='trained'> {label} </span>" in shown and "1 of " in shown
+    encoder = str(tiny_encoder(tmp_path / "bert"))
+    one = desk.studio.data.add_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "x"}')
+    told = data_tab.inspect(desk, {"id": one.id, "name": "one"}, encoder, 512, 0.1, 0, "classify")[0]
+    assert "E_LABELS" in told
+    line = cost(desk, {"id": one.id, "name": "one"}, encoder, task="classify")
+    assert "E_LABELS" in line and "E_ARCH" in cost(desk, choice, encoder)
+
+
 def test_start_names_what_is_wrong_at_its_control(choice: dict) -> None:
-    verdicts = train_tab.check_start(choice, "m", PAPER, None, "", **{**DEFAULTS, "rank": 0, "batch_size": None})
-    names = ["choice", "model", "preset", "picker", "name", *DEFAULTS]
-    wrong = {name for name, verdict in zip(names, verdicts, strict=True) if not verdict["is_valid"]}
-    assert wrong == {"rank", "batch_size"}
+    raw = {**DEFAULTS, "rank": 0, "batch_size": None, "width": -1, "alpha_pattern": "x"}
+    names = ["choice", "model", "task", "method", "preset", "picker", "name", *DEFAULTS]
+
+    def wrong(method: str) -> set[str]:
+        verdicts = train_tab.check_start(choice, "m", "causal", method, PAPER, None, "", **raw)
+        return {name for name, verdict in zip(names, verdicts, strict=True) if not verdict["is_valid"]}
+
+    assert wrong("lora") == {"rank", "batch_size", "alpha_pattern"}
+    assert wrong("prefix") == {"width", "batch_size"} and wrong("full") == {"batch_size"}  # the rest is hidden
 
 
 def test_start_without_data_says_so(desk: Desk, tiny: Path) -> None:
-    assert "E_NO_DATA" in train_tab.start(desk, None, str(tiny), PAPER, None, "", **DEFAULTS)[1]
+    assert "E_NO_DATA" in train_tab.start(desk, None, str(tiny), "causal", "lora", PAPER, None, "", **DEFAULTS)[1]
 
 
 def test_run_names_stay_unique() -> None:
@@ -174,11 +286,15 @@ def test_every_knob_has_a_control_that_starts_at_its_default() -> None:
 def test_picker_presses_presets_and_names_them(desk: Desk, tiny: Path) -> None:
     matrices = train_tab.show_matrices(desk, str(tiny), PAPER, None)
     assert matrices["chosen"] == ["attn.q", "attn.v"]
-    assert {entry["group"] for entry in matrices["matrices"]} == {"Attention", "MLP"}
+    assert [entry["group"] for entry in matrices["matrices"]] == ["Tokens", *["Attention"] * 4, *["MLP"] * 3]
     everything = train_tab.press_preset(matrices, "All linear")
     assert picker.targets(everything, PAPER) == ("all-linear",) and picker.preset(everything) == "All linear"
     own = {**matrices, "chosen": ["mlp.up"]}
     assert picker.targets(own, PAPER) == ("mlp.up",) and picker.preset(own) == picker.OWN
+    tokens_too = {**everything, "chosen": ["embed", *everything["chosen"]]}
+    assert "embed" not in everything["chosen"] and picker.preset(tokens_too) == picker.OWN
+    assert picker.targets(tokens_too, PAPER) == ("embed", "all-linear")
+    assert picker.choose(matrices["matrices"], picker.targets(tokens_too, PAPER)) == tokens_too
 
 
 @pytest.mark.parametrize("run", ["0" * 32, "../../etc", "", 7, None, {"a": 1}])

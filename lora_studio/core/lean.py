@@ -4,7 +4,9 @@ A step's sequences are laid end to end in one row with their own position ids. A
 through transformers' attention interface, so no sequence sees another and no quadratic mask is built. The
 head is applied to supervised positions alone, a chunk at a time, and its gradient is made in the forward, so
 the logits of a step are never in memory together. Both give the loss of the plain padded path, which
-`padded_loss` keeps for models that they do not fit.
+`padded_loss` keeps for models and methods that they do not fit.
+
+A model that chooses a label instead of writing text gets its rows padded on the right: `class_logits`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +20,8 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from lora_studio.core.layout import ENCODERS
+
 IGNORED = -100  # label of a position that is not supervised
 CHUNK = 256  # supervised positions whose logits are in memory together
 PACKED = "lora_studio_packed"
@@ -25,15 +29,16 @@ PACKED = "lora_studio_packed"
 
 @dataclass(frozen=True)
 class Tokens:
-    """One sequence: token ids and, position by position, whether the token is supervised."""
+    """One sequence: token ids and, position by position, whether the token is supervised; or a label of the whole."""
 
     ids: Sequence[int]
     supervised: Sequence[bool]
+    label: int | None = None
 
     @property
     def count(self) -> int:
-        """Supervised tokens that have a token before them, which is what the loss averages over."""
-        return sum(self.supervised[1:])
+        """What the loss averages over: supervised tokens that have a token before them, or the one label."""
+        return sum(self.supervised[1:]) if self.label is None else 1
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,40 @@ def packed_loss(model: nn.Module, batch: Packed) -> torch.Tensor:
 def padded_loss(model: nn.Module, batch: Packed) -> torch.Tensor:
     """The plain path: the same sequences padded on the right, all logits, the same sum."""
     rows = list(zip(batch.ids[0].split(batch.lengths), batch.labels[0].split(batch.lengths), strict=True))
-    ids = nn.utils.rnn.pad_sequence([row for row, _ in rows], batch_first=True)
     labels = nn.utils.rnn.pad_sequence([row for _, row in rows], batch_first=True, padding_value=IGNORED)
-    lengths = torch.tensor(batch.lengths, device=ids.device)
-    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    logits = model(input_ids=ids, attention_mask=mask.long(), use_cache=False).logits
+    call = _padded([row for row, _ in rows])
+    logits = model(**call, position_ids=_positions(call["input_ids"]), use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def class_logits(model: nn.Module, batch: Sequence[Tokens]) -> torch.Tensor:
+    """What a sequence classification model makes of each row: (rows, classes)."""
+    config: Any = model.config
+    device = next(model.parameters()).device
+    rows = [torch.tensor(tokens.ids, device=device) for tokens in batch]
+    call = _padded(rows, config.get_text_config().pad_token_id or 0)
+    if config.model_type not in ENCODERS:  # an encoder counts positions itself, some of them from its padding token
+        call |= {"position_ids": _positions(call["input_ids"]), "use_cache": False}
+    return model(**call).logits
+
+
+def label_loss(logits: torch.Tensor, batch: Sequence[Tokens]) -> torch.Tensor:
+    """Summed cross-entropy of the rows' labels under `class_logits`."""
+    labels = torch.tensor([tokens.label for tokens in batch], device=logits.device)
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def _padded(rows: Sequence[torch.Tensor], padding: int = 0) -> dict[str, Any]:
+    """The model's inputs for rows of token ids, padded on the right: ids and mask (rows, longest)."""
+    ids = nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=padding)
+    lengths = torch.tensor([len(row) for row in rows], device=ids.device)
+    mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def _positions(ids: torch.Tensor) -> torch.Tensor:
+    """0, 1, 2, ... in every row; said explicitly, because a prefix in front of the rows shifts them."""
+    return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -138,12 +171,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _plain_head(model: nn.Module) -> bool:
-    """Whether the logits are just hidden @ headᵀ, with nothing added, scaled, capped or hooked."""
+    """Whether the logits are just hidden @ headᵀ, nothing added, scaled, capped or hooked, and the head not trained."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     config: Any = model.config
     text = config.get_text_config()
     altered = any(getattr(text, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
-    return isinstance(head, nn.Linear) and head.bias is None and not head._forward_hooks and not altered
+    if altered or not isinstance(head, nn.Linear) or head.bias is not None:
+        return False
+    trained = head.weight.requires_grad and torch.is_grad_enabled()
+    return not (trained or head._forward_hooks or head._forward_pre_hooks)
 
 
 def _attend(

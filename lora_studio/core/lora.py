@@ -61,7 +61,8 @@ class LoRA:
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model.requires_grad_(False)
         self.specs: dict[str, Method] = {}
-        self._slots: dict[str, Slot] = {}
+        self._parts: dict[str, Parts] = {}  # by adapter
+        self._slots: dict[str, Slot] = {}  # by layer
         self._route = Route()
         self._standing = ExitStack()  # of the trained copies that stand in for the base's tensors just now
 
@@ -110,8 +111,8 @@ class LoRA:
     def parts(self, name: str) -> Iterator[tuple[str, Part]]:
         """(layer, part) of one adapter, in forward order."""
         assert name in self.specs, f"no adapter called {name}"
-        for layer, slot in self._slots.items():
-            for part in slot.parts.get(name, ()):
+        for layer, ones in self._parts[name].items():
+            for part in ones:
                 yield layer, part
 
     def changed(self, name: str) -> bool:
@@ -121,6 +122,11 @@ class LoRA:
     def finite(self, name: str) -> bool:
         """Whether all its values are numbers."""
         return all(bool(tensor.isfinite().all()) for tensor in self.parameters(name))
+
+    def unreached(self, name: str) -> list[str]:
+        """After a backward: layers whose update got no gradient, since the model reads their weight past the layer."""
+        parts = [(layer, part) for layer, part in self.parts(name) if isinstance(part, LowRank)]
+        return [layer for layer, part in parts if part.B.grad is None]
 
     def packs(self, name: str) -> bool:
         """Whether sequences may be laid end to end under it; virtual tokens want a row per sequence."""
@@ -144,7 +150,7 @@ class LoRA:
         """Attach what has been built; every other way of adding ends here."""
         assert name and "." not in name, f"an adapter name is a plain word, got {name!r}"
         assert name not in self.specs, f"adapter {name} exists already"
-        self.specs[name] = spec
+        self.specs[name], self._parts[name] = spec, parts
         for layer, ones in parts.items():
             if layer not in self._slots:
                 self._slots[layer] = (Slot if layer else InputSlot)(self._route)
@@ -155,11 +161,11 @@ class LoRA:
         self, name: str, spec: LoraSpec, factors: Sequence[Factors], copies: Mapping[str, torch.Tensor] | None = None
     ) -> None:
         """Attach an adapter with given values. Raises E_KEYS, E_SHAPE or E_NOT_FINITE and then attaches nothing."""
-        order = {path: number for number, (path, _) in enumerate(self.model.named_modules())}
         for one in factors:
             self._check(one)
+        order = {target.name: number for number, target in enumerate(matrices(self.model))}
         parts: Parts = {}
-        for one in sorted(factors, key=lambda one: order[one.layer]):
+        for one in sorted(factors, key=lambda one: order.get(one.layer, len(order))):
             variant = "dora" if one.magnitude is not None else spec.variant if spec.variant != "pissa" else "lora"
             shape = (len(one.B), one.A.shape[1])
             target = Target(name=one.layer, role=one.role, layer=-1, shape=shape, rows=one.rows)
@@ -179,8 +185,9 @@ class LoRA:
         """Forget one adapter; the others keep their bits."""
         assert name in self.specs and name not in self._route.names, f"adapter {name} is not there, or in use"
         del self.specs[name]
-        for layer, slot in list(self._slots.items()):
-            slot.parts.pop(name, None)
+        for layer in self._parts.pop(name):
+            slot = self._slots[layer]
+            del slot.parts[name]
             if not slot.parts:
                 slot.unhook()
                 del self._slots[layer]

@@ -7,11 +7,13 @@ tokens have no weight to go into: that is the latency of the paper's Table 1.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_studio.core.analysis import truncate
 from lora_studio.core.baselines import Bias
 from lora_studio.core.lora import Factors, LoRA, weight
 from lora_studio.core.slot import Copied, LowRank, base_weight
@@ -78,7 +80,7 @@ def combine(lora: LoRA, mix: Mapping[str, float], rank: int | None = None) -> li
     """One adapter that does what a weighted sum of several does: Σ weight · scale · B A, matrix by matrix.
 
     Without a rank the factors are laid side by side, which is exact and of the summed rank; with one, the sum is
-    cut to its best approximation of that rank (truncated SVD through QR, Eckart-Young). Raises E_COMBINE.
+    cut to its best approximation of that rank (truncated SVD). Raises E_COMBINE.
     """
     together: dict[tuple, list[Factors]] = {}
     for name, share in mix.items():
@@ -89,25 +91,13 @@ def combine(lora: LoRA, mix: Mapping[str, float], rank: int | None = None) -> li
                 message = f"{name} is a DoRA adapter, whose magnitudes do not add up."
                 raise StudioError("E_COMBINE", message, "Combine plain LoRA adapters.")
             key = (one.layer, None if one.rows is None else tuple(one.rows.tolist()))
-            scaled = Factors(
-                layer=one.layer, role=one.role, A=one.A, B=share * one.scale * one.B, scale=1.0, rows=one.rows
-            )
-            together.setdefault(key, []).append(scaled)
+            together.setdefault(key, []).append(replace(one, B=share * one.scale * one.B, scale=1.0))
     sums = []
     for ones in together.values():
         A, B = torch.cat([one.A for one in ones]), torch.cat([one.B for one in ones], dim=1)
-        if rank is not None:
-            A, B = truncated(A, B, rank)
-        sums.append(Factors(layer=ones[0].layer, role=ones[0].role, A=A, B=B, scale=1.0, rows=ones[0].rows))
+        whole = replace(ones[0], A=A, B=B)
+        sums.append(whole if rank is None else truncate(whole, rank))
     return sums
-
-
-def truncated(A: torch.Tensor, B: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Factors of the best approximation of B A of this rank, without forming B A; singular values shared equally."""
-    left, right = torch.linalg.qr(B), torch.linalg.qr(A.T)
-    U, S, Vh = torch.linalg.svd(left.R @ right.R.T)
-    root = S[:rank].sqrt()
-    return (right.Q @ Vh[:rank].T * root).T.contiguous(), (left.Q @ U[:, :rank] * root).contiguous()
 
 
 def _changes(lora: LoRA, name: str) -> dict[str, torch.Tensor]:

@@ -2,7 +2,8 @@
 
 A conversation is rendered with the tokenizer's own chat template; a model without one gets the plain
 template below. Supervised are the assistant's words and the mark that ends its turn, found by where they lie
-in the rendered text. This file does not know where rows come from or how a model is trained.
+in the rendered text. For a classifier there is no template: the text alone is read, the answer is a label.
+This file does not know where rows come from or how a model is trained.
 """
 
 import statistics
@@ -75,6 +76,28 @@ def encode(tokenizer: Any, example: Example, max_length: int) -> Encoded:
     ids, supervised, _ = _tokenize(tokenizer, example)
     cut = max(0, len(ids) - max_length)
     return Encoded(Tokens(tuple(ids[:max_length]), tuple(supervised[:max_length])), cut)
+
+
+def encode_label(tokenizer: Any, example: Example, labels: Sequence[str], max_length: int) -> Encoded:
+    """The last message before the answer as an encoder reads it, and which of `labels` the answer is.
+
+    Cut inside at `max_length` tokens: the special tokens that close a text stay. Raises E_LABELS.
+    """
+    label = example.target.strip()
+    if label not in labels:
+        known = quote(", ".join(labels), 100)
+        raise StudioError(
+            "E_LABELS", f"Row {example.row:,} has the label {quote(label, 40)}; known are {known}.", "Correct the row."
+        )
+    text = example.prompt[-1].content if example.prompt else ""
+    encoding = tokenizer(text, return_special_tokens_mask=True)
+    ids, special = list(encoding["input_ids"]), encoding["special_tokens_mask"]
+    cut = max(0, len(ids) - max_length)
+    if cut:
+        closing = next((number for number, mark in enumerate(reversed(special)) if not mark), 0)
+        ids = ids[: max_length - closing] + ids[len(ids) - closing :]
+    ids = ids or [tokenizer.eos_token_id or 0]  # a model must read something
+    return Encoded(Tokens(tuple(ids), (False,) * len(ids), labels.index(label)), cut)
 
 
 def preview(tokenizer: Any, example: Example, max_length: int) -> list[Piece]:

@@ -21,6 +21,7 @@ SPEAKERS = {  # what data sets call them -> what chat templates call them
     **{"user": "user", "human": "user", "prompter": "user"},
     **{"assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"},
 }
+MOST_LABELS = 100  # that a run may choose among
 NEVER_TEXT = ("id", "idx", "index", "uuid", "split", "url")  # columns no guess takes
 
 
@@ -133,6 +134,23 @@ def convert(table: Table, format: str, columns: Mapping[str, str]) -> tuple[list
     if repeated := len(examples) - len({(example.messages, example.text) for example in examples}):
         notes["rows repeat an earlier row"] = repeated
     return examples, [f"{count:,} {what}" for what, count in notes.items()]
+
+
+def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
+    """The different answers of the rows, sorted: what a classifier chooses among. Raises E_LABELS."""
+    labels = sorted({example.target.strip() for example in examples})
+    hint = "Choose the column that holds the labels, or the task that writes text."
+    if "" in labels:
+        row = next(example.row for example in examples if not example.target.strip())
+        raise StudioError("E_LABELS", f"Row {row:,} has no label.", hint)
+    if len(labels) < 2:
+        only = f": {quote(labels[0], 40)}" if labels else ""
+        message = f"The rows have {len(labels)} different label{'s'[: len(labels) != 1]}{only}; expected at least 2."
+        raise StudioError("E_LABELS", message, hint)
+    if len(labels) > MOST_LABELS:
+        message = f"The rows have {len(labels):,} different labels; at most {MOST_LABELS} are learnt."
+        raise StudioError("E_LABELS", message, hint)
+    return tuple(labels)
 
 
 # The formats, one row each

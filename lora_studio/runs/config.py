@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lora_studio.core.spec import LoraSpec
-from lora_studio.fields import knob
-from lora_studio.settings import TrainConfig
+from lora_studio.core.spec import BASELINES, METHODS, BaselineSpec, LoraSpec, Method
+from lora_studio.errors import StudioError, quote
+from lora_studio.fields import build, knob
+from lora_studio.settings import QUANTISED, TrainConfig
 
 Status = Literal["queued", "running", "done", "stopped", "failed", "lost"]
 ACTIVE: tuple[Status, ...] = ("queued", "running")
+TASKS = ("causal", "classify")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,9 +31,9 @@ class RunConfig:
 
     name: str = knob("", label="Name", help="Shown in the run list")
     model: str = knob("starter", label="Base model", help="starter, a catalogue name, a Hub id or a local folder")
-    task: str = knob("causal", choices=("causal",), label="Task", help="What is learnt: to continue text")
+    task: str = knob("causal", choices=TASKS, label="Task", help="What is learnt: to write text, or to choose a label")
     dataset: DataChoice
-    method: LoraSpec = LoraSpec()
+    method: Method = LoraSpec()
     train: TrainConfig = TrainConfig()
     executor: str = knob("local", choices=("local",), label="Executor", help="Where the worker runs")
 
@@ -64,3 +66,40 @@ class Run:
     @property
     def has_adapter(self) -> bool:
         return (self.path / "adapter" / "adapter_model.safetensors").is_file()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """What a classifier chooses from, in the order of its outputs; empty for a model that writes text."""
+        return tuple(self.facts.get("labels", ()))
+
+
+def method_of(name: str, width: int = 0, lora: Mapping[str, Any] | None = None) -> Method:
+    """The method of spec.METHODS that a form or a command line describes. Raises E_METHOD, E_CONFIG.
+
+    width: of a method that has one, 0 for its usual. lora: the values of LoraSpec, when it is LoRA.
+    """
+    if name not in METHODS:
+        raise StudioError("E_METHOD", f"There is no method {quote(name)}.", f"Give one of {', '.join(METHODS)}.")
+    if width and (name == "lora" or not BASELINES[name][1]):
+        raise StudioError("E_METHOD", f"The method {name} has no width.", "Leave it out.")
+    return build(LoraSpec, lora or {}) if name == "lora" else build(BaselineSpec, {"kind": name, "width": width})
+
+
+def short(method: Method) -> str:
+    """The method in a run's name: r8, full, prefix 16."""
+    if isinstance(method, LoraSpec):
+        return f"r{method.rank}"
+    return f"{method.kind} {method.size}" if method.size else method.kind
+
+
+def base_precision(method: Method, asked: str, on: str) -> str:
+    """How the base is held while it trains. auto: what fits the device, but float32 where its own weights learn.
+
+    Raises E_METHOD for weights that are packed and are to be trained.
+    """
+    from lora_studio.models import training_precision
+
+    whole = isinstance(method, BaselineSpec) and method.kind in ("full", "top")
+    if whole and asked in QUANTISED:
+        raise StudioError("E_METHOD", f"This method trains the weights that {asked} packs.", "Take LoRA, or auto.")
+    return asked if asked != "auto" else "float32" if whole else training_precision(on)

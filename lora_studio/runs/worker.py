@@ -12,14 +12,14 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lora_studio.errors import StudioError
 from lora_studio.events import Ended, Event, Metric, Saved, Started, Warned, to_line
 from lora_studio.fields import build
-from lora_studio.runs.config import RunConfig
+from lora_studio.runs.config import RunConfig, base_precision
 from lora_studio.runs.store import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,8 @@ class Worker:
         self.best: tuple[float, int] = (math.inf, 0)  # held-out loss, step
         self.judged = 0  # the last step whose adapter was kept or found worse
         self.latest: dict[str, float] = {}
-        self.base_loss: float | None = None
+        self.base: dict[str, float] = {}  # what was measured before the first step
+        self.accuracy: float | None = None  # of the adapter that is kept, where labels are chosen
         self.step = 0
         self.started = time.monotonic()
         self._journal = os.open(path / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -80,12 +81,12 @@ class Worker:
         )
 
     def _train(self) -> str:
-        from lora_studio.train import heldout_loss, measured_steps, train
+        from lora_studio.train import heldout_figures, measured_steps, train
 
         record = read_json(self.path / "run.json") or {}
         config = build(RunConfig, record["config"])
         base = record["facts"].get("repo") or config.model
-        job, status, measured_at = self._job(config), "done", frozenset[int]()
+        job, status, measured_at = self._job(config, record["facts"].get("labels", ())), "done", frozenset[int]()
         for event in train(job):
             self.append(event)
             self.step = max(self.step, event.step)
@@ -97,22 +98,24 @@ class Worker:
                 status = "stopped"
                 break
         if self.judged != self.step:  # stopped between two evaluations
-            loss = heldout_loss(job)
-            if loss is not None:
-                self.append(Metric(step=self.step, values={"heldout_loss": loss}))
-            self._keep_if_better(job, base, loss)
+            found = heldout_figures(job)
+            if found:
+                self.append(Metric(step=self.step, values=found))
+            self._keep_if_better(job, base, found)
         if self.step:
             _check_update(job)
         return status
 
-    def _job(self, config: RunConfig) -> Any:
+    def _job(self, config: RunConfig, labels: Sequence[str]) -> Any:
+        """Everything loaded and a fresh adapter attached; with `labels`, for choosing one of them."""
+        from lora_studio.core.baselines import add
         from lora_studio.core.lora import LoRA
-        from lora_studio.data.batches import encode
+        from lora_studio.data.batches import encode, encode_label
         from lora_studio.data.library import DataLibrary, split
-        from lora_studio.models import ModelLibrary, device, training_precision
+        from lora_studio.models import ModelLibrary, device
         from lora_studio.train import Job
 
-        root = self.path.parent.parent
+        root, most = self.path.parent.parent, config.train.max_length
         examples, warnings = DataLibrary(root).examples(
             config.dataset.id, config.dataset.format, config.dataset.columns or None
         )
@@ -120,37 +123,43 @@ class Worker:
             self.append(Warned(step=0, code="W_DATA", message=warning))
         train, heldout = split(examples, config.train.holdout, config.train.seed)
         models, on = ModelLibrary(root), device()
-        precision = training_precision(on) if config.train.precision == "auto" else config.train.precision
+        precision = base_precision(config.method, config.train.precision, on)
         self.say(f"Loading {config.model}")
-        model = models.load(config.model, precision=precision, on=on, say=self.say)
+        model = models.load(config.model, precision=precision, on=on, labels=len(labels), say=self.say)
         tokenizer = models.tokenizer(config.model)
         lora = LoRA(model)
-        lora.add("run", config.method, seed=config.train.seed)
+        add(lora, "run", config.method, seed=config.train.seed)
+
+        def encoded(rows: Sequence[Any]) -> list[Any]:
+            if labels:
+                return [encode_label(tokenizer, example, labels, most) for example in rows]
+            return [encode(tokenizer, example, most) for example in rows]
+
         return Job(
             lora=lora,
             adapter="run",
             tokenizer=tokenizer,
-            train=[encode(tokenizer, example, config.train.max_length) for example in train],
-            heldout=[encode(tokenizer, example, config.train.max_length) for example in heldout],
+            train=encoded(train),
+            heldout=encoded(heldout),
             samples=[example for example in heldout if example.messages][: config.train.samples],
+            classes=labels,
             config=config.train,
         )
 
     def _judge(self, job: Any, base: str, event: Metric, *, unmeasured: bool) -> None:
         """Take in a metric, and keep the adapter when this one says that it is the best yet."""
         self.latest.update(event.values)
-        loss = event.values.get("heldout_loss")
         if event.step == 0:
-            self.base_loss = loss
-        elif loss is not None or unmeasured:
-            self._keep_if_better(job, base, loss)
+            self.base = {name: event.values[name] for name in ("heldout_loss", "accuracy") if name in event.values}
+        elif "heldout_loss" in event.values or unmeasured:
+            self._keep_if_better(job, base, event.values)
 
-    def _keep_if_better(self, job: Any, base: str, loss: float | None) -> None:
+    def _keep_if_better(self, job: Any, base: str, found: Mapping[str, float]) -> None:
         """Keep the adapter when its held-out loss is the lowest yet; without held-out rows the last one counts."""
-        self.judged = self.step
+        self.judged, loss = self.step, found.get("heldout_loss")
         if loss is not None and not loss < self.best[0]:
             return
-        from lora_studio.peft_format import save
+        from lora_studio.adapters import save
 
         fresh, kept = self.path / "adapter.tmp", self.path / "adapter"
         save(job.lora, job.adapter, fresh, base)
@@ -159,14 +168,17 @@ class Worker:
             file.replace(kept / file.name)
         shutil.rmtree(fresh)
         self.best = (math.inf if loss is None else loss, self.step)
+        self.accuracy = found.get("accuracy")
         self.append(Saved(step=self.step, heldout_loss=loss))
 
     def _summary(self) -> dict[str, float]:
         figures: dict[str, float | None] = {
             "seconds": time.monotonic() - self.started,
-            "base_loss": self.base_loss,
+            "base_loss": self.base.get("heldout_loss"),
             "best_loss": self.best[0],
             "best_step": self.best[1],
+            "base_accuracy": self.base.get("accuracy"),
+            "best_accuracy": self.accuracy,
             "train_loss": self.latest.get("train_loss"),
             "tokens_per_s": self.latest.get("tokens_per_s"),
             "memory_bytes": self.latest.get("memory_bytes"),
@@ -176,10 +188,9 @@ class Worker:
 
 def _check_update(job: Any) -> None:
     """A run is done only when the adapter is finite and not zero."""
-    parts = list(job.lora.delta(job.adapter).values())
-    if not all(part.A.isfinite().all() and part.B.isfinite().all() for part in parts):
+    if not job.lora.finite(job.adapter):
         raise StudioError("E_NOT_FINITE", "The adapter holds values that are not finite.", "Lower the learning rate.")
-    if not any(part.B.any() for part in parts):
+    if not job.lora.changed(job.adapter):
         raise StudioError("E_NO_UPDATE", "Training changed nothing.", "Raise the learning rate or the steps.")
 
 

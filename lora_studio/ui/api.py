@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 from gradio.events import api
 
-from lora_studio.core.spec import LoraSpec
+from lora_studio.core.spec import LoraSpec, Method
 from lora_studio.errors import StudioError
 from lora_studio.fields import build
 from lora_studio.models import STARTER
-from lora_studio.runs.config import DataChoice, RunConfig
+from lora_studio.runs.config import DataChoice, RunConfig, method_of, short
 from lora_studio.settings import Sampling, TrainConfig
 from lora_studio.ui.boundary import toasted
 from lora_studio.ui.desk import Desk
@@ -42,6 +43,9 @@ def _data(desk: Desk) -> tuple[Callable, ...]:
         steps: int = TRAIN.steps,
         batch_size: int = TRAIN.batch_size,
         dataset: str = "",
+        method: str = "lora",
+        width: int = 0,
+        task: str = "auto",
     ) -> dict:
         """What a run would adapt and cost: matrices, parameters, bytes, seconds.
 
@@ -52,10 +56,16 @@ def _data(desk: Desk) -> tuple[Callable, ...]:
             steps: Optimizer steps.
             batch_size: Examples per step.
             dataset: Id of a dataset, for a better forecast.
+            method: lora, or one of the paper's other methods: full, top, bitfit, adapter_h, adapter_p, adapter_l,
+                prefix, prompt. Rank and targets are LoRA's.
+            width: Of a method that has one; 0 takes its usual.
+            task: causal writes text, classify chooses a label, auto takes what suits model and data.
         """
         config = build(TrainConfig, {"steps": steps, "batch_size": batch_size})
         choice = DataChoice(id=dataset) if dataset else None
-        return desk.ready(model).plan(model, _spec(rank, targets), config, choice).as_json()
+        studio = desk.ready(model)
+        chosen, task = _method(method, width, rank, targets), studio.task(model, choice, task)
+        return studio.plan(model, chosen, config, choice, task).as_json()
 
     return add_dataset, plan
 
@@ -71,6 +81,9 @@ def _runs(desk: Desk) -> tuple[Callable, ...]:
         batch_size: int = TRAIN.batch_size,
         seed: int = TRAIN.seed,
         name: str = "",
+        method: str = "lora",
+        width: int = 0,
+        task: str = "auto",
     ) -> str:
         """Queue a training run and return its id at once.
 
@@ -84,14 +97,20 @@ def _runs(desk: Desk) -> tuple[Callable, ...]:
             batch_size: Examples per step.
             seed: Same seed, same run.
             name: Shown in the run list.
+            method: lora, or one of the paper's other methods: full, top, bitfit, adapter_h, adapter_p, adapter_l,
+                prefix, prompt. Rank and targets are LoRA's.
+            width: Of a method that has one; 0 takes its usual.
+            task: causal writes text, classify chooses a label, auto takes what suits model and data.
         """
         studio = desk.ready(model)
+        chosen, choice = _method(method, width, rank, targets), DataChoice(id=dataset)
         values = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
         config = RunConfig(
-            name=name or f"r{rank} from the API",
+            name=name or f"{short(chosen)} from the API",
             model=model,
-            dataset=DataChoice(id=dataset, name=studio.data.get(dataset).name),
-            method=_spec(rank, targets),
+            task=studio.task(model, choice, task),
+            dataset=replace(choice, name=studio.data.get(dataset).name),
+            method=chosen,
             train=build(TrainConfig, values),
         )
         return studio.start(config).id
@@ -160,8 +179,8 @@ def _answers(desk: Desk) -> tuple[Callable, ...]:
     return (compare,)
 
 
-def _spec(rank: int, targets: str) -> LoraSpec:
+def _method(name: str, width: int, rank: int, targets: str) -> Method:
     chosen = tuple(filter(None, (role.strip() for role in targets.split(","))))
-    if not chosen:
+    if not chosen and name == "lora":
         raise StudioError("E_TARGETS", "No matrix is named.", "Give roles such as attn.q,attn.v or all-linear.")
-    return build(LoraSpec, {"rank": rank, "targets": chosen})
+    return method_of(name, width, {"rank": rank, "targets": chosen})

@@ -6,12 +6,13 @@ from typing import Any
 import gradio as gr
 
 from lora_studio.runs.config import Run
-from lora_studio.ui import api, compare_tab, data_tab, export_tab, live, style, train_tab
+from lora_studio.ui import api, compare_tab, data_tab, export_tab, inside_tab, live, style, train_tab
 from lora_studio.ui.boundary import as_toast
 from lora_studio.ui.compare_tab import CompareTab
 from lora_studio.ui.data_tab import DataTab
 from lora_studio.ui.desk import Desk
 from lora_studio.ui.export_tab import ExportTab
+from lora_studio.ui.inside_tab import InsideTab
 from lora_studio.ui.train_tab import TrainTab
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
@@ -38,7 +39,9 @@ async function tick() {
 }
 tick();
 """
-CLICK_ARCHIVE = "() => setTimeout(() => document.querySelector('#archive')?.click(), 50)"
+CLICK_SMALLER = "() => setTimeout(() => document.querySelector('#smaller-archive')?.click(), 50)"
+CLICK_ARCHIVE = """() => setTimeout(() =>
+  document.querySelector('#export-problem .problem') || document.querySelector('#archive')?.click(), 50)"""
 
 
 def build(desk: Desk) -> gr.Blocks:
@@ -53,14 +56,19 @@ def build(desk: Desk) -> gr.Blocks:
                 train = train_tab.build(desk.studio)
             with gr.Tab("3 Compare", id="compare") as compare_page:
                 compare = compare_tab.build()
-            with gr.Tab("4 Export", id="export") as export_page:
+            with gr.Tab("4 Inside", id="inside") as inside_page:
+                inside = inside_tab.build()
+            with gr.Tab("5 Export", id="export") as export_page:
                 export = export_tab.build()
         _join_data(desk, data, train, tabs)
         _join_settings(desk, page, data, train)
         _join_run(desk, page, data, train, compare, tabs)
         _join_compare(desk, compare)
+        _join_inside(desk, inside)
         _join_export(desk, export)
         compare_page.select(partial(compare_tab.list_runs, desk), compare.run, compare.run, **QUICK)
+        listed = inside_page.select(partial(compare_tab.list_runs, desk), inside.run, inside.run, **QUICK)
+        listed.then(partial(inside_tab.list_others, desk), [inside.run, inside.other], inside.other, **QUICK)
         export_page.select(partial(compare_tab.list_runs, desk), export.run, export.run, **QUICK)
         export_page.select(None, None, None, js=export_tab.NAME_BOXES, **QUICK)
     return page
@@ -93,12 +101,13 @@ def _join_data(desk: Desk, data: DataTab, train: TrainTab, tabs: gr.Tabs) -> Non
 
 def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
     settings = train.settings
-    seen_by = [data.choice, train.model, settings["max_length"], settings["holdout"], settings["seed"]]
-    changed = [data.choice.change, train.model.change, settings["max_length"].change, settings["holdout"].change]
+    seen_by = [data.choice, train.model, settings["max_length"], settings["holdout"], settings["seed"], train.task]
+    changed = [data.choice.change, train.model.change, settings["max_length"].change, train.task.change]
+    changed += [settings["holdout"].change]
     gr.on(changed, partial(data_tab.inspect, desk), seen_by, [data.understood, data.pager], **LATEST)
-    shown = [data.choice, data.row, train.model, settings["max_length"]]
+    shown = [data.choice, data.row, train.model, settings["max_length"], train.task]
     show_row = partial(data_tab.show_row, desk)
-    changed = [data.choice.change, train.model.change, settings["max_length"].change]
+    changed = [data.choice.change, train.model.change, settings["max_length"].change, train.task.change]
     gr.on(changed, show_row, shown, data.preview, **LATEST)
     for button, by in ((data.back, -1), (data.on, 1)):
         turned = button.click(partial(data_tab.turn, desk, by), [data.choice, data.row], data.row, **QUICK)
@@ -107,25 +116,39 @@ def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
 
 def _join_settings(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab) -> None:
     described = [train.model, train.preset, train.picker]
-    asked = {"inputs": [data.choice, train.model, train.preset, train.picker], "inputs_kwargs": train.settings}
+    asked = {"inputs": _asked(data, train), "inputs_kwargs": train.settings, "outputs": train.line, **LATEST}
     cost = partial(train_tab.cost, desk)
-    shown = gr.on(
-        [page.load, train.model.change], partial(train_tab.show_matrices, desk), described, train.picker, **LATEST
+    settled = gr.on(
+        [page.load, train.model.change, data.choice.change],
+        partial(train_tab.settle_task, desk),
+        [data.choice, train.model, train.task, train.forced],
+        [train.task, train.forced],
+        **LATEST,
     )
-    shown.then(cost, **asked, outputs=train.line, **LATEST)
+    shown = settled.then(partial(train_tab.show_matrices, desk), described, train.picker, **LATEST)
+    shown.then(cost, **asked)
     page.load(partial(train_tab.label_models, desk), None, train.model, **QUIET)
     pressed = train.preset.input(train_tab.press_preset, [train.picker, train.preset], train.picker, **QUICK)
-    pressed.then(cost, **asked, outputs=train.line, **LATEST)
+    pressed.then(cost, **asked)
     train.picker.pick(train_tab.name_preset, train.picker, train.preset, **QUICK)
-    train.picker.pick(cost, **asked, outputs=train.line, **LATEST)
-    changes = [control.change for control in train.settings.values()]
-    gr.on([data.choice.change, *changes], cost, **asked, outputs=train.line, **LATEST)
+    train.picker.pick(cost, **asked)
+    rate = train.settings["learning_rate"]
+    changed = train.method.input(
+        train_tab.show_method, [train.method, rate], [*train.of_lora, train.settings["width"], rate], **QUICK
+    )
+    changed.then(cost, **asked)
+    gr.on([train.task.change, *(control.change for control in train.settings.values())], cost, **asked)
+
+
+def _asked(data: DataTab, train: TrainTab) -> list[Any]:
+    """What describes a run, apart from the settings."""
+    return [data.choice, train.model, train.task, train.method, train.preset, train.picker]
 
 
 def _join_run(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab, compare: CompareTab, tabs: gr.Tabs) -> None:
     train.start.click(
         partial(train_tab.start, desk),
-        [data.choice, train.model, train.preset, train.picker, train.name],
+        [*_asked(data, train), train.name],
         [train.live, train.problem],
         inputs_kwargs=train.settings,
         validator=train_tab.check_start,
@@ -162,13 +185,50 @@ def _join_compare(desk: Desk, compare: CompareTab) -> None:
     compare.stop.click(compare_tab.settle, None, buttons, cancels=[answering], **QUICK)
 
 
+def _join_inside(desk: Desk, inside: InsideTab) -> None:
+    runs, shown = [inside.run, inside.other], [*inside.of_matrix, inside.problem]
+    inside.run.input(partial(inside_tab.list_others, desk), runs, inside.other, **QUICK)
+    gr.on([inside.run.change, inside.other.change], inside_tab.close, None, [inside.summary, inside.results], **QUICK)
+    looked = inside.look.click(
+        partial(inside_tab.look, desk),
+        runs,
+        [*inside.looked, inside.problem],
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress_on=[inside.summary],
+        **PRIVATE,
+    )
+    show = partial(inside_tab.show_matrix, desk)
+    looked.success(show, inside.chosen, shown, **QUIET)
+    gr.on([inside.matrix.input, inside.which.input], show, inside.chosen, shown, **QUIET)
+    inside.measure.click(
+        partial(inside_tab.measure, desk),
+        inside.run,
+        [inside.curve, inside.curve_line, inside.rank, inside.dial_problem],
+        concurrency_id="model",
+        concurrency_limit=1,
+        **QUIET,
+    )
+    packed = inside.download.click(
+        partial(inside_tab.pack_smaller, desk),
+        [inside.run, inside.rank],
+        [inside.file, inside.dial_problem],
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress_on=[inside.download],
+        **PRIVATE,
+    )
+    packed.success(None, None, None, js=CLICK_SMALLER, **PRIVATE)
+
+
 def _join_export(desk: Desk, export: ExportTab) -> None:
-    export.run.change(partial(export_tab.describe, desk), export.run, [export.command, export.loading], **QUIET)
+    described = [export.command, export.loading, export.badge]
+    export.run.change(partial(export_tab.describe, desk), export.run, described, **QUIET)
     for button, merged in ((export.adapter, False), (export.merged, True)):
         packed = button.click(
             partial(_pack, desk, merged),
-            export.run,
-            [export.file, export.problem],
+            [export.run, export.dtype],
+            [export.file, export.about, export.problem],
             concurrency_id="model",
             concurrency_limit=1,
             show_progress_on=[button],
@@ -207,8 +267,8 @@ def _open_sample(desk: Desk, name: str) -> tuple[Any, ...]:
     return data_tab.open_sample(desk, name)
 
 
-def _pack(desk: Desk, merged: bool, run: str | None) -> tuple[Any, ...]:
-    return export_tab.pack(desk, run, merged)
+def _pack(desk: Desk, merged: bool, run: str | None, dtype: str) -> tuple[Any, ...]:
+    return export_tab.pack(desk, run, merged, dtype)
 
 
 def _used(desk: Desk) -> Any:

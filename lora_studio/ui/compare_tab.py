@@ -217,17 +217,18 @@ def compare(
 def picture(moment: Comparison) -> tuple[str, str, str, str, str]:
     """Texts, paces and the badge of one moment."""
     base, adapted = moment.answers
-    return (
-        html.escape(base.text),
-        html.escape(adapted.text),
-        _pace(base.tokens, moment.seconds),
-        _pace(adapted.tokens, moment.seconds),
-        badge(moment.base_difference),
-    )
+    paces = [_pace(answer.tokens, moment.seconds) for answer in moment.answers]
+    if moment.chances:
+        paces = ["<span class='soft'>with the head it began with, which has learnt nothing</span>", ""]
+    checked = badge(moment.base_difference, moment.exact)
+    return html.escape(base.text), html.escape(adapted.text), paces[0], paces[1], checked
 
 
-def badge(difference: float) -> str:
-    """Whether the base pane is the untouched model, by its logits."""
+def badge(difference: float, exact: bool = True) -> str:
+    """Whether the base pane is the untouched model, by its logits; virtual tokens leave a difference of rounding."""
+    if not exact:
+        about = f"Virtual tokens are masked in this row: max difference to the untouched model {difference:.2g}"
+        return f"<span class='badge plain'>{about}</span>"
     if difference == 0:
         return "<span class='badge good'>Checked: equal to the untouched model (max difference 0)</span>"
     return f"<span class='badge bad'>Not the untouched model: max difference {difference:.3g}</span>"

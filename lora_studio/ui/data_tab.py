@@ -218,26 +218,34 @@ def change_columns(desk: Desk, choice: dict[str, Any] | None, *slots: str | None
 
 
 def inspect(
-    desk: Desk, choice: dict[str, Any] | None, model: str, max_length: Any, holdout: Any, seed: Any
+    desk: Desk,
+    choice: dict[str, Any] | None,
+    model: str,
+    max_length: Any,
+    holdout: Any,
+    seed: Any,
+    task: str = "causal",
 ) -> tuple[str, Any]:
     """Title, warnings, figures and histogram of the chosen dataset under the chosen model; and whether to page."""
     if not choice:
         return EMPTY, gr.Row(visible=False)
     try:
         config = training({"max_length": max_length, "holdout": holdout, "seed": seed})
-        seen = desk.ready(model).inspect(_chosen(choice), model, config)
+        seen = desk.ready(model).inspect(_chosen(choice), model, config, task)
         return understood(seen, config), gr.Row(visible=True)
     except Exception as error:
         return f"<h3>{html.escape(str(choice.get('name')))}</h3>{as_html(error)}", gr.Row(visible=False)
 
 
 @problem_instead
-def show_row(desk: Desk, choice: dict[str, Any] | None, row: int, model: str, max_length: Any) -> str:
+def show_row(
+    desk: Desk, choice: dict[str, Any] | None, row: int, model: str, max_length: Any, task: str = "causal"
+) -> str:
     """One row as the model will see it, the trained tokens coloured."""
     if not choice:
         return ""
     length = max_length if isinstance(max_length, int) and max_length > 0 else TrainConfig().max_length
-    return preview(desk.ready(model).preview(_chosen(choice), row, model, length), row)
+    return preview(desk.ready(model).preview(_chosen(choice), row, model, length, task), row)
 
 
 def turn(desk: Desk, by: int, choice: dict[str, Any] | None, row: int) -> int:

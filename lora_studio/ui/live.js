@@ -14,13 +14,14 @@ let runs = [], token = '', listed = 0, wait = EAGER;
 // ---- figures in words --------------------------------------------------------------------------------------------
 
 const loss = value => value == null ? '–' : value.toPrecision(value < 10 ? 3 : 4);
+const percent = share => `${(100 * share).toFixed(0)} %`;
 const plain = value => value >= 10000 ? `${(value / 1000).toFixed(1)}k` : value >= 100 ? value.toFixed(0) : value.toPrecision(3);
 function duration(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s`;
   return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
 }
 const TILES = {
-  train_loss: loss, heldout_loss: loss, tokens_per_s: plain, seconds_left: duration,
+  train_loss: loss, heldout_loss: loss, accuracy: percent, tokens_per_s: plain, seconds_left: duration,
   memory_bytes: bytes => bytes < 1e9 ? `${(bytes / 1e6).toFixed(0)} MB` : `${(bytes / 1e9).toFixed(1)} GB`,
   learning_rate: rate => rate.toExponential(1),
 };
@@ -101,7 +102,8 @@ function samples() {
   slider.setAttribute('aria-valuetext', $('.scrub output').textContent);
   $('.samples .rows').replaceChildren(...[...now.keys()].sort((a, b) => a - b).map(index => {
     const sample = now.get(index), card = document.createElement('article');
-    const hit = sample.text.trim() === sample.target.trim();
+    const said = sample.text.trim(), label = said.replace(/ \([01]\.\d\d\)$/, '');  // a label comes with its chance
+    const hit = [said, label].includes(sample.target.trim());
     card.append(part('asked', 'Prompt', sample.prompt), part('wanted', 'Wanted', sample.target));
     if (base.has(index)) card.append(part('before', 'Base', base.get(index).text));
     if (step !== steps[0]) card.append(part(hit ? 'after hit' : 'after', hit ? `Step ${step} ✓` : `Step ${step}`, sample.text));
@@ -136,6 +138,7 @@ function figures(news) {
     const value = name === 'seconds_left' && !active ? null : news.latest[name];
     $(`[data-tile=${name}]`).textContent = value == null ? '–' : TILES[name](value);
   }
+  $('[data-tile=accuracy]').parentElement.hidden = news.latest.accuracy == null;  // only where labels are chosen
   const ahead = runs.filter(one => ACTIVE.includes(one.state)).length - 1;
   const queue = state === 'queued' && ahead > 0 ? 'Another run is training; this one starts when it has ended.' : '';
   const waiting = queue || (state === 'queued' ? 'Starting a worker.' : news.note || (seen ? '' : 'The worker is loading its libraries.'));
@@ -149,6 +152,8 @@ function ended(news, active) {
   const found = news.summary || {}, words = [];
   if (found.base_loss != null && found.best_loss != null)
     words.push(`Held-out loss ${loss(found.base_loss)} → ${loss(found.best_loss)}`);
+  if (found.base_accuracy != null && found.best_accuracy != null)
+    words.push(`accuracy ${percent(found.base_accuracy)} → ${percent(found.best_accuracy)}`);
   if (found.best_step) words.push(`best at step ${found.best_step}`);
   if (found.seconds) words.push(duration(found.seconds));
   $('.result').hidden = active || !news.adapter;

@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 
+from lora_studio.core.spec import BASELINES, LoraSpec, Method
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
 from lora_studio.runs.store import ID, RunStore
@@ -26,6 +27,7 @@ TILES = {
     "step": "Step",
     "train_loss": "Train loss",
     "heldout_loss": "Held-out loss",
+    "accuracy": "Accuracy",
     "tokens_per_s": "Tokens/s",
     "memory_bytes": "Memory",
     "seconds_left": "Time left",
@@ -142,11 +144,20 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
 
 def _about(run: Run) -> dict[str, str]:
     config = run.config
-    roles = short(config.method.targets)
-    line = (
-        f"{config.model.rstrip('/').rsplit('/', 1)[-1]} · {config.dataset.name} · rank {config.method.rank} on {roles}"
-    )
-    return {"name": run.name or run.id[:8], "line": line}
+    base = config.model.rstrip("/").rsplit("/", 1)[-1]
+    parts = [base, config.dataset.name, _words(config.method)]
+    if run.labels:
+        parts.append(f"{len(run.labels)} labels")
+    return {"name": run.name or run.id[:8], "line": " · ".join(parts)}
+
+
+def _words(method: Method) -> str:
+    """rank 8 on q+v, or what another method is called and how wide it is."""
+    if isinstance(method, LoraSpec):
+        kind = "" if method.variant == "lora" else f"{method.variant}, "
+        return f"{kind}rank {method.rank} on {short(method.targets)}"
+    label, means, _ = BASELINES[method.kind]
+    return f"{label}, {method.size} {means}" if means else label
 
 
 def _changed_runs(store: RunStore, known: Any) -> dict[str, Any]:

@@ -5,7 +5,7 @@ function button(entry, pressed) {
   const made = document.createElement('button');
   made.type = 'button';
   made.textContent = entry.role.replace(/^(attn|mlp)\./, '');
-  made.title = `${entry.role}: ${entry.shape}, in ${entry.layers} layers`;
+  made.title = `${entry.role}: ${entry.shape}, in ${entry.layers} ${entry.layers === 1 ? 'layer' : 'layers'}`;
   made.dataset.role = entry.role;
   made.setAttribute('aria-label', made.title);
   made.setAttribute('aria-pressed', pressed);

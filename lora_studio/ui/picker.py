@@ -14,7 +14,8 @@ from lora_studio.core.spec import PRESETS
 
 OWN = "My own"  # the preset's name when the choice is none of PRESETS
 ALL = ("all-linear",)
-GROUPS = {"attn": "Attention", "mlp": "MLP"}
+EMBED = "embed"  # the input embedding: no linear layer, so no preset has it
+GROUPS = {"attn": "Attention", "mlp": "MLP", EMBED: "Tokens"}
 
 
 def build(label: str) -> gr.HTML:
@@ -48,26 +49,28 @@ def describe(targets: Iterable[Any]) -> list[dict[str, Any]]:
 
 def choose(matrices: list[dict[str, Any]], targets: Iterable[str]) -> dict[str, Any]:
     """The picker's value with those roles pressed that this model has."""
-    roles = [entry["role"] for entry in matrices]
     wanted = set(targets)
-    return {"matrices": matrices, "chosen": [role for role in roles if role in wanted or "all-linear" in wanted]}
+    linear = set(_linear(matrices)) if wanted & {*ALL} else set()
+    return {"matrices": matrices, "chosen": [entry["role"] for entry in matrices if entry["role"] in wanted | linear]}
 
 
 def targets(picked: Mapping[str, Any] | None, preset: str) -> tuple[str, ...]:
     """What LoraSpec.targets is to be: the pressed roles, or the preset's while no model is known."""
-    roles = _roles(picked)
-    if not roles:
+    matrices = list((picked or {}).get("matrices", []))
+    if not matrices:
         return PRESETS.get(preset, ())
     chosen = {str(role) for role in (picked or {}).get("chosen", [])}
-    return ALL if chosen >= set(roles) else tuple(role for role in roles if role in chosen)
+    linear = _linear(matrices)
+    embedding = (EMBED,) if EMBED in chosen else ()
+    return embedding + (ALL if chosen >= set(linear) else tuple(role for role in linear if role in chosen))
 
 
 def preset(picked: Mapping[str, Any] | None) -> str:
     """The name of the preset that the pressed roles are, or OWN."""
-    roles = _roles(picked)
     chosen = set(targets(picked, OWN))
+    linear = set(_linear((picked or {}).get("matrices", [])))
     for name, wanted in PRESETS.items():
-        if chosen == set(wanted) or (wanted != ALL and chosen == set(ALL) and set(wanted) == set(roles)):
+        if chosen == set(wanted) or (wanted != ALL and chosen == set(ALL) and set(wanted) == linear):
             return name
     return OWN
 
@@ -78,5 +81,6 @@ def short(chosen: Iterable[str]) -> str:
     return "all" if names == ["all-linear"] else "+".join(names)
 
 
-def _roles(picked: Mapping[str, Any] | None) -> list[str]:
-    return [str(entry["role"]) for entry in (picked or {}).get("matrices", [])]
+def _linear(matrices: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Every role but the embedding's, as all-linear means it."""
+    return [str(entry["role"]) for entry in matrices if entry["role"] != EMBED]

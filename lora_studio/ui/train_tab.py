@@ -1,27 +1,31 @@
 """Tab 2: what to adapt and how, what that will cost, and the live view of a run.
 
-The settings come from the knobs of LoraSpec and TrainConfig; the line under them follows every control.
+The settings come from the knobs of LoraSpec, BaselineSpec and TrainConfig; what does not belong to the chosen method
+is hidden. The line under them follows every control.
 """
 
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
-from lora_studio.core.spec import PRESETS, LoraSpec
+from lora_studio.core.spec import BASELINES, METHODS, PRESETS, LoraSpec, Method
 from lora_studio.errors import StudioError
 from lora_studio.models import CATALOGUE, STARTER, fit
-from lora_studio.runs.config import DataChoice, RunConfig
+from lora_studio.runs.config import DataChoice, RunConfig, short
+from lora_studio.settings import RATES, TrainConfig
 from lora_studio.studio import Plan, Studio
 from lora_studio.ui import form, live, picker
 from lora_studio.ui.boundary import problem_instead, problem_last
 from lora_studio.ui.desk import Desk
 from lora_studio.ui.form import SETTINGS
 
-MAIN = ("rank", "learning_rate", "steps", "batch_size", "seed")  # the others are folded away
+MAIN = ("rank", "width", "learning_rate", "steps", "batch_size", "seed")  # the others are folded away
+OF_LORA = (*form.LORA, "lr_ratio_b")  # hidden with another method
 MORE = tuple(name for name in SETTINGS if name not in (*MAIN, "targets"))
+TASKS = [("Write text", "causal"), ("Choose a label", "classify")]
 FIRST_PRESET = next(iter(PRESETS))
 NAME_LENGTH = 80
 
@@ -31,6 +35,10 @@ class TrainTab:
     """The components that events join."""
 
     model: gr.Dropdown
+    task: gr.Radio
+    forced: gr.State  # whether the model leaves no choice of the task
+    method: gr.Dropdown
+    of_lora: tuple[gr.Column, gr.Column]  # hidden with another method
     preset: gr.Radio
     picker: gr.HTML
     settings: dict[str, Any]  # by knob name
@@ -55,14 +63,27 @@ def build(studio: Studio) -> TrainTab:
                 filterable=True,
                 elem_id="model",
             )
-            settings = {"rank": form.control(SETTINGS["rank"], slide_to=128)}
-            preset = gr.Radio([*PRESETS, picker.OWN], value=FIRST_PRESET, label="Matrices to adapt", elem_id="preset")
-            matrices = picker.build("Matrices to adapt")
+            task = gr.Radio(TASKS, value="causal", label="Task", visible=False, elem_id="task")
+            method = gr.Dropdown(
+                [("LoRA", "lora"), *((label, kind) for kind, (label, _, _) in BASELINES.items())],
+                value="lora",
+                label="Method",
+                info="LoRA, or one that the paper compares it with",
+                elem_id="method",
+            )
+            with gr.Column(elem_classes="of-lora") as low_rank:
+                settings = {"rank": form.control(SETTINGS["rank"], slide_to=128)}
+                preset = gr.Radio(
+                    [*PRESETS, picker.OWN], value=FIRST_PRESET, label="Matrices to adapt", elem_id="preset"
+                )
+                matrices = picker.build("Matrices to adapt")
+            settings |= {"width": form.control(SETTINGS["width"], visible=False)}
             settings |= _pair("learning_rate", "steps") | _pair("batch_size", "seed")
             with gr.Accordion("More", open=False, elem_id="more"):
                 name = gr.Textbox(label="Name", placeholder="made from the settings", max_length=NAME_LENGTH)
-                for at in range(0, len(MORE), 2):
-                    settings |= _pair(*MORE[at : at + 2])
+                with gr.Column(elem_classes="of-lora") as more_of_lora:
+                    settings |= _pairs([one for one in MORE if one in OF_LORA])
+                settings |= _pairs([one for one in MORE if one not in OF_LORA])
             line = gr.HTML(
                 "<div class='cost soft'>Loading the model list</div>", apply_default_css=False, elem_id="cost"
             )
@@ -70,7 +91,17 @@ def build(studio: Studio) -> TrainTab:
             start = gr.Button("Start training", variant="primary", elem_id="start")
         with gr.Column(scale=7, min_width=300, elem_classes="card"):
             view = live.build(studio)
-    return TrainTab(model, preset, matrices, settings, name, line, problem, start, view)
+    columns = low_rank, more_of_lora
+    return TrainTab(
+        model, task, gr.State(False), method, columns, preset, matrices, settings, name, line, problem, start, view
+    )
+
+
+def _pairs(names: Sequence[str]) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    for at in range(0, len(names), 2):
+        made |= _pair(*names[at : at + 2])
+    return made
 
 
 def _pair(*names: str) -> dict[str, Any]:
@@ -86,20 +117,56 @@ def label_models(desk: Desk) -> Any:
     desk.ready()
     return gr.Dropdown(
         choices=[
-            (f"{entry.name} · {_count(entry.parameters)} · {entry.licence} · {fit(entry.parameters)}", entry.name)
+            (
+                f"{entry.name} · {_count(entry.parameters)} · {entry.licence} · {fit(entry.parameters)}"
+                + (" · for labels" if entry.labels_only else ""),
+                entry.name,
+            )
             for entry in CATALOGUE.values()
         ]
     )
+
+
+def settle_task(
+    desk: Desk, choice: Mapping[str, Any] | None, model: str, current: str, forced: bool
+) -> tuple[Any, bool]:
+    """Whether the task is open and which one suits data and model; and whether the model leaves no choice.
+
+    An encoder can only choose labels. A model that writes may do either where the rows have a text and a label; it
+    keeps the person's choice, but not one that another model had `forced`.
+    """
+    try:
+        studio = desk.ready(model)
+        encoder = studio.task(model) == "classify"
+        labelled = bool(choice) and studio.format(DataChoice(**choice)) == "text_label"
+    except StudioError:
+        encoder = labelled = False  # the line under the form says why
+    value = "classify" if encoder else current if labelled and not forced else "causal"
+    return gr.Radio(value=value, visible=encoder or labelled), encoder
+
+
+def show_method(name: str, rate: Any) -> tuple[Any, ...]:
+    """The controls that belong to a method: LoRA's two columns, the width, and the learning rate.
+
+    The rate changes to what is usual for the method, unless it is the person's own.
+    """
+    lora, means = name == "lora", form.widths(name)
+    shown = gr.Column(visible=True if lora else "hidden")
+    usual = {one: round(TrainConfig().learning_rate * RATES.get(one, 1.0), 9) for one in METHODS}
+    width = gr.Number(visible=False)
+    if means:
+        width = gr.Number(visible=True, label=means.capitalize(), value=BASELINES[name][2])
+    return shown, shown, width, usual[name] if rate in usual.values() else gr.skip()
 
 
 def show_matrices(desk: Desk, model: str, preset: str, picked: Mapping[str, Any] | None) -> dict[str, Any]:
     """The model's own matrices, with the same choice pressed as far as it has them; none for an unknown model."""
     wanted = PRESETS.get(preset) or picker.targets(picked, preset)
     try:
-        plan = desk.ready(model).plan(model, LoraSpec(targets=picker.ALL))
+        matrices = desk.ready(model).matrices(model)
     except StudioError:
         return {"matrices": [], "chosen": []}  # the line under the form says why
-    return picker.choose(picker.describe(plan.targets), wanted)
+    return picker.choose(picker.describe(matrices), wanted)
 
 
 def press_preset(picked: Mapping[str, Any] | None, preset: str) -> Any:
@@ -119,16 +186,18 @@ def cost(
     desk: Desk,
     choice: Mapping[str, Any] | None,
     model: str,
+    task: str,
+    method: str,
     preset: str,
     picked: Mapping[str, Any] | None,
     **raw: Any,
 ) -> str:
     """The line that follows every control."""
-    spec, config = form.method(raw, picker.targets(picked, preset)), form.training(raw)
+    chosen, config = form.method(raw, picker.targets(picked, preset), method), form.training(raw)
     studio = desk.ready(model)
     from lora_studio.models import memory
 
-    plan = studio.plan(model, spec, config, DataChoice(**choice) if choice else None)
+    plan = studio.plan(model, chosen, config, DataChoice(**choice) if choice else None, task)
     return cost_line(plan, memory()[1])
 
 
@@ -147,11 +216,19 @@ def cost_line(plan: Plan, memory_bytes: int) -> str:
 
 
 def check_start(
-    choice: Mapping[str, Any] | None, model: str, preset: str, picked: Mapping[str, Any] | None, name: str, **raw: Any
+    choice: Mapping[str, Any] | None,
+    model: str,
+    task: str,
+    method: str,
+    preset: str,
+    picked: Mapping[str, Any] | None,
+    name: str,
+    **raw: Any,
 ) -> list[Any]:
-    """One verdict per input, so that a message stands at the control it is about."""
-    problems = ["", "" if (model or "").strip() else "Choose a base model.", "", "", ""]
-    problems += [form.problem(SETTINGS[key], value) for key, value in raw.items()]
+    """One verdict per input, so that a message stands at the control it is about; hidden ones are not looked at."""
+    problems = ["", "" if (model or "").strip() else "Choose a base model.", "", "", "", "", ""]
+    hidden = ("width",) if method == "lora" else OF_LORA if form.widths(method) else (*OF_LORA, "width")
+    problems += ["" if key in hidden else form.problem(SETTINGS[key], value) for key, value in raw.items()]
     return [gr.validate(not found, found) for found in problems]
 
 
@@ -160,6 +237,8 @@ def start(
     desk: Desk,
     choice: Mapping[str, Any] | None,
     model: str,
+    task: str,
+    method: str,
     preset: str,
     picked: Mapping[str, Any] | None,
     name: str,
@@ -169,14 +248,15 @@ def start(
     if not choice:
         raise StudioError("E_NO_DATA", "No dataset is chosen.", "Take an example in the Data tab, or bring a file.")
     model = model.strip()
-    spec = form.method(raw, picker.targets(picked, preset))
+    chosen = form.method(raw, picker.targets(picked, preset), method)
     studio = desk.ready(model)
-    wanted = (name or "").strip()[:NAME_LENGTH] or f"{choice['name']} r{spec.rank} {picker.short(spec.targets)}"
+    wanted = (name or "").strip()[:NAME_LENGTH] or f"{choice['name']} {_short(chosen)}"
     config = RunConfig(
         name=unique(wanted, {run.name for run in studio.runs.list()}),
         model=model,
+        task=task,
         dataset=DataChoice(**choice),
-        method=spec,
+        method=chosen,
         train=form.training(raw),
     )
     return studio.start(config).id
@@ -191,6 +271,10 @@ def unique(name: str, taken: set[str]) -> str:
 
 
 # ---- words -------------------------------------------------------------------------------------------------------
+
+
+def _short(method: Method) -> str:
+    return f"{short(method)} {picker.short(method.targets)}" if isinstance(method, LoraSpec) else short(method)
 
 
 def _count(number: int) -> str:
