@@ -6,7 +6,7 @@ from itertools import combinations, product
 import torch
 
 from benchmarks import published
-from benchmarks.quality import RANKS, lora_trial
+from benchmarks.quality import RANKS, SWEPT, lora_trial
 from benchmarks.report import Report, Scale
 from benchmarks.trials import Bench
 from benchmarks.verdict import at_least, measured, paired_noise
@@ -110,7 +110,7 @@ def _mean_phi(pairs: list, role: str, report: Report) -> list[torch.Tensor]:
 def amplified(bench: Bench, scale: Scale) -> Report:
     """Table 7 of the paper."""
     report = Report(letter="f", title="How much the update amplifies: W_q (the paper's Table 7, GPT-3)")
-    lora = bench.lora("cola")
+    lora = bench.lora(SWEPT)
     lines, factor = [], {}
     for rank in published.AMPLIFICATION:
         found = [

@@ -77,7 +77,7 @@ def cola(folder: Path, *, tuning: int, heldout: int) -> Rows:
 
 
 def e2e(folder: Path, *, tuning: int, heldout: int) -> Rows:
-    """E2E: `heldout` meaning representations with all their references, `tuning` others, the rest to train on."""
+    """E2E: `heldout` meaning representations with all their references, one row of `tuning` others, the rest."""
     table = read_path(_there(folder / "e2e_dev.csv"))
     rows = [_described(row["mr"], row["ref"], number) for number, row in enumerate(table.rows, 1)]
     kept, chosen, train = apart(rows, meaning, [heldout, tuning])
@@ -86,7 +86,7 @@ def e2e(folder: Path, *, tuning: int, heldout: int) -> Rows:
         asked.setdefault(meaning(row), []).append(row)
     return Rows(
         train=tuple(train),
-        tuning=tuple(chosen),
+        tuning=tuple({meaning(row): row for row in chosen}.values()),
         heldout=tuple(group[0] for group in asked.values()),
         references=tuple(tuple(row.target for row in group) for group in asked.values()),
     )

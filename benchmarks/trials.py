@@ -40,7 +40,7 @@ NAME = "trial"  # of the adapter, in the model and on disk
 LENGTH = {"sst2": 80, "cola": 80, "e2e": 160}  # tokens that a row may have; the longest here has 67, 47, 142
 SHORT = {"sst2": 28, "cola": 14, "e2e": 160}  # tokens of the longest row that is learnt from: padding is paid for
 ANSWER = 60  # tokens; one reference in a hundred is longer
-PRECISION = "float32"  # for every method, so that all are compared alike
+PRECISION = {"sst2": "float32", "cola": "float32", "e2e": "bfloat16"}  # of the base; what is trained is float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Bench:
 
     def __init__(self, library: ModelLibrary, models: Mapping[str, str], rows: Mapping[str, Rows], cache: Path) -> None:
         self.library, self.models, self.rows, self.cache = library, models, rows, cache
-        self._loaded: dict[str, LoRA] = {}
+        self._loaded: dict[tuple[str, str], LoRA] = {}
         self._encoded: dict[tuple[str, str], list[Encoded]] = {}
         cache.mkdir(parents=True, exist_ok=True)
 
@@ -96,13 +96,14 @@ class Bench:
         finally:
             lora.remove(NAME)
 
-    def lora(self, task: str) -> LoRA:
+    def lora(self, task: str, precision: str = "") -> LoRA:
         """The task's base model, loaded once; every trial adds its adapter and removes it."""
-        if task not in self._loaded:
+        precision = precision or PRECISION[task]
+        if (task, precision) not in self._loaded:
             labels = len(self.rows[task].labels)
-            model = self.library.load(self.models[task], precision=PRECISION, on="cpu", labels=labels)
-            self._loaded[task] = LoRA(model)
-        return self._loaded[task]
+            model = self.library.load(self.models[task], precision=precision, on="cpu", labels=labels)
+            self._loaded[task, precision] = LoRA(model)
+        return self._loaded[task, precision]
 
     def complete(self, task: str, method: Method) -> Method:
         """The method with the task's classification head trained along."""
@@ -111,7 +112,13 @@ class Bench:
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _path(self, trial: Trial) -> Path:
-        about = [asdict(trial), type(trial.method).__name__, LENGTH[trial.task], SHORT[trial.task], PRECISION]
+        about = [
+            asdict(trial),
+            type(trial.method).__name__,
+            LENGTH[trial.task],
+            SHORT[trial.task],
+            PRECISION[trial.task],
+        ]
         about += [self.rows[trial.task].fingerprint, self.library.revision(self.models[trial.task])]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         return self.cache / f"{trial.task}-{digest}.json"
@@ -155,14 +162,15 @@ class Bench:
             evaluations=1,
             samples=0,
             max_length=LENGTH[trial.task],
-            precision=PRECISION,
+            precision=PRECISION[trial.task],
             seed=trial.seed,
         )
         tokenizer = self.library.tokenizer(self.models[trial.task])
-        rows = self._rows(trial.task, "train")
+        rows = self.encoded(trial.task, "train")
         return Job(lora=lora, adapter=NAME, tokenizer=tokenizer, train=rows, heldout=(), config=config)
 
-    def _rows(self, task: str, part: str) -> list[Encoded]:
+    def encoded(self, task: str, part: str) -> list[Encoded]:
+        """One part of a task's rows as token ids; training rows that are too long are left out."""
         if (task, part) not in self._encoded:
             rows, tokenizer = self.rows[task], self.library.tokenizer(self.models[task])
             examples: Sequence[Example] = getattr(rows, part)
@@ -181,17 +189,17 @@ class Bench:
             return self._label_scores(trial, adapter)
         lora = self.lora(trial.task)
         with lora.use(adapter):
-            loss = mean_loss(lora, [row.tokens for row in self._rows(trial.task, trial.where)])
+            loss = mean_loss(lora, [row.tokens for row in self.encoded(trial.task, trial.where)])
             return {"loss": loss} if trial.where == "tuning" else self._text_scores(trial.task, lora) | {"loss": loss}
 
     def _label_scores(self, trial: Trial, adapter: str | None) -> dict[str, Any]:
         lora = self.lora(trial.task)
-        rows = sorted((row.tokens for row in self._rows(trial.task, trial.where)), key=lambda tokens: len(tokens.ids))
+        rows = sorted((row.tokens for row in self.encoded(trial.task, trial.where)), key=lambda tokens: len(tokens.ids))
         guesses: list[int] = []
         with torch.no_grad(), lora.use(adapter):
             for start in range(0, len(rows), 64):  # of similar length, so that little is padded
                 guesses += class_logits(lora.model, rows[start : start + 64]).argmax(-1).tolist()
-        return label_scores([tokens.label for tokens in rows], guesses)
+        return label_scores([tokens.label or 0 for tokens in rows], guesses)
 
     def _text_scores(self, task: str, lora: LoRA) -> dict[str, Any]:
         rows, tokenizer = self.rows[task], self.library.tokenizer(self.models[task])
@@ -200,11 +208,14 @@ class Bench:
         return text_scores(texts, rows.references) | {"sample": texts[0]}
 
 
-def label_scores(truth: Sequence[int | None], guesses: Sequence[int]) -> dict[str, float]:
+def label_scores(truth: Sequence[int], guesses: Sequence[int]) -> dict[str, float]:
     """Accuracy and, for two classes 0 and 1, Matthews' coefficient, which is then the plain correlation."""
     right = statistics.fmean(one == other for one, other in zip(truth, guesses, strict=True))
     constant = len(set(truth)) < 2 or len(set(guesses)) < 2  # no correlation with a constant: 0 by convention
-    return {"accuracy": right, "matthews": 0.0 if constant else float(numpy.corrcoef(truth, guesses)[0, 1])}
+    return {
+        "accuracy": right,
+        "matthews": 0.0 if constant else float(numpy.corrcoef(numpy.array(truth), numpy.array(guesses))[0, 1]),
+    }
 
 
 def text_scores(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, Any]:

@@ -253,7 +253,8 @@ def compare(
     if as_json:
         return _print_json({"prompt": prompt, "answers": answers, "base_difference": last.base_difference})
     for answer in answers:
-        print(f"--- {answer['name']} ({answer['tokens']} tokens)\n{answer['text']}")
+        size = "" if "chances" in answer else f" ({answer['tokens']} tokens)"
+        print(f"--- {answer['name']}{size}\n{answer['text']}")
 
 
 @app.command("eval")

@@ -23,7 +23,7 @@ from lora_studio.data.library import SAMPLES
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import knobs
 from lora_studio.inside import smaller
-from lora_studio.runs.config import Run
+from lora_studio.runs.config import Run, width_in_words
 
 MODEL_CONFIG = "config.json"
 SORTS = (peft_format.CONFIG, adapters.METHOD, MODEL_CONFIG)  # one of them says what an export is
@@ -304,8 +304,7 @@ def _what(method: Method, *, merged: bool) -> str:
 
 def _settings(method: Method) -> str:
     if isinstance(method, BaselineSpec):
-        _, means, _ = BASELINES[method.kind]
-        return f"{method.size} {means}" if means else "which has no settings of its own"
+        return width_in_words(method) or "which has no settings of its own"
     others = [f"{name} {_word(getattr(method, name))}" for name in ("rank_pattern", "alpha_pattern", "layers")]
     others = [other.replace("_", " ") for other in others if not other.endswith(" ")]
     said = f"{method.variant}, rank {method.rank}, alpha {method.alpha:g}, on {', '.join(method.targets)}"

@@ -201,8 +201,9 @@ class Studio:
         tokenizer, example = self.models.tokenizer(model), examples[row % len(examples)]
         if task != "classify":
             return preview(tokenizer, example, max_length)
-        ids = encode_label(tokenizer, example, self.labels(choice), max_length).tokens.ids
-        return [*(Piece(tokenizer.decode([id]), "context") for id in ids), Piece(f" {example.target} ", "trained")]
+        texts = map(tokenizer.decode, encode_label(tokenizer, example, self.labels(choice), max_length).tokens.ids)
+        *pieces, last = (Piece(text, "context") for text in texts)
+        return [*pieces, replace(last, text=f"{last.text} → "), Piece(example.target, "trained")]
 
     def matrices(self, model: str) -> list[Any]:
         """Every matrix of a model that LoRA can adapt (core.layout.Target), in forward order."""

@@ -210,10 +210,13 @@ def test_another_method_trains_saves_and_answers_unlike_its_base(
     assert last.exact == (kind not in ("prefix", "prompt"))
 
 
-def test_a_base_that_trains_itself_is_held_in_float32() -> None:
-    def held(method: Method, asked: str = "auto") -> str:
-        return base_precision(method, asked, "cuda" if asked == "auto" else "cpu")
+def test_a_base_that_trains_itself_is_held_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lora_studio.models.training_precision", lambda _: "bfloat16")
 
+    def held(method: Method, asked: str = "auto") -> str:
+        return base_precision(method, asked, "cpu")
+
+    assert held(LoraSpec()) == held(BaselineSpec(kind="bitfit")) == "bfloat16"
     assert held(BaselineSpec(kind="full")) == held(BaselineSpec(kind="top")) == "float32"
     assert held(BaselineSpec(kind="full"), "bfloat16") == "bfloat16" and held(LoraSpec(), "nf4") == "nf4"
     with pytest.raises(StudioError) as caught:

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from lora_studio.core.spec import LoraSpec
+from lora_studio.core.spec import BaselineSpec, LoraSpec
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio, default_root
+from tests.tiny import tiny_encoder
 
 
 @pytest.fixture
@@ -48,6 +49,21 @@ def test_a_plan_knows_the_dataset(studio: Studio, rows: DataChoice, tiny: Path) 
     assert short.estimate.memory_bytes["activations"] < long.estimate.memory_bytes["activations"]
 
 
+def test_a_task_suits_model_and_data_and_a_plan_for_labels_trains_the_head(
+    studio: Studio, rows: DataChoice, tiny: Path, tmp_path: Path
+) -> None:
+    encoder = str(tiny_encoder(tmp_path / "bert"))
+    labelled = DataChoice(id=studio.data.add_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}').id)
+    tasks = [studio.task(model, choice) for model in (str(tiny), encoder) for choice in (rows, labelled, None)]
+    assert tasks == ["causal", "causal", "causal", "causal", "classify", "classify"]
+    assert studio.task(encoder, rows, "classify") == "classify"
+    for choice in (labelled, None):  # two labels, or two assumed
+        plan = studio.plan(encoder, BaselineSpec(kind="bitfit"), choice=choice, task="classify")
+        (head,) = [target for target in plan.as_json()["targets"] if target["name"] == "classifier"]
+        assert plan.method.modules_to_save == ("classifier",) and head["parameters"] == 2 * 32 + 2
+    assert plan.as_json().keys() == {"targets", "trainable", "total", "adapter_bytes", "memory_bytes", "seconds"}
+
+
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -57,6 +73,10 @@ def test_a_plan_knows_the_dataset(studio: Studio, rows: DataChoice, tiny: Path) 
         ({"method": LoraSpec(targets=("attn.z",))}, "E_TARGETS"),
         ({"train": TrainConfig(max_length=8)}, "E_NO_TARGET"),
         ({"task": "dream"}, "E_CONFIG"),
+        ({"method": LoraSpec(rank=33)}, "E_RANK"),
+        ({"method": LoraSpec(alpha=0.0)}, "E_CONFIG"),
+        ({"method": BaselineSpec(kind="top", width=3)}, "E_METHOD"),
+        ({"method": BaselineSpec(kind="full"), "train": TrainConfig(precision="nf4")}, "E_METHOD"),
     ],
 )
 def test_starting_says_what_is_wrong_and_writes_nothing(

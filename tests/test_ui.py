@@ -208,17 +208,17 @@ def test_form_to_another_method_and_labels(
     assert started.config.method == BaselineSpec(kind="adapter_p", width=5, modules_to_save=("score",))
     assert (started.name, started.config.task) == ("tickets adapter_p 5", "classify") and len(started.labels) > 1
     line = live.answer(desk.studio, {"run": run, "start": 0})["about"]["line"]
-    assert line == f"tiny · tickets · Adapter P (Pfeiffer), 5 bottleneck width · {len(started.labels)} labels"
+    assert line == f"tiny · tickets · Adapter P (Pfeiffer), bottleneck width 5 · {len(started.labels)} labels"
     run, problem = train_tab.start(desk, choice, str(tiny), "causal", "full", PAPER, None, "", **raw)
     assert problem == "" and desk.studio.runs.get(run).config.method == BaselineSpec(kind="full")
 
 
 def test_a_method_shows_what_belongs_to_it_and_its_usual_rate() -> None:
     lora, more, width, rate = train_tab.show_method("prefix", TrainConfig().learning_rate)
-    assert lora.visible == more.visible == "hidden" and rate == TrainConfig().learning_rate * RATES["prefix"]
+    assert lora.visible is more.visible is False and rate == TrainConfig().learning_rate * RATES["prefix"]
     assert (width.visible, width.label, width.value) == (True, "Virtual tokens", 16)
     lora, _, width, rate = train_tab.show_method("full", rate)
-    assert (lora.visible, width.visible) == ("hidden", False) and rate == TrainConfig().learning_rate * RATES["full"]
+    assert lora.visible is width.visible is False and rate == TrainConfig().learning_rate * RATES["full"]
     assert train_tab.show_method("lora", rate)[0].visible is True
     assert train_tab.show_method("lora", rate)[3] == TrainConfig().learning_rate
     assert train_tab.show_method("full", 0.123)[3] == gr.skip()  # the person's own
@@ -245,7 +245,7 @@ def test_the_task_is_open_where_rows_have_labels_and_the_model_writes(
 def test_labels_in_the_data_tab_and_mistakes_with_them(desk: Desk, tiny: Path, choice: dict, tmp_path: Path) -> None:
     shown = data_tab.show_row(desk, choice, 0, str(tiny), 512, "classify")
     label = desk.studio._examples(DataChoice(**choice))[0][0].target
-    assert f"<span class='trained'> {label} </span>" in shown and "1 of " in shown
+    assert f" → </span><span class='trained'>{label}</span>" in shown and "1 of " in shown
     encoder = str(tiny_encoder(tmp_path / "bert"))
     one = desk.studio.data.add_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "x"}')
     told = data_tab.inspect(desk, {"id": one.id, "name": "one"}, encoder, 512, 0.1, 0, "classify")[0]
@@ -361,3 +361,20 @@ def test_the_whole_page_builds(desk: Desk) -> None:
     page = build.build(desk)
     public = {fn.api_name for fn in page.fns.values() if fn.api_visibility == "public"}
     assert public == {"start_run", "run_status", "run_events", "stop_run", "plan", "add_dataset", "compare"}
+
+
+def test_programs_may_ask_for_every_method_and_task(
+    desk: Desk, tiny: Path, choice: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk.studio.supervisor, "tick", lambda: None)
+    ask = {fn.api_name: fn.fn for fn in build.build(desk).fns.values() if fn.api_visibility == "public"}
+    lora = ask["plan"](model=str(tiny), rank=4)  # as before there were methods
+    assert lora["trainable"] == 2 * 4 * (64 + 48)
+    bias = ask["plan"](model=str(tiny), dataset=choice["id"], method="prefix", width=3)
+    assert bias["trainable"] == 2 * 2 * 3 * 16  # blocks, keys and values, virtual tokens, width of the key heads
+    run = ask["start_run"](dataset=choice["id"], model=str(tiny), method="bitfit", task="classify")
+    config = desk.studio.runs.get(run).config
+    assert config.method == BaselineSpec(kind="bitfit", modules_to_save=("score",)) and config.task == "classify"
+    for wrong in ({"method": "magic"}, {"task": "dream"}, {"method": "full", "width": 2}):
+        with pytest.raises(gr.Error):
+            ask["start_run"](dataset=choice["id"], model=str(tiny), **wrong)

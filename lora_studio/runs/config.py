@@ -92,6 +92,12 @@ def short(method: Method) -> str:
     return f"{method.kind} {method.size}" if method.size else method.kind
 
 
+def width_in_words(method: BaselineSpec) -> str:
+    """16 virtual tokens, bottleneck width 8; empty for a method without a width."""
+    means = BASELINES[method.kind][1]
+    return f"{method.size} {means}" if means.endswith("s") else f"{means} {method.size}" if means else ""
+
+
 def base_precision(method: Method, asked: str, on: str) -> str:
     """How the base is held while it trains. auto: what fits the device, but float32 where its own weights learn.
 

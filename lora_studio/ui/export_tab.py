@@ -17,7 +17,7 @@ model = AutoPeftModelFor{kind}.from_pretrained("{folder}"{more})  # the unpacked
 HERE = """from lora_studio.adapters import load
 
 load(LoRA(model), Path("{folder}"), "mine")  # the unpacked adapter; then: with lora.use("mine"): ..."""
-USUAL = "as compared here"  # the dtype of merged weights when none is chosen
+USUAL = "as loaded here"  # the dtype of merged weights when none is chosen
 
 # Gradio's label goes to the copy button, which stands in it before the text
 NAME_BOXES = """() => setTimeout(() => document.querySelectorAll('.code label').forEach((label) =>

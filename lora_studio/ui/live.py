@@ -14,7 +14,7 @@ import gradio as gr
 
 from lora_studio.core.spec import BASELINES, LoraSpec, Method
 from lora_studio.errors import StudioError
-from lora_studio.runs.config import Run
+from lora_studio.runs.config import Run, width_in_words
 from lora_studio.runs.store import ID, RunStore
 from lora_studio.studio import Studio
 from lora_studio.ui.picker import short
@@ -156,8 +156,7 @@ def _words(method: Method) -> str:
     if isinstance(method, LoraSpec):
         kind = "" if method.variant == "lora" else f"{method.variant}, "
         return f"{kind}rank {method.rank} on {short(method.targets)}"
-    label, means, _ = BASELINES[method.kind]
-    return f"{label}, {method.size} {means}" if means else label
+    return ", ".join(filter(None, [BASELINES[method.kind][0], width_in_words(method)]))
 
 
 def _changed_runs(store: RunStore, known: Any) -> dict[str, Any]:

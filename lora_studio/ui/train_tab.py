@@ -151,11 +151,12 @@ def show_method(name: str, rate: Any) -> tuple[Any, ...]:
     The rate changes to what is usual for the method, unless it is the person's own.
     """
     lora, means = name == "lora", form.widths(name)
-    shown = gr.Column(visible=True if lora else "hidden")
+    shown = gr.Column(visible=lora)
     usual = {one: round(TrainConfig().learning_rate * RATES.get(one, 1.0), 9) for one in METHODS}
     width = gr.Number(visible=False)
     if means:
-        width = gr.Number(visible=True, label=means.capitalize(), value=BASELINES[name][2])
+        usually = BASELINES[name][2]
+        width = gr.Number(visible=True, label=means.capitalize(), info=f"0 takes the usual {usually}", value=usually)
     return shown, shown, width, usual[name] if rate in usual.values() else gr.skip()
 
 
