@@ -33,7 +33,9 @@ Data = Annotated[str, typer.Option(help="A file, orders, plain_english, tickets,
 Format = Annotated[str, typer.Option(help="How to read the rows, when the guess is wrong.")]
 Column = Annotated[list[str] | None, typer.Option(help="ROLE=COLUMN, as often as needed.")]
 WIDTHS = ", ".join(f"{means} of {kind} ({usual})" for kind, (_, means, usual) in BASELINES.items() if means)
-MethodName = Annotated[str, typer.Option(help=f"How the model is adapted [{', '.join(METHODS)}].")]
+MethodName = Annotated[
+    str, typer.Option(help=f"How the model is adapted [{', '.join(METHODS)}]; full and top have a lower default rate.")
+]
 Width = Annotated[int, typer.Option(help=f"{WIDTHS}; 0 takes what stands in brackets.")]
 Task = Annotated[str, typer.Option(help=f"Write text or choose a label [{', '.join(('auto', *TASKS))}].")]
 SHORT = {"learning_rate": "--lr"}  # names that people expect
@@ -128,7 +130,8 @@ def plan(
     studio = Studio(root)
     choice = _choice(studio, data, "", None) if data else None
     chosen, task = _method(method, width, settings), studio.task(model, choice, task)
-    result = studio.plan(model, chosen, pick(TrainConfig, settings), choice, task).as_json()
+    config = pick(TrainConfig, settings).at_usual_rate_of(method)
+    result = studio.plan(model, chosen, config, choice, task).as_json()
     if as_json:
         return _print_json(result)
     for target in result["targets"]:
@@ -190,7 +193,7 @@ def train(
         task=studio.task(model, choice, task),
         dataset=choice,
         method=chosen,
-        train=pick(TrainConfig, settings),
+        train=pick(TrainConfig, settings).at_usual_rate_of(method),
     )
     run = studio.start(config)
     if not as_json:

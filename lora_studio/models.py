@@ -301,7 +301,7 @@ class ModelLibrary:
         folder = self._folder(name, weights=True, say=say)
         skeleton = self.skeleton(name, labels)
         if precision in QUANTISED:
-            _check_quantising(skeleton, precision, on)
+            check_quantising(skeleton, precision, on)
         dtype = torch.bfloat16 if precision in QUANTISED else getattr(torch, precision)
         try:
             loaded: Any = _kind(labels).from_pretrained(
@@ -513,11 +513,14 @@ def _kind(labels: int) -> Any:
 
 
 def _head_tensors(model: Any) -> list[str]:
-    """Parameters of a classifier that a base model's files need not hold: its head, and a pooler."""
+    """Parameters of a classifier that a base model's files need not hold: its head, which is trained and saved whole.
+
+    A pooler inside the base is not among them: it would be drawn at random, here and elsewhere differently.
+    """
     from lora_studio.core.layout import heads
 
     own = tuple(f"{head}." for head in heads(model))
-    return [name for name, _ in model.named_parameters() if name.startswith(own) or ".pooler." in name]
+    return [name for name, _ in model.named_parameters() if name.startswith(own)]
 
 
 def _draw(model: Any, names: Iterable[str]) -> None:
@@ -548,7 +551,7 @@ def _pad_right(model: Any, tokenizer: Any) -> None:
 # ---- 8 and 4 bits ----------------------------------------------------------------------------------------------------
 
 
-def _check_quantising(skeleton: Any, precision: str, on: str) -> None:
+def check_quantising(skeleton: Any, precision: str, on: str) -> None:
     """Raise E_QUANTISED where the blocks cannot be packed: by the model, by this machine, by what is installed."""
     from transformers.pytorch_utils import Conv1D
 

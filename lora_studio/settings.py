@@ -1,7 +1,7 @@
 """What a person sets for training and for answering; plain values, so that a form needs no torch to be drawn."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lora_studio.errors import StudioError
 from lora_studio.fields import knob
@@ -48,6 +48,12 @@ class TrainConfig:
         help="Of the frozen base; auto fits the machine, int8 and nf4 need a CUDA GPU and bitsandbytes",
     )
     seed: int = knob(0, min=0, max=2**31 - 1, label="Seed", help="Same seed, same run")
+
+    def at_usual_rate_of(self, method: str) -> "TrainConfig":
+        """With the method's own default for the learning rate, where this one has LoRA's: it would be far too high."""
+        if self.learning_rate != TrainConfig.learning_rate or method not in RATES:
+            return self
+        return replace(self, learning_rate=round(self.learning_rate * RATES[method], 9))
 
     def usual_rate(self, parameters: int, method: str = "lora") -> float:
         """A learning rate that short runs of a method bear on a model of this size: it falls with the size's root."""

@@ -25,7 +25,7 @@ from lora_studio.models import CATALOGUE, ModelLibrary
 from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, base_precision
 from lora_studio.runs.store import RunStore
 from lora_studio.runs.supervisor import Supervisor
-from lora_studio.settings import TrainConfig
+from lora_studio.settings import QUANTISED, TrainConfig
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class Studio:
         from lora_studio.core.baselines import plan
         from lora_studio.core.layout import heads
         from lora_studio.estimate import estimate
-        from lora_studio.models import context, device
+        from lora_studio.models import check_quantising, context, device
 
         check(config)
         labels = () if task == "causal" else self.labels(choice) if choice else ("0", "1")
@@ -240,11 +240,14 @@ class Studio:
         pieces = plan(skeleton, method)
         seen = self.inspect(choice, model, config, task) if choice else None
         on = device()
+        precision = base_precision(method, config.precision, on)
+        if precision in QUANTISED:
+            check_quantising(skeleton, precision, on)
         forecast = estimate(
             skeleton,
             pieces,
             config,
-            precision=base_precision(method, config.precision, on),
+            precision=precision,
             device=on,
             lengths=seen.lengths if seen else None,
             rows=seen.rows if seen else 100,

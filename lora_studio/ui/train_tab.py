@@ -15,7 +15,7 @@ from lora_studio.core.spec import BASELINES, METHODS, PRESETS, LoraSpec, Method
 from lora_studio.errors import StudioError
 from lora_studio.models import CATALOGUE, STARTER, fit
 from lora_studio.runs.config import DataChoice, RunConfig, short
-from lora_studio.settings import RATES, TrainConfig
+from lora_studio.settings import TrainConfig
 from lora_studio.studio import Plan, Studio
 from lora_studio.ui import form, live, picker
 from lora_studio.ui.boundary import problem_instead, problem_last
@@ -152,7 +152,7 @@ def show_method(name: str, rate: Any) -> tuple[Any, ...]:
     """
     lora, means = name == "lora", form.widths(name)
     shown = gr.Column(visible=lora)
-    usual = {one: round(TrainConfig().learning_rate * RATES.get(one, 1.0), 9) for one in METHODS}
+    usual = {one: TrainConfig().at_usual_rate_of(one).learning_rate for one in METHODS}
     width = gr.Number(visible=False)
     if means:
         usually = BASELINES[name][2]
