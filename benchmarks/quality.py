@@ -40,16 +40,16 @@ TEXT: dict[str, Method] = {
 }
 # The middle of each method's grid on the encoder and on the starter; every method tries as many rates.
 CENTRES: dict[str, tuple[float, float]] = {
-    "full": (2e-4, 1e-4),
-    "top": (5e-4, 3e-4),
-    "bitfit": (5e-3, 5e-3),
-    "adapter_h": (3e-3, 3e-3),
-    "adapter_p": (3e-3, 3e-3),
-    "adapter_l": (3e-3, 3e-3),
-    "prefix": (1e-2, 1e-2),
-    "prompt": (3e-2, 3e-2),
-    "lora": (3e-3, 3e-3),
-    "dora": (3e-3, 3e-3),
+    "full": (2e-4, 2e-4),
+    "top": (5e-4, 5e-4),
+    "bitfit": (5e-3, 1e-2),
+    "adapter_h": (3e-3, 5e-3),
+    "adapter_p": (3e-3, 5e-3),
+    "adapter_l": (3e-3, 5e-3),
+    "prefix": (1e-2, 2e-2),
+    "prompt": (3e-2, 5e-2),
+    "lora": (3e-3, 5e-3),
+    "dora": (3e-3, 5e-3),
 }
 MATRICES = {  # Table 5: the same budget on one, two or four matrices of each block
     name: LoraSpec(rank=8 // len(name), alpha=ALPHA, targets=tuple(f"attn.{one}" for one in name))
