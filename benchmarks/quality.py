@@ -124,9 +124,10 @@ def glue(bench: Bench, scale: Scale) -> Report:
 
 
 def _glue_task(bench: Bench, scale: Scale, task: str, report: Report) -> None:
+    methods = scale.glue if task == "sst2" else scale.cola
     scores: dict[str, list[float]] = {}
     lines = []
-    for name in scale.glue:
+    for name in methods:
         rate = chosen_rate(bench, scale, task, name)
         settings = {"task": task, "method": GLUE[name], "rate": rate.value, "steps": scale.steps, "batch": scale.batch}
         found = [bench.result(Trial(seed=seed, **settings)) for seed in scale.seeds]
@@ -150,7 +151,7 @@ def _glue_task(bench: Bench, scale: Scale, task: str, report: Report) -> None:
     means = {name: statistics.fmean(values) for name, values in scores.items()}
     report.claims += [
         _against(task, other, means, noise, chance(bench, task))
-        for other in scale.glue
+        for other in methods
         if other not in ("lora", "dora", "top")
     ]
     for name in means:

@@ -24,7 +24,8 @@ class Scale:
     text_batch: int
     meanings: int  # held-out meaning representations
     tuning_meanings: int
-    glue: tuple[str, ...]  # methods of table a
+    glue: tuple[str, ...]  # methods of table a on SST-2
+    cola: tuple[str, ...]  # and on CoLA, which takes more training than this to learn at all
     text: tuple[str, ...]  # methods of table b
     rounds: int  # of table g, after one that is not counted
     shapes: tuple[tuple[int, int], ...]  # of table g: batch, tokens
@@ -48,6 +49,7 @@ FULL = Scale(
     meanings=32,
     tuning_meanings=32,
     glue=EVERY_GLUE,
+    cola=("full", "bitfit", "adapter_h", "lora"),
     text=EVERY_TEXT,
     rounds=30,
     shapes=((1, 1), (1, 128), (8, 64)),
@@ -67,6 +69,7 @@ QUICK = Scale(
     meanings=8,
     tuning_meanings=4,
     glue=("full", "bitfit", "adapter_h", "lora"),
+    cola=("full", "bitfit", "adapter_h", "lora"),
     text=("full", "adapter_l", "prefix", "lora"),
     rounds=7,
     shapes=((1, 1), (1, 128)),
