@@ -34,11 +34,10 @@ def save(lora: LoRA, name: str, folder: Path, base_model: str) -> None:
     parts: Parts = {}
     for layer, part in lora.parts(name):
         parts.setdefault(layer, []).append(part)
-    save_file(
-        {key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(parts).items()},
-        folder / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _tensors(parts).items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    written = load_file(folder / WEIGHTS)
+    assert written.keys() == tensors.keys() and all(torch.equal(written[key], tensors[key]) for key in tensors)
     about = {"base_model": base_model, "method": asdict(spec)}
     (folder / METHOD).write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n")
 

@@ -39,6 +39,7 @@ MethodName = Annotated[
 Width = Annotated[int, typer.Option(help=f"{WIDTHS}; 0 takes what stands in brackets.")]
 Task = Annotated[str, typer.Option(help=f"Write text or choose a label [{', '.join(('auto', *TASKS))}].")]
 SHORT = {"learning_rate": "--lr"}  # names that people expect
+USUAL = ("learning_rate",)  # without a value they are what is usual for the method
 
 
 def with_knobs(*configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -66,6 +67,8 @@ def _option(setting: Knob) -> inspect.Parameter:
     several = isinstance(setting.default, (tuple, Mapping))
     kind = str if several else setting.type
     default = "" if several and not setting.default else ",".join(setting.default) if several else setting.default
+    if setting.name in USUAL:
+        kind, default = float | None, None
     choices = f" [{', '.join(setting.choices)}]" if setting.choices else ""
     about = typer.Option(*flags, help=f"{setting.help}{choices}.")
     return inspect.Parameter(
@@ -80,7 +83,14 @@ def pick(config: type, settings: dict[str, Any]) -> Any:
 
 def _values(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Its values: comma lists become tuples, and with NAME=NUMBER mappings."""
-    return {name: _parse(setting, settings[name]) for name, setting in knobs(config).items()}
+    given = {name: setting for name, setting in knobs(config).items() if settings[name] is not None}
+    return {name: _parse(setting, settings[name]) for name, setting in given.items()}
+
+
+def _training(settings: Mapping[str, Any], method: str) -> TrainConfig:
+    """The training that the options describe, at the method's usual learning rate unless one is given."""
+    config = pick(TrainConfig, settings)
+    return config if settings["learning_rate"] is not None else config.at_usual_rate_of(method)
 
 
 def _parse(setting: Knob, value: Any) -> Any:
@@ -130,7 +140,7 @@ def plan(
     studio = Studio(root)
     choice = _choice(studio, data, "", None) if data else None
     chosen, task = _method(method, width, settings), studio.task(model, choice, task)
-    config = pick(TrainConfig, settings).at_usual_rate_of(method)
+    config = _training(settings, method)
     result = studio.plan(model, chosen, config, choice, task).as_json()
     if as_json:
         return _print_json(result)
@@ -193,7 +203,7 @@ def train(
         task=studio.task(model, choice, task),
         dataset=choice,
         method=chosen,
-        train=pick(TrainConfig, settings).at_usual_rate_of(method),
+        train=_training(settings, method),
     )
     run = studio.start(config)
     if not as_json:

@@ -82,7 +82,8 @@ def command_line(run: Run) -> str:
     for part in (config.method, config.train):
         for name, setting in knobs(type(part)).items():
             value = getattr(part, name)
-            if name != "kind" and value != setting.default:
+            said = value != setting.default or (name == "learning_rate" and isinstance(config.method, BaselineSpec))
+            if name != "kind" and said:
                 words += [f"--{name.replace('_', '-')}", _word(value)]
     return shlex.join(words)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from lora_studio.core.layout import heads
 from lora_studio.core.lean import Tokens, class_logits
 from lora_studio.core.lora import LoRA, Row
 from lora_studio.models import context
@@ -130,11 +131,17 @@ def compare(
 
 @torch.inference_mode()
 def classify(lora: LoRA, rows: Sequence[Row], ids: Sequence[int], classes: Sequence[str]) -> list[list[float]]:
-    """The probability of each class for one text, one list per row; rows as for `compare`."""
-    with lora.use(*rows):
-        logits = class_logits(lora.model, [Tokens(ids, ())] * len(rows))  # (rows, classes)
-    assert logits.shape[1] == len(classes), f"the model chooses among {logits.shape[1]}, not {len(classes)}"
-    return logits.float().softmax(-1).tolist()
+    """The probability of each class for one text, one list per row; rows as for `compare`.
+
+    Row by row, because some encoders compute a part of their attention once for the whole batch.
+    """
+    found = []
+    for row in rows:
+        with lora.use(row):
+            logits = class_logits(lora.model, [Tokens(ids, ())])  # (1, classes)
+        assert logits.shape[1] == len(classes), f"the model chooses among {logits.shape[1]}, not {len(classes)}"
+        found += logits.float().softmax(-1).tolist()
+    return found
 
 
 @torch.inference_mode()
@@ -142,8 +149,10 @@ def base_difference(lora: LoRA, prompt: Sequence[int], rows: Sequence[Row]) -> f
     """Largest difference between the base row's logits in this mixed batch and those of the untouched model.
 
     The reference is the same batch with every adapter's hook taken out of the model, so that the shapes, and with
-    them the rounding, are the same: the difference must be exactly 0.
+    them the rounding, are the same: the difference must be exactly 0. Classifiers answer row by row.
     """
+    if heads(lora.model):
+        rows = [None]
     ids = torch.tensor([list(prompt)] * len(rows), device=next(lora.model.parameters()).device)
     with lora.use(*rows):
         mixed = lora.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits

@@ -65,7 +65,7 @@ def save(lora: LoRA, name: str, folder: Path, base_model: str) -> None:
     scales = {layer: _common(ones) for layer, ones in layers.items()}
     scale = _most_common(list(scales.values()))
     scales = {layer: own if math.isclose(own, scale, rel_tol=1e-9) else scale for layer, own in scales.items()}
-    tensors = {f"{PREFIX}{key}": value.cpu().contiguous() for key, value in lora.copies(name).items()}
+    tensors = {f"{PREFIX}{key}": value.cpu().clone() for key, value in lora.copies(name).items()}  # tied ones apart
     for layer, ones in layers.items():
         tensors |= _pair(lora.model, layer, ones, scales[layer])
     slices = {layer: {one.role: one.rank for one in ones} for layer, ones in layers.items() if ones[0].role}
@@ -100,7 +100,8 @@ def load(lora: LoRA, folder: Path, name: str) -> LoraSpec:
         raise StudioError("E_KEYS", "The adapter holds no LoRA factors.", "It was saved empty; save it again.")
     factors = []
     for layer, parts in layers.items():
-        factors += _factors(lora.model, layer, parts, config, about.get("slices", {}).get(layer))
+        slices = about.get("slices")
+        factors += _factors(lora.model, layer, parts, config, slices.get(layer) if isinstance(slices, dict) else None)
     saved = [module for module in config.get("modules_to_save") or () if any(_within(key, module) for key in copies)]
     spec = replace(_spec(config, about, factors), modules_to_save=tuple(saved))
     lora.load_state(name, spec, factors, copies)
@@ -122,7 +123,7 @@ def portable(folder: Path) -> tuple[bool, str]:
     for key, A in tensors.items():
         if key.endswith(".lora_A.weight"):
             layer = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            alpha = _patterned(config.get("alpha_pattern"), layer, config["lora_alpha"])
+            alpha = _patterned(config["alpha_pattern"], layer, config["lora_alpha"])
             if not math.isclose(alpha / len(A) ** power, common, rel_tol=1e-9):
                 return False, f"{layer} has a scale of its own, and vLLM takes one for all."
     return True, "PEFT, vLLM and others load it as it is."
@@ -160,9 +161,9 @@ def _pair(model: Any, layer: str, ones: Sequence[Factors], scale: float) -> dict
     return tensors
 
 
-def _row_norms(module: nn.Module) -> torch.Tensor:
-    """(out,): what DoRA's magnitude is where nothing was trained."""
-    return base_weight(module).float().square().sum(1).sqrt().cpu()
+def _row_norms(module: nn.Module, held_in: torch.dtype = torch.float32) -> torch.Tensor:
+    """(out,): what DoRA's magnitude is where nothing was trained, on a base held in this dtype."""
+    return base_weight(module).to(held_in).float().square().sum(1).sqrt().cpu()
 
 
 def _plain_variant(spec: LoraSpec) -> str:
@@ -232,11 +233,13 @@ def _factors(
     if (magnitude is not None) != bool(config.get("use_dora")):
         message = f"{layer} and use_dora in the config do not agree on a magnitude."
         raise StudioError("E_KEYS", message, "The two files do not belong together.")
-    rank = _patterned(config.get("rank_pattern"), layer, config.get("r", 8))
+    if magnitude is not None and isinstance(dict(model.named_modules()).get(layer), nn.Embedding):
+        raise StudioError("E_PEFT_VARIANT", f"{layer} is an embedding under DoRA.", "That cannot be saved again here.")
+    rank = _patterned(config["rank_pattern"], layer, config["r"])
     if rank != len(A):
         message = f"{layer}: the config says rank {rank}, A has {len(A)} rows."
         raise StudioError("E_SHAPE", message, "The two files do not belong together.")
-    alpha = _patterned(config.get("alpha_pattern"), layer, config.get("lora_alpha", 8))
+    alpha = _patterned(config["alpha_pattern"], layer, config["lora_alpha"])
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     own = [target for target in matrices(model) if target.name == layer]
     role = own[0].role if len(own) == 1 else ""
@@ -247,7 +250,9 @@ def _factors(
 def _sliced(model: Any, whole: Factors, slices: Any, own: Sequence[Any]) -> list[Factors]:
     """The slices that `whole` is made of; none when training elsewhere has filled its zero blocks."""
     if isinstance(slices, list):  # of equal rank, as older files say
-        slices = {role: len(whole.A) // max(1, len(slices)) for role in slices}
+        slices = {str(role): len(whole.A) // max(1, len(slices)) for role in slices}
+    if not isinstance(slices, dict) or not all(type(rank) is int and rank > 0 for rank in slices.values()):
+        return []
     rows_of = {target.role: target.rows for target in own if target.rows is not None}
     if not slices or not slices.keys() <= rows_of.keys() or sum(slices.values()) != len(whole.A):
         return []
@@ -268,8 +273,9 @@ def _sliced(model: Any, whole: Factors, slices: Any, own: Sequence[Any]) -> list
     if left.any():
         return []
     if whole.magnitude is not None:
-        norms = _row_norms(model.get_submodule(whole.layer))
-        if not torch.allclose(whole.magnitude[untouched], norms[untouched], rtol=1e-6):
+        layer, kept = model.get_submodule(whole.layer), whole.magnitude[untouched]
+        norms = (_row_norms(layer, dtype)[untouched] for dtype in (torch.float32, torch.bfloat16, torch.float16))
+        if not any(torch.allclose(kept, norm, rtol=1e-6) for norm in norms):  # of the base as it was trained on
             return []
     return found
 
@@ -317,6 +323,8 @@ def _patterned(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> A
     Here the keys are compared as text: an escaped dot is a dot. A key with other signs of a pattern is refused.
     """
     for key, value in (pattern or {}).items():
+        if re.search(r"\\[A-Za-z0-9]", key):
+            raise StudioError("E_PEFT_VARIANT", f"The pattern {quote(key)} is not a plain name.", "Save it with names.")
         plain = key.replace("\\", "").removeprefix("^").removesuffix("$")
         if re.search(r"[*+?|()\[\]{}^$]", plain):
             raise StudioError(
@@ -336,6 +344,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / CONFIG).read_bytes())
     except ValueError as error:
         raise StudioError("E_ADAPTER_FILES", f"{CONFIG} is not JSON.", "Copy the adapter again.") from error
+    if not isinstance(config, dict):
+        raise StudioError("E_ADAPTER_FILES", f"{CONFIG} is not an object.", "Copy the adapter again.")
     if config.get("peft_type") != "LORA":
         raise StudioError(
             "E_PEFT_VARIANT", f"This adapter is {quote(config.get('peft_type'))}, not LORA.", "Only LoRA is read."
@@ -349,13 +359,47 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise StudioError(
             "E_PEFT_VARIANT", f"This adapter uses {', '.join(used)}.", "That cannot be loaded faithfully here."
         )
-    return config
+    return _checked(config)
+
+
+def _checked(config: dict[str, Any]) -> dict[str, Any]:
+    """The config with PEFT's defaults for what is missing. Raises E_ADAPTER_FILES for values that mean nothing."""
+    defaults = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "rank_pattern": {}, "alpha_pattern": {}}
+    full = {**config, **{key: value for key, value in defaults.items() if config.get(key) is None}}
+    modules = full.get("modules_to_save") or []
+    good = {
+        "r": _is_number(full["r"], whole=True),
+        "lora_alpha": _is_number(full["lora_alpha"]),
+        "lora_dropout": full["lora_dropout"] == 0 or (_is_number(full["lora_dropout"]) and full["lora_dropout"] < 1),
+        "rank_pattern": _is_pattern(full["rank_pattern"], whole=True),
+        "alpha_pattern": _is_pattern(full["alpha_pattern"]),
+        "modules_to_save": isinstance(modules, list) and all(isinstance(module, str) for module in modules),
+    }
+    wrong = [key for key, fine in good.items() if not fine]
+    if wrong:
+        message = f"{wrong[0]} in {CONFIG} is {quote(full[wrong[0]])}."
+        raise StudioError("E_ADAPTER_FILES", message, "The file was damaged or made by hand; save the adapter again.")
+    return full
+
+
+def _is_number(value: Any, whole: bool = False) -> bool:
+    """A finite number above 0."""
+    return type(value) in ((int,) if whole else (int, float)) and math.isfinite(value) and value > 0
+
+
+def _is_pattern(value: Any, whole: bool = False) -> bool:
+    return isinstance(value, dict) and all(_is_number(number, whole) for number in value.values())
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get("lora_studio", "{}")
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(json.loads(about))  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
         raise StudioError("E_SAFETENSORS", f"{path.name} is damaged: {quote(str(error))}.", "Copy it again.") from error
+    try:
+        header = json.loads(about)
+    except ValueError:
+        header = {}  # another program's; without it slices come back as whole matrices
+    return tensors, header if isinstance(header, dict) else {}

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_studio.core.spec import Method
+from lora_studio.core.spec import VIRTUAL, BaselineSpec, Method
 from lora_studio.data.library import DataLibrary, Dataset, split
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import check
@@ -234,6 +234,8 @@ class Studio:
         if labels:
             method = replace(method, modules_to_save=heads(skeleton))
         most = context(skeleton)
+        if most and isinstance(method, BaselineSpec) and method.kind in VIRTUAL:
+            most -= method.size
         if most and config.max_length > most:
             message = f"The length limit is {config.max_length}, this model reads at most {most} tokens."
             raise StudioError("E_CONTEXT", message, f"Set the length limit to {most} or less.")
@@ -314,6 +316,9 @@ class Studio:
             raise StudioError("E_STRENGTH", f"The strength is {quote(strength)}.", "Give a number between 0 and 4.")
         sampling = check(sampling or Sampling())
         views = [self.runs.get(run) for run in runs]
+        if strength not in (0, 1) and any(getattr(view.config.method, "kind", "") in VIRTUAL for view in views):
+            message = f"Virtual tokens are there or not; the strength is {quote(strength)}."
+            raise StudioError("E_STRENGTH", message, "Set it to 1, or to 0 for the base model.")
         with self._busy:
             loaded = self._with_adapters(views)
             ids = self._prompt_ids(views[0], loaded.tokenizer, prompt)
@@ -508,9 +513,9 @@ class Studio:
             message = "These runs have different labels, or some choose labels and some write text."
             raise StudioError("E_MIXED_BASES", message, "Choose runs that learnt the same task.")
         loaded = self._base(views[0], precision or self._precision(views[0]))
+        for name in loaded.lora.names:  # others take memory, and a running run may have saved a better one since
+            loaded.lora.remove(name)
         for view in views:
-            if view.id in loaded.lora.names:
-                loaded.lora.remove(view.id)  # a running run may have saved a better one since
             load(loaded.lora, view.path / "adapter", view.id)
         return loaded
 

@@ -191,11 +191,14 @@ def _step(job: Job, parameters: Sequence[torch.nn.Parameter], batch: Sequence[le
     count = sum(tokens.count for tokens in batch)
     size = math.ceil(len(batch) / job.config.accumulate)
     total = 0.0
-    with job.lora.use(job.adapter):
-        for start in range(0, len(batch), size):
-            loss = _summed_loss(job.lora, batch[start : start + size]) / count
-            loss.backward()
-            total += loss.item()
+    try:
+        with job.lora.use(job.adapter):
+            for start in range(0, len(batch), size):
+                loss = _summed_loss(job.lora, batch[start : start + size]) / count
+                loss.backward()
+                total += loss.item()
+    finally:
+        model.eval()
     unreached = job.lora.unreached(job.adapter)
     if unreached:
         message = f"The model does not pass through {unreached[0]}, so it cannot be adapted."
@@ -203,7 +206,6 @@ def _step(job: Job, parameters: Sequence[torch.nn.Parameter], batch: Sequence[le
     norm = torch.nn.utils.clip_grad_norm_(parameters, job.config.clip_norm or math.inf)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
-    model.eval()
     return total, float(norm)
 
 
@@ -213,7 +215,7 @@ def _summed_loss(lora: LoRA, batch: Sequence[lean.Tokens]) -> torch.Tensor:
     if batch[0].label is not None:
         return lean.label_loss(lean.class_logits(model, batch), batch)
     packed = lean.pack(batch, next(model.parameters()).device)
-    if not (lean.packable(model) and all(map(lora.packs, lora.names))):
+    if not (lean.packable(model) and all(map(lora.packs, lora.in_use))):
         return lean.padded_loss(model, packed)
     with lean.packed_attention(model):
         return lean.packed_loss(model, packed)

@@ -329,3 +329,51 @@ def test_copies_stand_in_for_one_use_at_a_time() -> None:
         pass
     with lora.use(None), lora.use("x"):
         pass
+
+
+def test_a_prompt_and_another_adapter_share_a_batch() -> None:
+    lora = with_method("llama", "prompt", width=4)
+    lora.add("y", LoraSpec(rank=3, targets=("all-linear",)))
+    disturb(lora, "y")
+    alone = {}
+    for name in ("x", "y"):
+        with lora.use(name):
+            alone[name] = logits(lora.model)
+    with lora.use("x", "y", None):
+        mixed = logits(lora.model)
+    torch.testing.assert_close(mixed[0], alone["x"][0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mixed[1], alone["y"][1], rtol=1e-4, atol=1e-5)
+    with lora.use("x"):
+        assert torch.equal(lora.model(IDS).logits, lora.model(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_what_has_no_row_per_sequence_is_named_in_mixed_rows_and_works_alone(family: str) -> None:
+    lora = with_method(family, "full")
+    with lora.use("x"):
+        logits(lora.model)
+    with pytest.raises(StudioError) as caught, lora.use(None, "x", "x"):
+        logits(lora.model)
+    assert caught.value.code == "E_ROWS"
+
+
+def test_text_behind_virtual_tokens_that_leaves_the_context_is_named() -> None:
+    lora = LoRA(causal("gpt2", n_positions=12))
+    add(lora, "x", BaselineSpec(kind="prefix", width=4))
+    with pytest.raises(StudioError) as caught, lora.use("x"):
+        logits(lora.model)
+    assert caught.value.code == "E_CONTEXT"
+
+
+def test_merged_in_it_cannot_be_used_or_added_to_as_well() -> None:
+    lora = LoRA(causal("llama"))
+    lora.add("x", LoraSpec(rank=2))
+    with merged(lora, "x"):
+        with pytest.raises(AssertionError, match="twice"), lora.use("x"):
+            pass
+        with pytest.raises(AssertionError, match="merged"):
+            lora.add("y", LoraSpec(rank=2))
+        with lora.use(None):
+            pass
+    with lora.use("x"), pytest.raises(AssertionError, match="in use"), merged(lora, "x"):
+        pass

@@ -1,10 +1,15 @@
 """Our decoding loop against transformers' generate, and the two panes against each other."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from lora_studio.core.baselines import add
+from lora_studio.core.layout import heads
 from lora_studio.core.lora import LoRA
-from lora_studio.core.spec import LoraSpec
+from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
+from lora_studio.errors import StudioError
 from lora_studio.generate import Sampling, answers, base_difference, classify, compare, stream
 from tests.tiny import CAUSAL, causal, classifier, tokenizer
 
@@ -108,3 +113,19 @@ def test_probabilities_of_labels_are_each_rows_own(family: str) -> None:
     with torch.no_grad():
         plain = lora.detach()(input_ids=torch.tensor([ids])).logits.softmax(-1)[0]
     assert together[0] == pytest.approx(plain.tolist(), abs=1e-6) and together[0] != together[1]
+
+
+@pytest.mark.parametrize("method", [LoraSpec(rank=3), BaselineSpec(kind="full"), BaselineSpec(kind="bitfit")])
+def test_encoders_that_share_a_part_of_their_attention_among_rows_are_compared_row_by_row(method: Method) -> None:
+    """DeBERTa with relative positions passes one table through q and k for the whole batch."""
+    options = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "share_att_key": True}
+    model = classifier("deberta-v2", **options, norm_rel_ebd="layer_norm", position_buckets=4)
+    lora = LoRA(model)
+    add(lora, "x", replace(method, modules_to_save=heads(model)))
+    for tensor in lora.parameters("x"):
+        tensor.data += torch.empty(tensor.shape).normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    base, adapted = classify(lora, [None, {"x": 1.0}], (3, 4, 5), ("a", "b", "c"))
+    assert base != adapted and base_difference(lora, (3, 4, 5), [None, {"x": 1.0}]) == 0.0
+    with pytest.raises(StudioError) as caught, torch.no_grad(), lora.use(None, "x"):
+        model(input_ids=torch.tensor([[3, 4, 5]] * 2))
+    assert caught.value.code == "E_ROWS"

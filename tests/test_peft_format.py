@@ -319,3 +319,81 @@ def test_a_damaged_or_foreign_adapter_is_refused_by_name_and_leaves_nothing_behi
         load(fresh, tmp_path, "again")
     assert caught.value.code == DAMAGE[what] and caught.value.hint
     assert fresh.names == () and not any(module._forward_hooks for module in fresh.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"lora_alpha": float("nan")}, "E_ADAPTER_FILES"),
+        ({"lora_alpha": 0}, "E_ADAPTER_FILES"),
+        ({"lora_alpha": "16"}, "E_ADAPTER_FILES"),
+        ({"r": True}, "E_ADAPTER_FILES"),
+        ({"lora_dropout": 2.0}, "E_ADAPTER_FILES"),
+        ({"rank_pattern": []}, "E_ADAPTER_FILES"),
+        ({"modules_to_save": "lm_head"}, "E_ADAPTER_FILES"),
+        ({"alpha_pattern": {r"layers\.\d\.self_attn\.q_proj": 64}}, "E_PEFT_VARIANT"),
+        ({"rank_pattern": {".*q_proj": 3}}, "E_PEFT_VARIANT"),
+    ],
+)
+def test_a_config_that_means_nothing_or_more_than_names_is_refused(wrong: dict, code: str, tmp_path: Path) -> None:
+    lora, _ = trained("llama", LoraSpec(rank=3))
+    save(lora, "x", tmp_path, "base")
+    config = json.loads((tmp_path / CONFIG).read_text()) | wrong
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(StudioError) as caught:
+        load(LoRA(causal("llama")), tmp_path, "again")
+    assert caught.value.code == code and caught.value.hint
+
+
+def test_defaults_of_a_minimal_config_are_pefts(tmp_path: Path) -> None:
+    lora, wanted = trained("llama", LoraSpec(rank=8, alpha=8.0))
+    save(lora, "x", tmp_path, "base")
+    (tmp_path / CONFIG).write_text('{"peft_type": "LORA"}')
+    torch.testing.assert_close(reloaded("llama", tmp_path)[1], wanted)
+    assert portable(tmp_path)[0]
+
+
+def test_a_header_of_another_program_is_no_hindrance(tmp_path: Path) -> None:
+    lora, wanted = trained("gpt2", LoraSpec(rank=3))
+    save(lora, "x", tmp_path, "base")
+    for header in ("[1]", "<", '{"slices": 3}', '{"slices": {"transformer.h.0.attn.c_attn": {"attn.q": "a"}}}'):
+        save_file(load_file(tmp_path / WEIGHTS), tmp_path / WEIGHTS, metadata={"lora_studio": header})
+        torch.testing.assert_close(reloaded("gpt2", tmp_path)[1], wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_dora_slices_trained_on_a_bfloat16_base_come_back_as_slices_on_a_float32_one(tmp_path: Path) -> None:
+    lora = LoRA(causal("gpt2").bfloat16())
+    lora.add("x", LoraSpec(rank=2, variant="dora"))
+    save(lora, "x", tmp_path, "base")
+    again = LoRA(causal("gpt2"))
+    load(again, tmp_path, "x")
+    assert [one.role for one in again.delta("x")] == ["attn.q", "attn.v"] * 2
+
+
+def test_one_tensor_that_an_adapter_holds_twice_and_differently_is_refused(tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=2, target_modules=["attn.c_proj"], modules_to_save=["wte", "lm_head"])
+    theirs = peft.get_peft_model(causal("gpt2"), config)
+    moved(tensor for name, tensor in theirs.named_parameters() if "modules_to_save" in name and "lm_head" in name)
+    theirs.save_pretrained(tmp_path)
+    with pytest.raises(StudioError) as caught:
+        load(LoRA(causal("gpt2")), tmp_path, "x")
+    assert caught.value.code == "E_TIED"
+
+
+def test_a_head_trained_whole_is_parted_from_the_embedding_it_was_tied_to(tmp_path: Path) -> None:
+    from lora_studio.core.merge import merged_state, unties
+
+    model = causal("gpt2")
+    lora = LoRA(model)
+    lora.add("x", LoraSpec(rank=2, targets=("attn.o",), modules_to_save=("lm_head",)))
+    moved(lora.parameters("x"))
+    with lora.use("x"):
+        wanted = logits(model)
+    assert unties(lora, "x")
+    apart = causal("gpt2")
+    apart.lm_head.weight = torch.nn.Parameter(apart.lm_head.weight.detach().clone())
+    apart.load_state_dict(merged_state(lora, "x", torch.float32))
+    torch.testing.assert_close(logits(apart), wanted, rtol=1e-4, atol=1e-5)
+    save(lora, "x", tmp_path, "base")
+    again = reloaded("gpt2", tmp_path)[1]
+    torch.testing.assert_close(again, wanted, rtol=1e-6, atol=1e-6)

@@ -109,10 +109,14 @@ def encoder(family: str, seed: int = 0, **sizes_too: object) -> torch.nn.Module:
     return getattr(transformers, f"{name}Model")(config).eval()
 
 
-def classifier(family: str, labels: int = 3, seed: int = 0, vocabulary: int = 97) -> torch.nn.Module:
+def classifier(
+    family: str, labels: int = 3, seed: int = 0, vocabulary: int = 97, **sizes_too: object
+) -> torch.nn.Module:
     """A two-layer sequence classification model with random weights and a padding token, in evaluation mode."""
     name, sizes = _encoder(family) if family in ENCODERS else CAUSAL[family]
-    config = getattr(transformers, f"{name}Config")(vocab_size=vocabulary, pad_token_id=1, num_labels=labels, **sizes)
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=vocabulary, pad_token_id=1, num_labels=labels, **sizes, **sizes_too
+    )
     torch.manual_seed(seed)
     return getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
 

@@ -141,7 +141,7 @@ def amplification(update: Spectrum, weight: torch.Tensor) -> Amplification:
     rank = update.rank
     U, V = update.U[:, :rank].to(W), update.V[:, :rank].to(W)
     gram = W @ W.T if len(W) <= W.shape[1] else W.T @ W  # the smaller of the two
-    strongest = torch.linalg.eigvalsh(gram)[len(gram) - rank :].clamp(min=0)
+    strongest = torch.linalg.eigvalsh(gram.cpu())[len(gram) - rank :].clamp(min=0)
     norm = float(W.norm())
     return Amplification(
         rank=rank,

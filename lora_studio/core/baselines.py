@@ -162,8 +162,9 @@ class Prompt(Before):
         with torch.no_grad():
             self.tokens.copy_(table[drawn.to(table.device)])
 
-    def keys_values(self, model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        return _keys_values(model, inputs_embeds=self.tokens[None].to(model.get_input_embeddings().weight.dtype))
+    def keys_values(self, model: Any, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        tokens = self.tokens.to(model.get_input_embeddings().weight.dtype)
+        return _keys_values(model, inputs_embeds=tokens.expand(batch, -1, -1))
 
     def changed(self, layer: nn.Module) -> bool:
         return True
@@ -189,9 +190,9 @@ class Prefix(Before):
                 raise StudioError("E_METHOD", message, "Choose prefix embeddings, or another method.")
             self.states.copy_(states)
 
-    def keys_values(self, model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        dtype = model.get_input_embeddings().weight.dtype
-        return [(pair[:1], pair[1:]) for pair in self.states.to(dtype)]
+    def keys_values(self, model: Any, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        states = self.states.to(model.get_input_embeddings().weight.dtype)
+        return [tuple(one.expand(batch, -1, -1, -1) for one in pair) for pair in states]  # type: ignore[misc]
 
     def changed(self, layer: nn.Module) -> bool:
         return True
@@ -233,7 +234,7 @@ def _adds_bias(module: Any) -> bool:
 def _bottlenecks(model: Any, spec: BaselineSpec) -> Parts:
     roles = BEHIND[spec.kind][0]
     targets = [target for target in matrices(model) if target.role in roles]
-    if not targets:
+    if len(targets) != len(roles) * len(blocks(model)[1]):  # unknown architectures, and mixtures of experts
         message = f"{BASELINES[spec.kind][0]} does not know where the blocks of {model.config.model_type} end."
         raise StudioError("E_METHOD", message, "Choose LoRA, BitFit or full fine-tuning.")
     device = next(model.parameters()).device

@@ -64,6 +64,7 @@ class LoRA:
         self._parts: dict[str, Parts] = {}  # by adapter
         self._slots: dict[str, Slot] = {}  # by layer
         self._route = Route()
+        self.folded = False  # an adapter is merged into the weights just now
         self._standing = ExitStack()  # of the trained copies that stand in for the base's tensors just now
 
     # ---- what there is -------------------------------------------------------------------------------------------
@@ -123,6 +124,11 @@ class LoRA:
         """Whether all its values are numbers."""
         return all(bool(tensor.isfinite().all()) for tensor in self.parameters(name))
 
+    @property
+    def in_use(self) -> tuple[str, ...]:
+        """The adapters that some row has just now."""
+        return self._route.names
+
     def unreached(self, name: str) -> list[str]:
         """After a backward: layers whose update got no gradient, since the model reads their weight past the layer."""
         parts = [(layer, part) for layer, part in self.parts(name) if isinstance(part, LowRank)]
@@ -150,6 +156,7 @@ class LoRA:
         """Attach what has been built; every other way of adding ends here."""
         assert name and "." not in name, f"an adapter name is a plain word, got {name!r}"
         assert name not in self.specs, f"adapter {name} exists already"
+        assert not self.folded, "an adapter is merged in just now; leave `merged` first"
         self.specs[name], self._parts[name] = spec, parts
         for layer, ones in parts.items():
             if layer not in self._slots:
@@ -212,6 +219,7 @@ class LoRA:
         assert not any(part.standing_in for part in standing), "leave the outer `use` first: copies stand in there"
         mixes = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
         names = tuple(name for name in self.specs if any(name in mix for mix in mixes))
+        assert not (names and self.folded), "an adapter is merged in just now; it would act twice"
         unknown = {name for mix in mixes for name in mix} - set(self.specs)
         assert not unknown, f"no adapter called {sorted(unknown)}"
         device = next(self.model.parameters()).device
@@ -242,7 +250,7 @@ class LoRA:
     def set_scale(self, name: str, strength: float) -> None:
         """Change the strength of an adapter in use: an in-place write, live and without recompiling.
 
-        It acts in evaluation mode only; in training the strength is 1.
+        It acts in evaluation mode only; in training the strength is 1. Call it between forwards, not during one.
         """
         self._route.strength[self._route.names.index(name)] = strength
         if not self.model.training:
@@ -326,6 +334,9 @@ def copied(model: nn.Module, modules: Sequence[str]) -> Parts:
             for path, module in model.get_submodule(top).named_modules(prefix=top):
                 own = {name: tensor for name, tensor in module._parameters.items() if tensor is not None}
                 for tensor in own.values():
+                    if not tensor.is_floating_point():
+                        message = f"{path} is quantised, and so cannot be trained whole."
+                        raise StudioError("E_QUANTISED", message, "Load the base model in bfloat16 or float32.")
                     masters.setdefault(tensor, nn.Parameter(tensor.detach().clone().float()))
                 if own:
                     parts[path] = [Copied({name: masters[tensor] for name, tensor in own.items()})]
@@ -349,6 +360,12 @@ def fill_copies(parts: Parts, values: Mapping[str, torch.Tensor]) -> None:
             message = f"{name} is {tuple(values[name].shape)} in the adapter and {tuple(tensor.shape)} in this model."
             raise StudioError("E_SHAPE", message, "This adapter was made for another base model.")
         check_finite(name, values[name])
+    first: dict[torch.Tensor, str] = {}
+    for name, tensor in wanted.items():
+        twin = first.setdefault(tensor, name)
+        if not torch.equal(values[twin], values[name]):
+            message = f"{twin} and {name} are one tensor in this model, and two different ones in the adapter."
+            raise StudioError("E_TIED", message, "Save the adapter with one of them.")
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(values[name])

@@ -27,12 +27,14 @@ def merged(lora: LoRA, name: str, strength: float = 1.0) -> Iterator[nn.Module]:
 
     Raises E_MERGE, E_QUANTISED, and E_TIED when a changed weight also serves elsewhere.
     """
+    assert not lora.folded and not lora.in_use, "one adapter at a time is merged in, and none is in use then"
     changes = _changes(lora, name)
     if unties(lora, name):
         message = "This adapter changes the embedding, which the output head shares, and it changes only one of them."
         raise StudioError("E_TIED", message, "Use it unmerged, or export the merged model, which parts the two.")
     own = dict(lora.model.named_parameters(remove_duplicate=False))
     kept: dict[torch.Tensor, torch.Tensor] = {}
+    lora.folded = True
     try:
         with torch.no_grad():
             for key, new in changes.items():
@@ -42,6 +44,7 @@ def merged(lora: LoRA, name: str, strength: float = 1.0) -> Iterator[nn.Module]:
                     weight.copy_(_wide(weight) + strength * (new - _wide(weight)))
         yield lora.model
     finally:
+        lora.folded = False
         with torch.no_grad():
             for weight, old in kept.items():
                 weight.copy_(old)
@@ -62,7 +65,7 @@ def unties(lora: LoRA, name: str) -> bool:
     for key, tensor in lora.model.named_parameters(remove_duplicate=False):
         places.setdefault(id(tensor), set()).add(key)
     whole = lora.copies(name)  # copied once, so both places change alike
-    changed = {f"{one.layer}.weight" for one in lora.delta(name)}
+    changed = {f"{one.layer}.weight" for one in lora.delta(name)} | whole.keys()
     return any(len(shared) > 1 and shared & changed and not shared <= whole.keys() for shared in places.values())
 
 

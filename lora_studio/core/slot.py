@@ -268,7 +268,11 @@ class Slot:
         ]
         if not live:
             return None
+        if not inputs or not isinstance(output, torch.Tensor):
+            raise _not_by_row(layer)
         gate = self.route.gate(inputs[0].shape[0], layer.training)
+        if gate is not None and len(inputs[0]) == 1 < len(gate) and not isinstance(layer, nn.Embedding):
+            raise _not_by_row(layer)
         gates = None if gate is None else gate.view(len(gate), *[1] * (output.dim() - 2), -1).to(output.dtype)
         stacked = [(column, part) for column, part in live if isinstance(part, LowRank) and part.stacks]
         changed = output
@@ -286,8 +290,8 @@ class Before(Part):
 
     length: int  # virtual tokens
 
-    def keys_values(self, model: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Per layer of the model, keys and values (1, kv_heads, length, head_dim)."""
+    def keys_values(self, model: Any, batch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Per layer of the model, keys and values (batch, kv_heads, length, head_dim)."""
         raise NotImplementedError
 
 
@@ -307,6 +311,10 @@ class InputSlot(Slot):
         live = [(column, part) for column, name in names for part in self.parts.get(name, ())]
         if not live:
             return None
+        if inputs:
+            inputs, kwargs = (), {"input_ids": inputs[0], **kwargs}
+        if kwargs.get("input_ids") is None:
+            raise StudioError("E_METHOD", "Virtual tokens need token ids behind them.", "Pass input_ids.")
         ids = kwargs["input_ids"]
         batch, length = ids.shape
         cache = kwargs.get("past_key_values")
@@ -325,10 +333,20 @@ class InputSlot(Slot):
             on = mask.new_ones(batch) if gate is None else (gate[:, column] != 0).to(mask).expand(batch)
             shown.append(on[:, None].expand(batch, part.length))
             positions = positions + on[:, None] * part.length
-            for layer, (keys, values) in enumerate(part.keys_values(model) if fresh else []):
-                cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), layer)
+            for layer, (keys, values) in enumerate(part.keys_values(model, batch) if fresh else []):
+                cache.update(keys, values, layer)
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if most and int(positions.max()) >= most:
+            message = f"Virtual tokens and text together are longer than the {most} tokens that this model reads."
+            raise StudioError("E_CONTEXT", message, "Shorten the text.")
         mask = torch.cat([*shown, mask], dim=1)
         return inputs, kwargs | {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+
+
+def _not_by_row(layer: nn.Module) -> StudioError:
+    """For layers whose input or output has no row per sequence, such as DeBERTa's table of relative positions."""
+    message = f"{type(layer).__name__} is computed once for all rows, so they cannot have different adapters here."
+    return StudioError("E_ROWS", message, "Use one adapter for the whole batch at a time.")
 
 
 def base_weight(layer: nn.Module) -> torch.Tensor:

@@ -93,6 +93,7 @@ BASELINES: dict[str, tuple[str, str, int]] = {
     "prefix": ("Prefix: keys and values", "virtual tokens", 16),
     "prompt": ("Prefix: embeddings", "virtual tokens", 16),
 }
+VIRTUAL = ("prefix", "prompt")  # those that put virtual tokens in front of the text
 METHODS = ("lora", *BASELINES)
 
 

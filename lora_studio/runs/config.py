@@ -108,4 +108,7 @@ def base_precision(method: Method, asked: str, on: str) -> str:
     whole = isinstance(method, BaselineSpec) and method.kind in ("full", "top")
     if whole and asked in QUANTISED:
         raise StudioError("E_METHOD", f"This method trains the weights that {asked} packs.", "Take LoRA, or auto.")
+    if isinstance(method, LoraSpec) and method.variant in ("dora", "pissa") and asked in QUANTISED:
+        message = f"Variant {method.variant} needs the weights that {asked} packs."
+        raise StudioError("E_QUANTISED", message, "Take variant lora, or precision auto.")
     return asked if asked != "auto" else "float32" if whole else training_precision(on)

@@ -14,9 +14,12 @@ from lora_studio.ui.desk import Desk
 PEFT = """from peft import AutoPeftModelFor{kind}
 
 model = AutoPeftModelFor{kind}.from_pretrained("{folder}"{more})  # the unpacked adapter"""
-HERE = """from lora_studio.adapters import load
+HERE = """from pathlib import Path
+from lora_studio import LoRA
+from lora_studio.adapters import load
 
-load(LoRA(model), Path("{folder}"), "mine")  # the unpacked adapter; then: with lora.use("mine"): ..."""
+lora = LoRA(model)
+load(lora, Path("{folder}"), "mine")  # the unpacked adapter; then: with lora.use("mine"): ..."""
 USUAL = "as loaded here"  # the dtype of merged weights when none is chosen
 
 # Gradio's label goes to the copy button, which stands in it before the text
