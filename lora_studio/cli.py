@@ -76,7 +76,7 @@ def _option(setting: Knob) -> inspect.Parameter:
     )
 
 
-def pick(config: type, settings: dict[str, Any]) -> Any:
+def pick(config: type, settings: Mapping[str, Any]) -> Any:
     """The part of the options that belongs to one config."""
     return config(**_values(config, settings))
 
