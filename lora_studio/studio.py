@@ -233,13 +233,13 @@ class Studio:
         skeleton = self.models.skeleton(model, labels=len(labels))
         if labels:
             method = replace(method, modules_to_save=heads(skeleton))
+        pieces = plan(skeleton, method)
         most = context(skeleton)
         if most and isinstance(method, BaselineSpec) and method.kind in VIRTUAL:
             most -= method.size
         if most and config.max_length > most:
             message = f"The length limit is {config.max_length}, this model reads at most {most} tokens."
             raise StudioError("E_CONTEXT", message, f"Set the length limit to {most} or less.")
-        pieces = plan(skeleton, method)
         seen = self.inspect(choice, model, config, task) if choice else None
         on = device()
         precision = base_precision(method, config.precision, on)

@@ -341,7 +341,8 @@ def test_the_command_line_spells_out_what_differs_from_the_defaults() -> None:
     )
     assert command_line(run) == f"{begins}--rank 4 --targets attn.q,mlp.up --rank-pattern mlp.up=2 --steps 7"
     other = replace(config, method=BaselineSpec(kind="prefix", width=5), task="classify", train=TrainConfig())
-    assert command_line(replace(run, config=other)) == f"{begins}--task classify --method prefix --width 5"
+    said = f"{begins}--task classify --method prefix --width 5 --learning-rate 0.005"  # unsaid, it would be another
+    assert command_line(replace(run, config=other)) == said
 
 
 def test_the_card_holds_the_figures_and_no_markup_of_the_users(studio: Studio, tiny: Path) -> None:
