@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import LoraSpec
-from tests.tiny import CAUSAL, CLASSIFIERS, causal, classifier
+from tests.tiny import CAUSAL, CLASSIFIERS, PLAIN_TOO, causal, classifier
 
 PLAIN = {"gemma2", "stablelm"}  # one caps its attention scores, one has attention code of its own
 LENGTHS = (9, 5, 9, 12)  # longer than mistral's window of 5 in tests/tiny.py
@@ -196,3 +196,12 @@ def test_padding_changes_no_row(family: str) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
     torch.testing.assert_close(longer, alone, rtol=1e-5, atol=0)
     assert (together[0] - together[2]).abs().max() > 1e-2  # and rows do differ
+
+
+@pytest.mark.parametrize("family", PLAIN_TOO)
+def test_every_other_family_trains_packed_or_says_that_it_cannot_be(family: str) -> None:
+    model, rows = causal(family), batch()
+    padded = lean.padded_loss(model, rows)
+    if lean.packable(model):
+        with lean.packed_attention(model):
+            torch.testing.assert_close(lean.packed_loss(model, rows), padded, rtol=1e-4, atol=1e-4)

@@ -25,6 +25,7 @@ from lora_studio.core.layout import ENCODERS
 IGNORED = -100  # label of a position that is not supervised
 CHUNK = 256  # supervised positions whose logits are in memory together
 PACKED = "lora_studio_packed"
+DEAF = ("nemotron",)  # their blocks take keyword arguments and do not hand them to the attention
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def packable(model: nn.Module) -> bool:
     text = config.get_text_config()
     # Only models that call the attention interface can be packed; falcon and stablelm have sdpa code of their own.
     through_interface = getattr(model, "_supports_sdpa", False) and getattr(model, "_supports_attention_backend", False)
-    return bool(through_interface) and not getattr(text, "attn_logit_softcapping", None)
+    plain = text.model_type not in DEAF and not getattr(text, "attn_logit_softcapping", None)
+    return bool(through_interface) and plain
 
 
 @contextmanager
