@@ -59,8 +59,8 @@ class Trial:
 class Bench:
     """Models, rows and finished results of one run of the benchmark."""
 
-    def __init__(self, library: ModelLibrary, models: Mapping[str, str], rows: Mapping[str, Rows], cache: Path) -> None:
-        self.library, self.models, self.rows, self.cache = library, models, rows, cache
+    def __init__(self, loader: ModelLibrary, models: Mapping[str, str], rows: Mapping[str, Rows], cache: Path) -> None:
+        self.loader, self.models, self.rows, self.cache = loader, models, rows, cache
         self._loaded: dict[tuple[str, str], LoRA] = {}
         self._encoded: dict[tuple[str, str], list[Encoded]] = {}
         cache.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,7 @@ class Bench:
         precision = precision or PRECISION[task]
         if (task, precision) not in self._loaded:
             labels = len(self.rows[task].labels)
-            model = self.library.load(self.models[task], precision=precision, on="cpu", labels=labels)
+            model = self.loader.load(self.models[task], precision=precision, on="cpu", labels=labels)
             self._loaded[task, precision] = LoRA(model)
         return self._loaded[task, precision]
 
@@ -119,7 +119,7 @@ class Bench:
             SHORT[trial.task],
             PRECISION[trial.task],
         ]
-        about += [self.rows[trial.task].fingerprint, self.library.revision(self.models[trial.task])]
+        about += [self.rows[trial.task].fingerprint, self.loader.revision(self.models[trial.task])]
         digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         return self.cache / f"{trial.task}-{digest}.json"
 
@@ -165,14 +165,14 @@ class Bench:
             precision=PRECISION[trial.task],
             seed=trial.seed,
         )
-        tokenizer = self.library.tokenizer(self.models[trial.task])
+        tokenizer = self.loader.tokenizer(self.models[trial.task])
         rows = self.encoded(trial.task, "train")
         return Job(lora=lora, adapter=NAME, tokenizer=tokenizer, train=rows, heldout=(), config=config)
 
     def encoded(self, task: str, part: str) -> list[Encoded]:
         """One part of a task's rows as token ids; training rows that are too long are left out."""
         if (task, part) not in self._encoded:
-            rows, tokenizer = self.rows[task], self.library.tokenizer(self.models[task])
+            rows, tokenizer = self.rows[task], self.loader.tokenizer(self.models[task])
             examples: Sequence[Example] = getattr(rows, part)
             encoded = [
                 encode_label(tokenizer, example, rows.labels, LENGTH[task])
@@ -202,7 +202,7 @@ class Bench:
         return label_scores([tokens.label or 0 for tokens in rows], guesses)
 
     def _text_scores(self, task: str, lora: LoRA) -> dict[str, Any]:
-        rows, tokenizer = self.rows[task], self.library.tokenizer(self.models[task])
+        rows, tokenizer = self.rows[task], self.loader.tokenizer(self.models[task])
         prompts = [prompt_ids(tokenizer, example.prompt) for example in rows.heldout]
         texts = answers(lora.model, tokenizer, prompts, Sampling(max_new_tokens=ANSWER))
         return text_scores(texts, rows.references) | {"sample": texts[0]}
