@@ -14,7 +14,7 @@ from lora_studio.data.batches import encode, encode_label, prompt_ids
 from lora_studio.data.formats import Example
 from lora_studio.errors import StudioError
 from lora_studio.generate import Sampling, answers
-from lora_studio.train import figures
+from lora_studio.measure import figures
 
 ANSWER_TOKENS = 200
 

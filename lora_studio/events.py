@@ -1,4 +1,4 @@
-"""What training says while it runs: six frozen events, one JSON line each, both ways.
+"""What training says while it runs: seven frozen events, one JSON line each, both ways.
 
 Training yields them, the worker appends them to `events.jsonl`, everything else reads them. Not-a-number
 has no JSON form, so such a value is written as null and its name is listed under "nan".
@@ -13,7 +13,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Started:
-    """The run knows what it will do: sizes are exact, nothing has been trained yet."""
+    """An attempt knows what it will do: sizes are exact. `step` is the one it goes on behind, 0 for a fresh run.
+
+    Whoever draws a curve forgets what earlier attempts said of later steps than this one.
+    """
 
     steps: int
     trainable: int
@@ -22,6 +25,19 @@ class Started:
     precision: str
     train_rows: int
     heldout_rows: int
+    step: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probed:
+    """One forward and backward on the longest batch, measured before training; it replaces the estimate."""
+
+    tokens: int  # of that batch
+    seconds_step: float
+    seconds: float  # forecast for all steps, by tokens
+    memory_bytes: int  # peak: of the process on a CPU, of the tensors on CUDA
+    accumulate: int  # passes that a step is split into from here on
+    batch_fits: int | None  # examples in a pass that fit the memory; None where all do
     step: int = 0
 
 
@@ -57,27 +73,28 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class Warned:
-    """Something the user should know; training goes on."""
+    """Something the user should know; training goes on. change: settings of TrainConfig that would cure it."""
 
     step: int
     code: str
     message: str
     hint: str = ""
+    change: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """The last event of an attempt. status: done, stopped or failed."""
+    """The last event of an attempt. status: done, stopped, paused or failed."""
 
     step: int
     run: str
     status: str
-    error: Mapping[str, str] | None = None
+    error: Mapping[str, Any] | None = None
     values: Mapping[str, float] = field(default_factory=dict)
 
 
-Event = Started | Metric | Sample | Saved | Warned | Ended
-EVENTS: dict[str, type] = {kind.__name__: kind for kind in (Started, Metric, Sample, Saved, Warned, Ended)}
+Event = Started | Probed | Metric | Sample | Saved | Warned | Ended
+EVENTS: dict[str, type] = {kind.__name__: kind for kind in (Started, Probed, Metric, Sample, Saved, Warned, Ended)}
 
 
 def to_line(event: Event, *, time: float, attempt: int) -> str:

@@ -22,7 +22,7 @@ from lora_studio.core.lean import Tokens
 from lora_studio.core.lora import Factors, LoRA, weight
 from lora_studio.core.spec import BASELINES, BaselineSpec, LoraSpec
 from lora_studio.errors import StudioError, quote
-from lora_studio.train import mean_loss
+from lora_studio.measure import mean_loss
 
 KEEP = 0.99  # of what the whole adapter gained: good enough for a smaller one
 TEMPORARY = "truncated"  # the name of an adapter that is attached for one measurement

@@ -18,6 +18,13 @@ class TrainConfig:
     steps: int = knob(25, min=0, max=1_000_000, label="Steps", help="Optimizer steps; 0 takes epochs instead")
     epochs: float = knob(0.0, min=0.0, max=1000.0, label="Epochs", help="Passes over the data, when steps is 0")
     batch_size: int = knob(8, min=1, max=1024, label="Batch", help="Examples per step")
+    batch_tokens: int = knob(
+        0,
+        min=0,
+        max=10_000_000,
+        label="Batch in tokens",
+        help="Tokens per step instead of examples; 0 goes by examples",
+    )
     accumulate: int = knob(
         1, min=1, max=1024, label="Accumulate", help="Split a step into this many passes; same result"
     )
@@ -40,12 +47,24 @@ class TrainConfig:
     max_length: int = knob(512, min=8, max=131_072, label="Length limit", help="Tokens per example; the rest is cut")
     holdout: float = knob(0.1, min=0.0, max=0.5, label="Held out", help="Share of the rows kept to measure on")
     evaluations: int = knob(3, min=1, max=1000, label="Evaluations", help="How often the held-out loss is measured")
+    patience: int = knob(
+        0, min=0, max=1000, label="Patience", help="Evaluations without a better held-out loss before it ends; 0 never"
+    )
+    save_every: int = knob(
+        0, min=0, max=1_000_000, label="Save every", help="Steps between checkpoints; 0 saves about every half minute"
+    )
     samples: int = knob(3, min=0, max=20, label="Samples", help="Held-out prompts answered at each evaluation")
     precision: str = knob(
         "auto",
         choices=("auto", "float32", "bfloat16", *QUANTISED),
         label="Precision",
         help="Of the frozen base; auto fits the machine, int8 and nf4 need a CUDA GPU and bitsandbytes",
+    )
+    checkpointing: str = knob(
+        "auto",
+        choices=("auto", "on", "off"),
+        label="Activation checkpointing",
+        help="Computes activations twice instead of keeping them; auto does so when memory runs short",
     )
     seed: int = knob(0, min=0, max=2**31 - 1, label="Seed", help="Same seed, same run")
 
@@ -59,9 +78,10 @@ class TrainConfig:
         """A learning rate that short runs of a method bear on a model of this size: it falls with the size's root."""
         return RATES.get(method, 1.0) * 5e-3 * min(1.0, math.sqrt(135e6 / parameters))
 
-    def total_steps(self, rows: int) -> int:
-        """Steps for this many training rows. Raises E_CONFIG when neither steps nor epochs is given."""
-        total = self.steps or math.ceil(self.epochs * rows / self.batch_size)
+    def total_steps(self, rows: int, tokens: int = 0) -> int:
+        """Steps for this many training rows and tokens. Raises E_CONFIG when neither steps nor epochs is given."""
+        passed, step = (tokens, self.batch_tokens) if self.batch_tokens else (rows, self.batch_size)
+        total = self.steps or math.ceil(self.epochs * passed / step)
         if total < 1:
             raise StudioError("E_CONFIG", "Steps and epochs are both 0.", "Give at least one step.")
         return total

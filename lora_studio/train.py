@@ -3,38 +3,50 @@
 There are no callbacks and there is no file code here. To stop, stop pulling; between two events the weights
 are consistent, so that is when a caller saves. Same job, same seed: same events. Any method trains in the same
 way, LoRA or one of the paper's others, and so does a classifier: its rows carry a label instead of an answer.
+
+Several jobs on one base train together: each has its own adapter, rows, settings and events, and ends where it
+would have ended alone. As long as a pass is small its tokens share the base's matrix products.
 """
 
+import itertools
 import math
 import random
-import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
-from lora_studio.data.batches import Encoded, encode_label, prompt_ids
+from lora_studio.data.batches import Encoded
 from lora_studio.data.formats import Example
 from lora_studio.errors import StudioError
-from lora_studio.events import Event, Metric, Sample, Started, Warned
-from lora_studio.generate import Sampling, answers
+from lora_studio.events import Event, Metric, Probed, Sample, Started, Warned
+from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_TOKENS, figures, peak_memory, sampled, within
 from lora_studio.models import parameter_count
 from lora_studio.settings import QUANTISED, TrainConfig
+from lora_studio.step import Share, careful, probe
 
-HELDOUT_TOKENS = 2_048  # of held-out text measured at each evaluation
-SAMPLE_TOKENS = 48  # longest answer in the sample timeline
+PROBED = 1_000  # steps ahead among which the longest batch is looked for
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
+class State:
+    """All that a training goes on from: tensors on the CPU, ready for safetensors, and plain values."""
+
+    adapter: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]  # both moments and the step count of each tensor, and the random states
+    progress: Mapping[str, Any]  # JSON
+
+
+@dataclass(kw_only=True, eq=False)
 class Job:
     """Everything that one training needs, loaded: the adapter is attached and fresh.
 
-    classes: the names of the labels, where the rows carry labels.
+    classes: the names of the labels, where the rows carry labels. What training writes: step (the last finished
+    one), over (it takes no further part), error (why, when it failed among others).
     """
 
     lora: LoRA
@@ -46,77 +58,348 @@ class Job:
     classes: Sequence[str] = ()
     config: TrainConfig
     optimizer: torch.optim.Optimizer = field(init=False)
+    share: Share = field(init=False)  # of a step: how its passes are cut
+    step: int = field(init=False, default=0)
+    measured: int = field(init=False, default=-1)  # the last step whose held-out loss is known
+    best: float = field(init=False, default=math.inf)  # held-out loss
+    stale: int = field(init=False, default=0)  # evaluations since the best
+    over: bool = field(init=False, default=False)
+    error: StudioError | None = field(init=False, default=None)
+    random: torch.Tensor | None = field(init=False, default=None)  # the random state to go on from
 
     def __post_init__(self) -> None:
         config = self.config
         groups = self.lora.groups(self.adapter, config.lr_ratio_b)
-        fused = groups[0]["params"][0].device.type in ("cuda", "cpu")
         self.optimizer = torch.optim.AdamW(
-            groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=fused
+            groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=self.device.type in ("cuda", "cpu")
         )
+        self.share = Share(adapter=self.adapter, accumulate=config.accumulate, checkpointing=config.checkpointing)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.lora.model.parameters()).device
+
+    @property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        return self.lora.parameters(self.adapter)
+
+    def leave(self) -> None:
+        """Take no further part: the rows vanish, the other jobs go on."""
+        self.over = True
+
+    def state(self) -> State:
+        """All that `restore` needs to go on bit for bit (CPU, one thread); call it between two events."""
+        moments = {
+            f"{number}.{name}": value
+            for number, tensor in enumerate(self.parameters)
+            for name, value in self.optimizer.state[tensor].items()
+        }
+        moments["random"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            moments["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        return State(
+            adapter={str(number): _plain(tensor) for number, tensor in enumerate(self.parameters)},
+            optimizer={name: _plain(tensor) for name, tensor in moments.items()},
+            progress={
+                "step": self.step,
+                "measured": self.measured,
+                "best": self.best if math.isfinite(self.best) else None,
+                "stale": self.stale,
+                "accumulate": self.share.accumulate,
+                "recompute": self.share.recompute,
+            },
+        )
+
+    def restore(self, state: State) -> None:
+        """Go on from `state`; the job must have been built as the one that it is of. Raises E_CHECKPOINT."""
+        parameters, progress = self.parameters, state.progress
+        if [tensor.shape for tensor in state.adapter.values()] != [tensor.shape for tensor in parameters]:
+            raise StudioError("E_CHECKPOINT", "The checkpoint is of another adapter.", "Start the run again.")
+        for number, tensor in enumerate(parameters):
+            tensor.data.copy_(state.adapter[str(number)])
+            names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"{number}.{name}" in state.optimizer]
+            self.optimizer.state[tensor] = {
+                name: state.optimizer[f"{number}.{name}"].clone().to(tensor.device) for name in names
+            }
+        self.random = state.optimizer["random"]
+        if "random.cuda" in state.optimizer and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state.optimizer["random.cuda"], self.device)
+        self.step, self.measured, self.stale = progress["step"], progress["measured"], progress["stale"]
+        self.best = math.inf if progress["best"] is None else progress["best"]
+        self.share.accumulate, self.share.recompute = progress["accumulate"], progress["recompute"]
 
 
 def train(job: Job) -> Iterator[Event]:
-    """Train one adapter; the first event is Started, step 0 measures the base model.
+    """Train one adapter; the first event is Started, step 0 measures the base model. A restored job goes on.
 
-    Raises E_NO_TARGET when no training row has a token to learn from and E_NOT_FINITE when the loss or the
-    gradient stops being a number.
+    Raises E_NO_TARGET when no training row has a token to learn from, E_NOT_FINITE when the loss or the gradient
+    stops being a number, E_MEMORY when no way to cut a step fits.
     """
-    config, lora = job.config, job.lora
-    rows = [one.tokens for one in job.train if one.tokens.count]
-    if not rows:
-        raise StudioError("E_NO_TARGET", "No training row has a token to learn from.", "Raise the length limit.")
-    steps = config.total_steps(len(rows))
-    parameters = lora.parameters(job.adapter)
-    first = next(lora.model.parameters())
-    total = parameter_count(lora.model)
-    usual = config.usual_rate(total, getattr(lora.specs[job.adapter], "kind", "lora"))
-    yield Started(
-        steps=steps,
-        trainable=sum(tensor.numel() for tensor in parameters),
-        total=total,
-        device=str(first.device),
-        precision=config.precision if config.precision in QUANTISED else str(first.dtype).removeprefix("torch."),
-        train_rows=len(rows),
-        heldout_rows=len(_measured(job)),
-    )
-    if config.learning_rate > 2 * usual:
-        message = (
-            f"A learning rate of {config.learning_rate:g} is high for this model and method; {usual:.1g} is usual."
+    for _, event in train_together([job]):
+        if job.error:
+            raise job.error
+        yield event
+
+
+def train_together(jobs: Sequence[Job]) -> Iterator[tuple[int, Event]]:
+    """Train several adapters on one base; each event comes with the number of its job.
+
+    A job that fails gets its `error`, says so in a Warned event and leaves; the others go on.
+    """
+    lora = jobs[0].lora
+    assert all(job.lora is lora for job in jobs), "jobs that train together share a base model"
+    courses = {job: _Course(number, job) for number, job in enumerate(jobs)}
+    for course in courses.values():
+        yield from course.guarded(course.begin())
+    torch.manual_seed(jobs[0].config.seed)  # dropout's
+    for job in jobs:
+        if job.random is not None:
+            torch.set_rng_state(job.random)
+    yield from _probe(lora, [course for course in courses.values() if not course.job.over])
+    yield from _measure([course for course in courses.values() if course.due])
+    while live := [course for course in courses.values() if not course.job.over]:
+        for group in _groups(lora, live):
+            yield from _step(lora, group)
+        yield from _measure([course for course in live if course.due])
+        for course in live:
+            yield from course.end_of_round()
+
+
+class _Course:
+    """A job on its way: its rows, the batches to come, its clock."""
+
+    def __init__(self, number: int, job: Job) -> None:
+        self.number, self.job = number, job
+        self.rows: list[lean.Tokens] = []
+        self.steps = 0
+        self.measured_at: frozenset[int] = frozenset()
+        self.batches: Iterator[list[lean.Tokens]] = iter(())
+        self.batch: list[lean.Tokens] = []  # of the step that is next
+        self.clock, self.seen, self.since = 0.0, 0, job.step  # of this attempt: start, tokens, first step
+        self.parameters = job.parameters
+        self.floor = 0  # most memory that was held before training
+
+    def begin(self) -> Iterator[Event]:
+        """Started, and what should be said before the first step."""
+        job, config = self.job, self.job.config
+        self.rows = [one.tokens for one in job.train if one.tokens.count]
+        if not self.rows:
+            raise StudioError("E_NO_TARGET", "No training row has a token to learn from.", "Raise the length limit.")
+        self.steps = config.total_steps(len(self.rows), sum(len(tokens.ids) for tokens in self.rows))
+        self.measured_at = measured_steps(config, self.steps)
+        self.batches = _batches(self.rows, config, self.steps)
+        for _ in range(job.step):
+            next(self.batches)
+        model = job.lora.model
+        total = parameter_count(model)
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        yield Started(
+            step=job.step,
+            steps=self.steps,
+            trainable=sum(tensor.numel() for tensor in self.parameters),
+            total=total,
+            device=str(job.device),
+            precision=config.precision if config.precision in QUANTISED else dtype,
+            train_rows=len(self.rows),
+            heldout_rows=len(_measured(job)),
         )
-        yield Warned(step=0, code="W_RATE", message=message)
-    torch.manual_seed(config.seed)  # dropout's
-    measure_at = measured_steps(config, steps)
-    yield from _measure(job, step=0)
-    clock, seen = time.monotonic(), 0
-    for step, batch in enumerate(_batches(rows, config, steps), start=1):
-        rate = config.learning_rate * schedule(config, step, steps)
+        usual = config.usual_rate(total, getattr(job.lora.specs[job.adapter], "kind", "lora"))
+        if config.learning_rate > 2 * usual and not job.step:
+            rate = f"A learning rate of {config.learning_rate:g} is high for this model and method"
+            yield Warned(step=0, code="W_RATE", message=f"{rate}; {usual:.1g} is usual.")
+        if job.step >= self.steps and job.measured >= job.step:
+            job.leave()
+        self.clock = time.monotonic()
+
+    def guarded(self, events: Iterator[Event]) -> Iterator[tuple[int, Event]]:
+        """The events with this job's number; an error ends the job and nothing else."""
+        try:
+            for event in events:
+                yield self.number, event
+        except StudioError as error:
+            yield self.number, self.failed(error)
+
+    def failed(self, error: StudioError) -> Event:
+        self.job.error = error
+        self.job.leave()
+        return Warned(step=self.job.step, code=error.code, message=error.message, hint=error.hint)
+
+    @property
+    def due(self) -> bool:
+        """Whether the held-out loss is to be measured now; step 0 is the base model."""
+        job = self.job
+        return (not job.over and job.measured < job.step and job.step in self.measured_at) or job.measured < 0
+
+    def update(self, loss: float) -> Iterator[Event]:
+        """The optimizer's part of a step, its gradients being there; and its figures."""
+        job, config = self.job, self.job.config
+        unreached = job.lora.unreached(job.adapter)
+        if unreached:
+            message = f"The model does not pass through {unreached[0]}, so it cannot be adapted."
+            raise StudioError("E_UNREACHED", message, "Leave this matrix out.")
+        step = job.step + 1
+        rate = config.learning_rate * schedule(config, step, self.steps)
         for group in job.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
-        loss, norm = _step(job, parameters, batch)
-        seen += sum(len(tokens.ids) for tokens in batch)
-        elapsed = time.monotonic() - clock
+        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf))
+        job.optimizer.step()
+        job.optimizer.zero_grad(set_to_none=True)
+        job.step = step
+        self.seen += sum(len(tokens.ids) for tokens in self.batch)
+        elapsed = time.monotonic() - self.clock
         yield Metric(
             step=step,
             values={
                 "train_loss": loss,
                 "learning_rate": rate,
                 "grad_norm": norm,
-                "tokens_per_s": seen / elapsed,
-                "seconds_left": elapsed / step * (steps - step),
-                "memory_bytes": peak_memory(first.device),
+                "tokens_per_s": self.seen / elapsed,
+                "seconds_left": elapsed / (step - self.since) * (self.steps - step),
+                "memory_bytes": max(self.floor, peak_memory(job.device)),
             },
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise StudioError(
-                "E_NOT_FINITE",
-                f"The loss stopped being a number at step {step}.",
-                f"Lower the learning rate, for instance to {config.learning_rate / 10:g}.",
-            )
-        if step in measure_at:
-            paused = time.monotonic()
-            yield from _measure(job, step)
-            clock += time.monotonic() - paused  # measuring is not training
+            message = f"The loss stopped being a number at step {step}."
+            hint = f"Lower the learning rate, for instance to {config.learning_rate / 10:g}."
+            raise StudioError("E_NOT_FINITE", message, hint)
+
+    def judge(self, loss: float | None) -> None:
+        """Take in a held-out loss that was just measured."""
+        job = self.job
+        if loss is not None and job.step:
+            better = loss < job.best
+            job.best, job.stale = (loss, 0) if better else (job.best, job.stale + 1)
+
+    def end_of_round(self) -> Iterator[tuple[int, Event]]:
+        """Leave when all steps are done, or when patience has run out."""
+        job, patience = self.job, self.job.config.patience
+        if job.over:
+            return
+        if patience and job.stale >= patience and job.step < self.steps:
+            message = f"The held-out loss has not fallen for {job.stale} evaluations; training ends at step {job.step}."
+            yield self.number, Warned(step=job.step, code="I_PATIENCE", message=message)
+            job.leave()
+        if job.step >= self.steps:
+            job.leave()
+
+
+def _groups(lora: LoRA, live: Sequence[_Course]) -> list[list[_Course]]:
+    """Which jobs share a pass: those that can be packed, as long as it stays small. Fetches the batches."""
+    groups: list[list[_Course]] = []
+    room = 0
+    for course in live:
+        course.batch = next(course.batches)
+        size = sum(len(tokens.ids) for tokens in course.batch)
+        joins = course.job.share.joins(lora, course.batch)
+        if joins and size <= room:
+            groups[-1].append(course)
+            room -= size
+        else:
+            groups.append([course])
+            room = lean.TOGETHER - size if joins else 0
+    return groups
+
+
+def _step(lora: LoRA, group: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
+    """One optimizer step of each of these jobs, whose passes are shared."""
+    try:
+        losses = careful(lora, [(course.job.share, course.batch) for course in group])
+    except StudioError as error:  # no way to cut this step fits the memory
+        for course in group:
+            yield course.number, course.failed(error)
+        return
+    for course, loss in zip(group, losses, strict=True):
+        yield from _notes(course)
+        yield from course.guarded(course.update(loss))
+
+
+def _notes(course: _Course) -> Iterator[tuple[int, Event]]:
+    """What had to be done because memory ran short."""
+    while course.job.share.notes:
+        note = course.job.share.notes.pop(0)
+        yield course.number, Warned(step=course.job.step, code="W_MEMORY", message=note)
+
+
+def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
+    """One forward and backward on each job's longest batch before anything is trained: what it takes is measured."""
+    for course in courses:
+        job, config = course.job, course.job.config
+        ahead = list(itertools.islice(_batches(course.rows, config, course.steps), job.step, job.step + PROBED))
+        if not ahead:
+            continue
+        sizes = [sum(len(tokens.ids) for tokens in batch) for batch in ahead]
+        longest = ahead[sizes.index(max(sizes))]
+        course.floor = peak_memory(job.device)
+        try:
+            found = probe(lora, job.share, longest)
+        except StudioError as error:
+            yield course.number, course.failed(error)
+            continue
+        yield from _notes(course)
+        per_token = found.seconds / max(sizes)
+        steps = course.steps - job.step
+        measured = sum(len(tokens.ids) for tokens in _measured(job)) * per_token / 3  # a forward is a third of a step
+        written = SAMPLE_TOKENS * found.seconds_token if job.samples and not job.classes else 0.0
+        rounds = sum(step > job.step for step in course.measured_at) + (job.measured < 0)
+        seconds = sum(sizes) / len(sizes) * steps * per_token + rounds * (measured + written)
+        yield (
+            course.number,
+            Probed(
+                step=job.step,
+                tokens=max(sizes),
+                seconds_step=found.seconds,
+                seconds=seconds,
+                memory_bytes=max(found.memory_bytes, 0),
+                accumulate=job.share.accumulate,
+                batch_fits=found.batch_fits,
+            ),
+        )
+    for course in courses:
+        course.clock = time.monotonic()
+
+
+def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
+    """Held-out loss and the fixed sample prompts of these jobs; at step 0 of the base model, once for all of them."""
+    paused = time.monotonic()
+    events: list[tuple[_Course, Event]] = []
+    base: dict[Any, dict[str, float]] = {}
+    for course in courses:
+        job = course.job
+        key = None if job.step else tuple(id(one) for one in job.heldout)
+        found = base[key] if key in base else heldout_figures(job, base=not job.step)
+        if key is not None:
+            base[key] = found
+        if found:
+            events.append((course, Metric(step=job.step, values=found)))
+        elif not job.step:
+            message = "No rows are held out, so learning cannot be told from memorising."
+            events.append((course, Warned(step=0, code="W_NO_HELDOUT", message=message)))
+        course.judge(found.get("heldout_loss"))
+        job.measured = job.step
+    for course, texts in zip(courses, _sampled([course.job for course in courses]), strict=True):
+        for index, (example, text) in enumerate(zip(course.job.samples, texts, strict=True)):
+            prompt = example.prompt[-1].content
+            step = course.job.step
+            events.append((course, Sample(step=step, index=index, prompt=prompt, text=text, target=example.target)))
+    for course in courses:
+        course.clock += time.monotonic() - paused  # measuring is not training
+    for course, event in events:
+        yield course.number, event
+
+
+def _sampled(jobs: Sequence[Job]) -> Iterator[list[str]]:
+    """What each job's adapter writes to its samples; rows of several adapters that write are one batch."""
+    together = len(jobs) > 1 and not any(job.classes or not job.lora.packs(job.adapter) for job in jobs)
+    if together and any(job.samples for job in jobs):
+        lora, samples = jobs[0].lora, [example for job in jobs for example in job.samples]
+        with lora.use(*(job.adapter if job.step else None for job in jobs for _ in job.samples)):
+            texts = iter(sampled(lora, jobs[0].tokenizer, samples, (), 0))
+        yield from ([next(texts) for _ in job.samples] for job in jobs)
+        return
+    for job in jobs:
+        with job.lora.use(job.adapter if job.step else None):
+            most = job.config.max_length
+            yield sampled(job.lora, job.tokenizer, job.samples, job.classes, most) if job.samples else []
 
 
 def heldout_loss(job: Job) -> float | None:
@@ -153,138 +436,32 @@ def schedule(config: TrainConfig, step: int, steps: int) -> float:
     return left if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * (1 - left)))
 
 
-@torch.no_grad()
-def figures(lora: LoRA, rows: Sequence[lean.Tokens], budget: int = 4096) -> dict[str, float]:
-    """Of rows under the adapter in use: "loss", the mean cross-entropy per supervised token or per label, and for
-    labels "accuracy", the share of rows whose likeliest label is theirs. `budget`: tokens in a pass.
-    """
-    total, right = 0.0, 0
-    for batch in _passes(sorted(rows, key=lambda tokens: len(tokens.ids)), budget):  # alike lengths pad little
-        if batch[0].label is None:
-            total += float(_summed_loss(lora, batch))
-            continue
-        logits = lean.class_logits(lora.model, batch)
-        total += float(lean.label_loss(logits, batch))
-        right += sum(best == tokens.label for best, tokens in zip(logits.argmax(-1).tolist(), batch, strict=True))
-    loss = total / sum(tokens.count for tokens in rows)
-    return {"loss": loss} if rows[0].label is None else {"loss": loss, "accuracy": right / len(rows)}
-
-
-def mean_loss(lora: LoRA, rows: Sequence[lean.Tokens], budget: int = 4096) -> float:
-    """The loss of `figures`."""
-    return figures(lora, rows, budget)["loss"]
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes held so far: on CUDA by tensors, else by the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")  # getrusage would count what the parent held before the exec
-    if status.exists():
-        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-
-
-def _step(job: Job, parameters: Sequence[torch.nn.Parameter], batch: Sequence[lean.Tokens]) -> tuple[float, float]:
-    """One optimizer step; the loss averages over all supervised tokens or labels of the step, however it is split."""
-    model = job.lora.model.train()  # before `use`, which goes by it
-    count = sum(tokens.count for tokens in batch)
-    size = math.ceil(len(batch) / job.config.accumulate)
-    total = 0.0
-    try:
-        with job.lora.use(job.adapter):
-            for start in range(0, len(batch), size):
-                loss = _summed_loss(job.lora, batch[start : start + size]) / count
-                loss.backward()
-                total += loss.item()
-    finally:
-        model.eval()
-    unreached = job.lora.unreached(job.adapter)
-    if unreached:
-        message = f"The model does not pass through {unreached[0]}, so it cannot be adapted."
-        raise StudioError("E_UNREACHED", message, "Leave this matrix out.")
-    norm = torch.nn.utils.clip_grad_norm_(parameters, job.config.clip_norm or math.inf)
-    job.optimizer.step()
-    job.optimizer.zero_grad(set_to_none=True)
-    return total, float(norm)
-
-
-def _summed_loss(lora: LoRA, batch: Sequence[lean.Tokens]) -> torch.Tensor:
-    """By labels, else packed where model and adapters allow it, else padded."""
-    model = lora.model
-    if batch[0].label is not None:
-        return lean.label_loss(lean.class_logits(model, batch), batch)
-    packed = lean.pack(batch, next(model.parameters()).device)
-    if not (lean.packable(model) and all(map(lora.packs, lora.in_use))):
-        return lean.padded_loss(model, packed)
-    with lean.packed_attention(model):
-        return lean.packed_loss(model, packed)
-
-
-def _measure(job: Job, step: int) -> Iterator[Event]:
-    """Held-out loss and the fixed sample prompts, at step 0 of the base model; prefixes change it from the start."""
-    found = heldout_figures(job, base=step == 0)
-    if found:
-        yield Metric(step=step, values=found)
-    elif step == 0:
-        message = "No rows are held out, so learning cannot be told from memorising."
-        yield Warned(step=0, code="W_NO_HELDOUT", message=message)
-    if job.samples:
-        with job.lora.use(job.adapter if step else None):
-            texts = _answers(job)
-        for index, (example, text) in enumerate(zip(job.samples, texts, strict=True)):
-            yield Sample(step=step, index=index, prompt=example.prompt[-1].content, text=text, target=example.target)
-
-
-def _answers(job: Job) -> list[str]:
-    """What the adapter in use writes to each sample, or the label it finds likeliest: "positive (0.93)"."""
-    model, words = job.lora.model, job.tokenizer
-    if not job.classes:
-        prompts = [prompt_ids(words, example.prompt) for example in job.samples]
-        return answers(model, words, prompts, Sampling(max_new_tokens=SAMPLE_TOKENS))
-    rows = [encode_label(words, example, job.classes, job.config.max_length).tokens for example in job.samples]
-    with torch.no_grad():
-        likeliest = lean.class_logits(model, rows).float().softmax(-1).max(-1)
-    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
-    return [f"{job.classes[index]} ({probability:.2f})" for index, probability in pairs]
-
-
 def _measured(job: Job) -> list[lean.Tokens]:
     """The held-out rows that are measured: the same first ones each time, within the budget."""
     return within([one.tokens for one in job.heldout if one.tokens.count], HELDOUT_TOKENS)
 
 
 def _batches(rows: Sequence[lean.Tokens], config: TrainConfig, steps: int) -> Iterator[list[lean.Tokens]]:
-    """`steps` batches over ever new shuffles of the rows; a batch may reach from one pass into the next."""
+    """`steps` batches over ever new shuffles of the rows; a batch may reach from one pass into the next.
+
+    They follow from seed and step alone, so a resumed run finds its place by counting.
+    """
     shuffle = random.Random(config.seed)
     order: list[int] = []
     for _ in range(steps):
-        batch = []
-        while len(batch) < min(config.batch_size, len(rows)):
+        batch: list[lean.Tokens] = []
+        room = config.batch_tokens
+        while len(batch) < (len(rows) if config.batch_tokens else min(config.batch_size, len(rows))):
             if not order:
                 order = list(range(len(rows)))
                 shuffle.shuffle(order)
+            size = len(rows[order[-1]].ids)
+            if config.batch_tokens and batch and size > room:
+                break
+            room -= size
             batch.append(rows[order.pop()])
         yield batch
 
 
-def within(rows: Sequence[lean.Tokens], budget: int) -> list[lean.Tokens]:
-    """The first rows that fit into `budget` tokens, at least one."""
-    kept, used = [], 0
-    for tokens in rows:
-        used += len(tokens.ids)
-        if kept and used > budget:
-            break
-        kept.append(tokens)
-    return kept
-
-
-def _passes(rows: Sequence[lean.Tokens], budget: int) -> Iterator[list[lean.Tokens]]:
-    batch: list[lean.Tokens] = []
-    for tokens in rows:
-        if batch and sum(len(one.ids) for one in batch) + len(tokens.ids) > budget:
-            yield batch
-            batch = []
-        batch.append(tokens)
-    if batch:
-        yield batch
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().clone().contiguous()

@@ -16,10 +16,10 @@ from lora_studio.core.lean import Tokens
 from lora_studio.core.lora import LoRA, weight
 from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
 from lora_studio.errors import StudioError
+from lora_studio.measure import mean_loss
 from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.runs.store import write_json
 from lora_studio.studio import Studio
-from lora_studio.train import mean_loss
 from lora_studio.ui import inside_tab
 from lora_studio.ui.desk import Desk
 from tests.tiny import causal, classifier

@@ -1,22 +1,26 @@
 """Training as a generator: deterministic, resumable by its caller, honest about bad numbers."""
 
 import dataclasses
+import itertools
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
 
+from lora_studio import step
+from lora_studio.core import lean
 from lora_studio.core.baselines import add
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BASELINES, VARIANTS, BaselineSpec, LoraSpec, Method
 from lora_studio.data.batches import encode, encode_label
 from lora_studio.data.formats import Example, Message
 from lora_studio.errors import StudioError
-from lora_studio.events import Metric, Sample, Started
+from lora_studio.events import Metric, Probed, Sample, Started, Warned
 from lora_studio.generate import classify
 from lora_studio.settings import TrainConfig
-from lora_studio.train import Job, heldout_figures, heldout_loss, schedule, train
+from lora_studio.train import Job, _batches, heldout_figures, heldout_loss, schedule, train, train_together
 from tests.tiny import causal, classifier, tokenizer
 
 CONFIG = TrainConfig(steps=6, batch_size=4, learning_rate=0.01, evaluations=2, samples=0)
@@ -130,8 +134,6 @@ def test_the_schedule_rises_to_its_peak_then_falls_and_is_never_zero(kind: str, 
 
 
 def test_every_row_is_seen_once_before_any_is_seen_twice() -> None:
-    from lora_studio.train import _batches
-
     rows = [encode(tokenizer(), row, 512).tokens for row in examples(10)]
     batches = list(_batches(rows, dataclasses.replace(CONFIG, batch_size=4), 5))
     flat = [rows.index(tokens) for batch in batches for tokens in batch]
@@ -253,3 +255,226 @@ def test_a_matrix_that_the_model_reads_past_its_layer_is_named() -> None:
     with pytest.raises(StudioError) as caught:
         list(train(work))
     assert caught.value.code == "E_UNREACHED" and "layers.1.mlp" in caught.value.message
+
+
+# ---- several adapters in one pass ------------------------------------------------------------------------------------
+
+CELLS = [  # rank, matrices, variant, rate, seed, steps
+    (1, ("attn.q",), "lora", 0.01, 0, 6),
+    (4, ("attn.q", "attn.v"), "rslora", 0.03, 0, 6),
+    (8, ("all-linear",), "lora", 0.02, 1, 4),
+    (2, ("mlp.up",), "dora", 0.01, 0, 6),
+    (2, ("all-linear",), "lora-fa", 0.01, 2, 3),
+]
+
+
+def cell_jobs(lora: LoRA, cells: list = CELLS, family: str = "llama", **changes: Any) -> list[Job]:
+    words, made = tokenizer(), []
+    rows = [encode(words, row, 512) for row in examples()]
+    for number, (rank, targets, variant, rate, seed, steps) in enumerate(cells):
+        lora.add(f"a{number}", LoraSpec(rank=rank, targets=targets, variant=variant), seed=seed)
+        config = dataclasses.replace(CONFIG, learning_rate=rate, seed=seed, steps=steps, **changes)
+        job = Job(
+            lora=lora,
+            adapter=f"a{number}",
+            tokenizer=words,
+            train=rows[2:],
+            heldout=rows[:2],
+            samples=examples()[:1],
+            config=config,
+        )
+        made.append(job)
+    return made
+
+
+def base(family: str) -> LoRA:
+    return LoRA(causal(family, vocabulary=len(tokenizer())))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gemma2"])  # the last cannot be packed: one by one
+def test_adapters_trained_together_end_as_if_each_had_trained_alone(family: str) -> None:
+    together = base(family)
+    found: dict[int, list] = {}
+    for number, event in train_together(cell_jobs(together)):
+        found.setdefault(number, []).append(event)
+    for number, cell in enumerate(CELLS):
+        alone = base(family)
+        (work,) = cell_jobs(alone, [cell])
+        events = list(train(work))
+        for name in ("train_loss", "heldout_loss", "learning_rate", "grad_norm"):
+            assert values(found[number], name) == pytest.approx(values(events, name), rel=2e-3, abs=1e-4), name
+        assert [type(event) for event in found[number]] == [type(event) for event in events]
+        for ours, theirs in zip(together.parameters(f"a{number}"), alone.parameters("a0"), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+
+
+def test_small_passes_are_shared_and_large_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for room, passes in ((10_000, 6), (1, 6 + 6 + 4 + 6 + 3)):
+        monkeypatch.setattr(lean, "TOGETHER", room)
+        forwards, lora = [], base("llama")
+        jobs = cell_jobs(lora, samples=0)
+        for job in jobs:
+            job.heldout = job.samples = ()
+        taken = train_together(jobs)
+        for number, event in taken:
+            if isinstance(event, Probed) and number == len(jobs) - 1:
+                break
+        lora.model.base_model.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
+        assert len(list(taken)) and len(forwards) == passes
+
+
+def test_one_that_leaves_or_fails_changes_nothing_for_the_others() -> None:
+    quiet, disturbed = base("llama"), base("llama")
+    cells = [CELLS[0], CELLS[1], CELLS[0]]
+    want = [event for number, event in train_together(cell_jobs(quiet, cells)) if number == 1]
+    jobs = cell_jobs(disturbed, cells)
+    got = []
+    for number, event in train_together(jobs):
+        if number == 1:
+            got.append(event)
+        if number == 0 and event.step == 2:
+            jobs[0].leave()
+        if number == 2 and event.step == 3:
+            disturbed.parameters("a2")[0].data.fill_(math.nan)
+    assert (jobs[0].step, jobs[0].error, jobs[1].step) == (2, None, 6)
+    assert jobs[2].error and jobs[2].error.code == "E_NOT_FINITE" and jobs[2].step == 4
+    assert values(got, "train_loss") == pytest.approx(values(want, "train_loss"), rel=1e-4)
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "method", [LORA, dataclasses.replace(LORA, variant="dora", dropout=0.2), BaselineSpec(kind="full")]
+)
+@pytest.mark.parametrize("at", [0, 1, 3, 6])
+def test_a_restored_job_ends_bit_for_bit_as_the_unbroken_one(method: Method, at: int) -> None:
+    config = dataclasses.replace(CONFIG, learning_rate=1e-3)
+    whole = job(config, method=method)
+    unbroken = list(train(whole))
+    first = job(config, method=method)
+    before = []
+    for event in train(first):
+        if event.step > at:
+            break
+        before.append(event)
+        state = first.state()
+    torch.rand(7)  # whatever happened in between
+    second = job(config, method=method)
+    second.restore(state)
+    after = list(train(second))
+    assert isinstance(after[0], Started) and after[0].step == at
+    for name in ("train_loss", "grad_norm", "heldout_loss"):
+        assert values(before, name) + values(after, name) == values(unbroken, name)
+    for ours, theirs in zip(whole.parameters, second.parameters, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_state_of_another_adapter_is_refused() -> None:
+    state = job().state()
+    other = job(method=dataclasses.replace(LORA, rank=2))
+    with pytest.raises(StudioError) as caught:
+        other.restore(state)
+    assert caught.value.code == "E_CHECKPOINT"
+
+
+def test_patience_ends_a_run_that_learns_no_more() -> None:
+    config = dataclasses.replace(CONFIG, steps=40, evaluations=20, learning_rate=1e-6, patience=2)
+    work = job(dataclasses.replace(config, learning_rate=0.3))
+    events = list(train(work))
+    losses = values(events, "heldout_loss")[1:]
+    (said,) = [event for event in events if getattr(event, "code", "") == "I_PATIENCE"]
+    assert said.step == work.step < 40 and min(losses) == losses[-3] and len(losses) == work.step // 2
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def short_of_memory(work: Job, tokens: int, *, keeps: bool = False) -> list[int]:
+    """Let a pass of more than `tokens` tokens fail as torch fails; with `keeps`, only while activations are kept."""
+    passes: list[int] = []
+
+    def check(_: object, inputs: tuple, kwargs: dict) -> None:
+        size = kwargs["input_ids"].numel()
+        kept = not any(getattr(module, "gradient_checkpointing", False) for module in work.lora.model.modules())
+        if torch.is_grad_enabled():
+            passes.append(size)
+            if size > tokens and (kept or not keeps):
+                raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
+
+    work.lora.model.base_model.register_forward_pre_hook(check, with_kwargs=True)
+    return passes
+
+
+def test_a_shortage_of_memory_halves_the_passes_and_changes_no_loss() -> None:
+    plain = values(list(train(job())), "train_loss")
+    work = job()
+    longest = max(len(one.tokens.ids) for one in work.train)
+    passes = short_of_memory(work, 2 * longest)
+    events = list(train(work))
+    assert values(events, "train_loss") == pytest.approx(plain, rel=1e-4)
+    assert [event.code for event in events if isinstance(event, Warned)] == ["W_MEMORY"]
+    assert work.share.accumulate == 2 and passes[-1] <= 2 * longest
+
+
+def test_then_activations_are_computed_twice_and_then_it_ends_in_figures() -> None:
+    plain = values(list(train(job())), "train_loss")
+    work = job()
+    short_of_memory(work, 1, keeps=True)
+    events = list(train(work))
+    assert work.share.recompute and values(events, "train_loss") == pytest.approx(plain, rel=1e-4)
+    assert [event.code for event in events if isinstance(event, Warned)] == ["W_MEMORY"]
+    for changes in ({}, {"checkpointing": "off"}):
+        work = job(dataclasses.replace(CONFIG, **changes))
+        short_of_memory(work, 1)
+        with pytest.raises(StudioError, match="GB") as caught:
+            list(train(work))
+        assert caught.value.code == "E_MEMORY"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3"])
+def test_activation_checkpointing_changes_no_loss_and_keeps_less(family: str) -> None:
+    losses, kept = [], []
+    for choice in ("off", "on"):
+        (work,) = cell_jobs(base(family), [CELLS[2]], checkpointing=choice)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, seen=sizes: (seen.append(t.numel()), t)[1], lambda t: t
+        ):
+            losses.append(values(list(train(work)), "train_loss"))
+        kept.append(sum(sizes))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert kept[1] < 1.0 * kept[0]
+
+
+def test_the_probe_measures_the_longest_batch_and_trains_nothing() -> None:
+    work = job(dataclasses.replace(CONFIG, batch_size=3))
+    before = [tensor.clone() for tensor in work.parameters]
+    events = train(work)
+    (probed,) = [event for event in itertools.islice(events, 2) if isinstance(event, Probed)]
+    sizes = [sum(len(one.ids) for one in batch) for batch in _batches([r.tokens for r in work.train], work.config, 6)]
+    assert probed.tokens == max(sizes) and probed.batch_fits is None and probed.accumulate == 1
+    assert all(torch.equal(old, new) for old, new in zip(before, work.parameters, strict=True))
+    assert all(tensor.grad is None for tensor in work.parameters) and work.step == 0
+
+
+def test_a_batch_that_would_not_fit_is_cut_before_it_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = job(dataclasses.replace(CONFIG, batch_size=8))
+    monkeypatch.setattr(step, "forget_peak", lambda device: True)
+    monkeypatch.setattr(step, "memory_in_use", lambda device: 0)
+    monkeypatch.setattr(step, "peak_memory", lambda device: 1_000_000)  # that the longest row took, alone
+    monkeypatch.setattr(step, "memory", lambda: (4_000_000, 8_000_000))
+    events = list(train(work))
+    (probed,) = [event for event in events if isinstance(event, Probed)]
+    assert probed.accumulate > 1 and probed.batch_fits == 3
+    assert [event.code for event in events if isinstance(event, Warned)] == ["W_MEMORY"]
+
+
+def test_a_budget_of_tokens_fills_batches_and_counts_epochs() -> None:
+    config = dataclasses.replace(CONFIG, batch_tokens=60, steps=0, epochs=3.0)
+    rows = [encode(tokenizer(), row, 512).tokens for row in examples()]
+    total = sum(len(tokens.ids) for tokens in rows)
+    assert config.total_steps(len(rows), total) == math.ceil(3 * total / 60)
+    batches = list(_batches(rows, config, 9))
+    sizes = [sum(len(tokens.ids) for tokens in batch) for batch in batches]
+    assert max(sizes) <= 60 < min(sizes) + max(len(tokens.ids) for tokens in rows)

@@ -12,18 +12,22 @@ A model that chooses a label instead of writing text gets its rows padded on the
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lora_studio.core.layout import ENCODERS
 
 IGNORED = -100  # label of a position that is not supervised
 CHUNK = 256  # supervised positions whose logits are in memory together
+TOGETHER = 1024  # tokens in a pass up to which several adapters share it; beyond, matrix products are busy anyway
 PACKED = "lora_studio_packed"
 DEAF = ("nemotron",)  # their blocks take keyword arguments and do not hand them to the attention
 
@@ -90,27 +94,49 @@ def packed_attention(model: nn.Module) -> Iterator[None]:
         text._attn_implementation = before
 
 
-def packed_loss(model: nn.Module, batch: Packed) -> torch.Tensor:
-    """Summed cross-entropy over the supervised tokens; call inside `packed_attention`."""
+def recomputes(model: nn.Module) -> bool:
+    """Whether `recomputing` can do anything for this model."""
+    return any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+
+
+@contextmanager
+def recomputing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Inside, each block keeps its input alone and computes its activations again in the backward."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
+    for layer in layers:
+        layer.gradient_checkpointing = True
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = False
+
+
+def packed_losses(model: nn.Module, batch: Packed) -> torch.Tensor:
+    """(supervised tokens,): the cross-entropy of each, in order; call inside `packed_attention`."""
     wanted = batch.labels[0] != IGNORED
     labels = batch.labels[0][wanted]
     call = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False}
     if not _plain_head(model):  # scaled or capped logits: let the model make them, at these positions only
         kept = wanted.nonzero()[:, 0]
         logits = model(**call, logits_to_keep=kept, sequence_lengths=batch.lengths).logits
-        return F.cross_entropy(logits[0].float(), labels, reduction="sum")
+        return F.cross_entropy(logits[0].float(), labels, reduction="none")
     hidden = model.base_model(**call, sequence_lengths=batch.lengths)[0]  # type: ignore[operator]  # (1, T, d)
     head = model.get_output_embeddings()  # type: ignore[operator]
     return ChunkedCrossEntropy.apply(hidden[0][wanted], head.weight, labels)  # type: ignore[return-value]
 
 
-def padded_loss(model: nn.Module, batch: Packed) -> torch.Tensor:
-    """The plain path: the same sequences padded on the right, all logits, the same sum."""
+def padded_losses(model: nn.Module, batch: Packed) -> torch.Tensor:
+    """The plain path: the same sequences padded on the right, all logits, the same losses."""
     rows = list(zip(batch.ids[0].split(batch.lengths), batch.labels[0].split(batch.lengths), strict=True))
     labels = nn.utils.rnn.pad_sequence([row for _, row in rows], batch_first=True, padding_value=IGNORED)
     call = _padded([row for row, _ in rows])
     logits = model(**call, position_ids=_positions(call["input_ids"]), use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    wanted = labels.flatten() != IGNORED
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")[
+        wanted
+    ]
 
 
 def class_logits(model: nn.Module, batch: Sequence[Tokens]) -> torch.Tensor:
@@ -124,10 +150,10 @@ def class_logits(model: nn.Module, batch: Sequence[Tokens]) -> torch.Tensor:
     return model(**call).logits
 
 
-def label_loss(logits: torch.Tensor, batch: Sequence[Tokens]) -> torch.Tensor:
-    """Summed cross-entropy of the rows' labels under `class_logits`."""
+def label_losses(logits: torch.Tensor, batch: Sequence[Tokens]) -> torch.Tensor:
+    """(rows,): the cross-entropy of each row's label under `class_logits`."""
     labels = torch.tensor([tokens.label for tokens in batch], device=logits.device)
-    return F.cross_entropy(logits.float(), labels, reduction="sum")
+    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 def _padded(rows: Sequence[torch.Tensor], padding: int = 0) -> dict[str, Any]:
@@ -144,7 +170,7 @@ def _positions(ids: torch.Tensor) -> torch.Tensor:
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of hidden @ headᵀ for a frozen head, a chunk of positions at a time.
+    """Cross-entropy of hidden @ headᵀ at each position (positions,), for a frozen head, a chunk of them at a time.
 
     The gradient of the hidden states is made while the chunk's logits are there, so nothing of size
     (positions, vocabulary) is kept for the backward.
@@ -152,24 +178,23 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        wants_gradient = hidden.requires_grad
-        gradient = torch.empty_like(hidden) if wants_gradient else None
-        total = hidden.new_zeros((), dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), CHUNK):
             span = slice(start, start + CHUNK)
             logs = F.linear(hidden[span], head).log_softmax(-1, dtype=torch.float32)  # (chunk, vocabulary)
-            total -= logs.gather(1, labels[span, None]).sum()
+            losses[span] = -logs.gather(1, labels[span, None])[:, 0]
             if gradient is not None:
                 softmax = logs.exp_()
                 softmax.scatter_add_(1, labels[span, None], softmax.new_full((len(softmax), 1), -1.0))
                 gradient[span] = softmax.to(head.dtype) @ head
         ctx.save_for_backward(gradient)
-        return total
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient.dtype), None, None
+        return gradient * outer[0][:, None].to(gradient.dtype), None, None
 
 
 def _plain_head(model: nn.Module) -> bool:

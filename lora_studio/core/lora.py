@@ -213,28 +213,45 @@ class LoRA:
 
         Call model.train() before it, and the backward inside it: recomputed activations need the same route.
         """
-        route = self._route
-        before = route.names, route.weights, route.strength, route.whole
-        standing = (part for one in before[0] for _, part in self.parts(one) if isinstance(part, Copied))
-        assert not any(part.standing_in for part in standing), "leave the outer `use` first: copies stand in there"
         mixes = [{row: 1.0} if isinstance(row, str) else dict(row or {}) for row in rows]
-        names = tuple(name for name in self.specs if any(name in mix for mix in mixes))
-        assert not (names and self.folded), "an adapter is merged in just now; it would act twice"
         unknown = {name for mix in mixes for name in mix} - set(self.specs)
         assert not unknown, f"no adapter called {sorted(unknown)}"
-        device = next(self.model.parameters()).device
+        names = tuple(name for name in self.specs if any(name in mix for mix in mixes))
         weights = [[mix.get(name, 0.0) for name in names] for mix in mixes] or [[]]
-        route.names = names
+        whole = mixes == [dict.fromkeys(names, 1.0)] and len(names) == 1
+        with self._routed(names, weights, whole):
+            yield
+
+    @contextmanager
+    def use_spans(self, spans: Mapping[str, int]) -> Iterator[None]:
+        """Route one row of sequences end to end: the first spans[name] tokens run the first name, and so on.
+
+        For training several adapters in one pass; every adapter must be one that packs.
+        """
+        assert spans.keys() <= self.specs.keys() and all(map(self.packs, spans)), f"cannot be joined: {list(spans)}"
+        with self._routed(tuple(spans), [[1.0] * len(spans)], False, tuple(spans.values())):
+            yield
+
+    @contextmanager
+    def _routed(
+        self, names: tuple[str, ...], weights: Sequence[Sequence[float]], whole: bool, spans: tuple[int, ...] = ()
+    ) -> Iterator[None]:
+        route = self._route
+        before = route.names, route.weights, route.strength, route.whole, route.spans
+        standing = (part for one in before[0] for _, part in self.parts(one) if isinstance(part, Copied))
+        assert not any(part.standing_in for part in standing), "leave the outer `use` first: copies stand in there"
+        assert not (names and self.folded), "an adapter is merged in just now; it would act twice"
+        device = next(self.model.parameters()).device
+        route.names, route.whole, route.spans = names, whole, spans
         route.weights = torch.tensor(weights, device=device)
         route.strength = torch.ones(len(names), device=device)
-        route.whole = mixes == [dict.fromkeys(names, 1.0)] and len(names) == 1
         try:
             with self._standing:
-                if route.whole:
+                if whole:
                     self._stand_in(names[0])
                 yield
         finally:
-            route.names, route.weights, route.strength, route.whole = before
+            route.names, route.weights, route.strength, route.whole, route.spans = before
 
     @contextmanager
     def unhooked(self) -> Iterator[None]:

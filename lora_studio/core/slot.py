@@ -38,6 +38,8 @@ class Route:
     strength  (names,): the live slider, multiplied onto weights; written in place; training does not see it,
               because recomputed activations would be gated by where the slider has got to in the meantime
     whole     one adapter with weight 1 on every row
+    spans     tokens per name, when the batch is one row of sequences end to end and each adapter has some of them;
+              empty otherwise
     """
 
     def __init__(self) -> None:
@@ -45,6 +47,7 @@ class Route:
         self.weights = torch.empty(1, 0)
         self.strength = torch.empty(0)
         self.whole = False
+        self.spans: tuple[int, ...] = ()
 
     def gate(self, batch: int, training: bool) -> torch.Tensor | None:
         """(1 or batch, names); None for all ones. A row's weight covers its beams, which generate() keeps together."""
@@ -260,29 +263,46 @@ class Slot:
         self._handle = None
 
     def _add(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        live = [
-            (column, part)
-            for column, name in enumerate(self.route.names)
-            for part in self.parts.get(name, ())
-            if not (isinstance(part, Copied) and part.standing_in)
-        ]
+        names, spans = self.route.names, self.route.spans
+        live = [(column, part) for column, name in enumerate(names) for part in self._parts(name)]
         if not live:
             return None
         if not inputs or not isinstance(output, torch.Tensor):
             raise _not_by_row(layer)
+        if spans:
+            assert output.shape[:2] == (1, sum(spans)), "the spans are not those of this batch"
+            every = zip(names, inputs[0].split(spans, dim=1), output.split(spans, dim=1), strict=True)
+            return torch.cat(
+                [_changed(layer, x, part, [(0, one) for one in self._parts(name)]) for name, x, part in every], dim=1
+            )
         gate = self.route.gate(inputs[0].shape[0], layer.training)
         if gate is not None and len(inputs[0]) == 1 < len(gate) and not isinstance(layer, nn.Embedding):
             raise _not_by_row(layer)
         gates = None if gate is None else gate.view(len(gate), *[1] * (output.dim() - 2), -1).to(output.dtype)
-        stacked = [(column, part) for column, part in live if isinstance(part, LowRank) and part.stacks]
-        changed = output
-        if stacked:
-            changed = changed + _stacked(layer, inputs[0], output, stacked, gates)
-        for column, part in live:
-            if not (isinstance(part, LowRank) and part.stacks):
-                added = part.delta(layer, inputs, output)
-                changed = changed + (added if gates is None else gates[..., column : column + 1] * added)
-        return changed
+        return _changed(layer, inputs[0], output, live, gates)
+
+    def _parts(self, name: str) -> Iterator[Part]:
+        """What an adapter does here, beyond what already stands in for the layer's own tensors."""
+        for part in self.parts.get(name, ()):
+            if not (isinstance(part, Copied) and part.standing_in):
+                yield part
+
+
+def _changed(
+    layer: nn.Module,
+    x: torch.Tensor,
+    output: torch.Tensor,
+    parts: Sequence[tuple[int, Part]],
+    gates: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The layer's output with what (column of the gates, part) add to it."""
+    stacked = [(column, part) for column, part in parts if isinstance(part, LowRank) and part.stacks]
+    changed = _stacked(layer, x, output, stacked, gates) if stacked else output
+    for column, part in parts:
+        if not (isinstance(part, LowRank) and part.stacks):
+            added = part.delta(layer, (x,), output)
+            changed = changed + (added if gates is None else gates[..., column : column + 1] * added)
+    return changed
 
 
 class Before(Part):
@@ -368,7 +388,7 @@ def _stacked(
     parts: Sequence[tuple[int, LowRank]],
     gates: torch.Tensor | None,
 ) -> torch.Tensor:
-    """((x Aᵀ) ⊙ g) Bᵀ over all parts at once; gates (1 or batch, 1, ..., names) or None."""
+    """output + ((x Aᵀ) ⊙ g) Bᵀ over all parts at once; gates (1 or batch, 1, ..., names) or None."""
     out = output.shape[-1]
     columns = None
     if gates is not None:
@@ -376,10 +396,14 @@ def _stacked(
         columns = torch.cat(spans, dim=-1)
     if len(parts) == 1:
         part = parts[0][1]
-        return _product(layer, x, part.A, part.dense_B(out), part.scale, columns)
-    A = torch.cat([part.A for _, part in parts])  # (R, in)
-    B = torch.cat([part.scale * part.dense_B(out) for _, part in parts], dim=1)  # (out, R)
-    return _product(layer, x, A, B, 1.0, columns)
+        A, B, scale = part.A, part.dense_B(out), part.scale
+    else:
+        A = torch.cat([part.A for _, part in parts])  # (R, in)
+        B = torch.cat([part.scale * part.dense_B(out) for _, part in parts], dim=1)  # (out, R)
+        scale = 1.0
+    if isinstance(layer, nn.Embedding):
+        return output + _product(layer, x, A, B, scale, columns)
+    return Product.apply(x, A, B, scale, columns, output)  # type: ignore[return-value]
 
 
 def _product(
@@ -387,26 +411,36 @@ def _product(
 ) -> torch.Tensor:
     """scale · ((x Aᵀ) ⊙ g) Bᵀ; x Aᵀ for an embedding: A's columns at the ids x, scaled as the layer scales its own."""
     if not isinstance(layer, nn.Embedding):
-        return Product.apply(x, A, B, scale, gates)  # type: ignore[return-value]
+        return Product.apply(x, A, B, scale, gates, None)  # type: ignore[return-value]
     hidden = F.embedding(x, A.T.to(layer.weight.dtype)) * (scale * embedding_scale(layer))
     return F.linear(hidden if gates is None else hidden * gates, B.to(hidden.dtype))
 
 
 class Product(torch.autograd.Function):
-    """scale · ((x Aᵀ) ⊙ g) Bᵀ that keeps x alone for its backward: x Aᵀ and the casts of A and B are made again.
+    """y + scale · ((x Aᵀ) ⊙ g) Bᵀ that keeps x alone for its backward: x Aᵀ and the casts of A and B are made again.
 
     With a frozen A it keeps (x Aᵀ) ⊙ g instead, which is narrow, and x is free to go (LoRA-FA's saving).
-    x (batch, ..., in); A (R, in) and B (out, R) fp32 masters, cast down to the dtype of x; g (1 or batch, 1, ..., R).
+    x (batch, ..., in); A (R, in) and B (out, R) fp32 masters, cast down to the dtype of x; g (1 or batch, 1, ..., R);
+    y (batch, ..., out), the layer's own output, to which one matrix product adds; None for 0.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float, gates: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        A: torch.Tensor,
+        B: torch.Tensor,
+        scale: float,
+        gates: torch.Tensor | None,
+        y: torch.Tensor | None,
     ) -> torch.Tensor:
         hidden = _hidden(x, A, scale, gates)  # (batch, ..., R)
         ctx.scale, ctx.trains_A = scale, ctx.needs_input_grad[1]
         ctx.save_for_backward(x if ctx.trains_A else hidden, A, B, gates)
-        return F.linear(hidden, B.to(x.dtype))
+        B = B.to(x.dtype)
+        if y is None:
+            return F.linear(hidden, B)
+        return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), B.T).view_as(y)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -422,7 +456,7 @@ class Product(torch.autograd.Function):
             for_A = (inner.flatten(0, -2).T @ kept.flatten(0, -2)).to(A.dtype)
         if ctx.needs_input_grad[0]:
             for_x = inner @ A.to(inner.dtype)
-        return for_x, for_A, for_B, None, None
+        return for_x, for_A, for_B, None, None, gradient if ctx.needs_input_grad[5] else None
 
 
 def _hidden(x: torch.Tensor, A: torch.Tensor, scale: float, gates: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,139 @@
+"""What rows cost under the adapter in use: loss, accuracy, sample answers, and the memory it all took.
+
+It knows models and rows, and nothing of steps: training, evaluating and looking inside all measure here.
+"""
+
+import resource
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lora_studio.core import lean
+from lora_studio.core.lora import LoRA
+from lora_studio.data.batches import encode_label, prompt_ids
+from lora_studio.data.formats import Example
+from lora_studio.generate import answer
+from lora_studio.settings import Sampling
+
+HELDOUT_TOKENS = 2_048  # of held-out text measured at each evaluation
+SAMPLE_TOKENS = 48  # longest answer in the sample timeline
+
+
+@torch.no_grad()
+def figures(lora: LoRA, rows: Sequence[lean.Tokens], budget: int = 4096) -> dict[str, float]:
+    """Of rows under the adapter in use: "loss", the mean cross-entropy per supervised token or per label, and for
+    labels "accuracy", the share of rows whose likeliest label is theirs. `budget`: tokens in a pass.
+    """
+    total, right = 0.0, 0
+    for batch in _passes(sorted(rows, key=lambda tokens: len(tokens.ids)), budget):  # alike lengths pad little
+        if batch[0].label is None:
+            total += float(losses(lora, batch).sum())
+            continue
+        logits = lean.class_logits(lora.model, batch)
+        total += float(lean.label_losses(logits, batch).sum())
+        right += sum(best == tokens.label for best, tokens in zip(logits.argmax(-1).tolist(), batch, strict=True))
+    loss = total / sum(tokens.count for tokens in rows)
+    return {"loss": loss} if rows[0].label is None else {"loss": loss, "accuracy": right / len(rows)}
+
+
+def mean_loss(lora: LoRA, rows: Sequence[lean.Tokens], budget: int = 4096) -> float:
+    """The loss of `figures`."""
+    return figures(lora, rows, budget)["loss"]
+
+
+def losses(lora: LoRA, batch: Sequence[lean.Tokens]) -> torch.Tensor:
+    """(supervised tokens or rows,): the cross-entropy of each, in the batch's order, under the adapters in use.
+
+    By labels, else packed where model and adapters allow it, else padded.
+    """
+    model = lora.model
+    if batch[0].label is not None:
+        return lean.label_losses(lean.class_logits(model, batch), batch)
+    packed = lean.pack(batch, next(model.parameters()).device)
+    with leanly(lora, batch):
+        return (lean.packed_losses if packs(lora, lora.in_use) else lean.padded_losses)(model, packed)
+
+
+@contextmanager
+def leanly(lora: LoRA, batch: Sequence[lean.Tokens]) -> Iterator[None]:
+    """Inside, the model runs as `losses` runs it; a backward that computes activations again belongs in it too."""
+    packed = batch[0].label is None and packs(lora, lora.in_use)
+    with lean.packed_attention(lora.model) if packed else nullcontext():
+        yield
+
+
+def packs(lora: LoRA, names: Sequence[str]) -> bool:
+    """Whether sequences may be laid end to end under these adapters."""
+    return lean.packable(lora.model) and all(map(lora.packs, names))
+
+
+def sampled(lora: LoRA, tokenizer: Any, samples: Sequence[Example], classes: Sequence[str], most: int) -> list[str]:
+    """What the adapters in use write to each sample, a row each, or the label they find likeliest: "positive (0.93)".
+
+    `most`: tokens of a row that is labelled.
+    """
+    if not classes:
+        prompts = [prompt_ids(tokenizer, example.prompt) for example in samples]
+        *_, final = answer(lora.model, tokenizer, prompts, Sampling(max_new_tokens=SAMPLE_TOKENS))
+        return [row.text for row in final]
+    rows = [encode_label(tokenizer, example, classes, most).tokens for example in samples]
+    with torch.no_grad():
+        likeliest = lean.class_logits(lora.model, rows).float().softmax(-1).max(-1)
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return [f"{classes[index]} ({probability:.2f})" for index, probability in pairs]
+
+
+def within(rows: Sequence[lean.Tokens], budget: int) -> list[lean.Tokens]:
+    """The first rows that fit into `budget` tokens, at least one."""
+    kept, used = [], 0
+    for tokens in rows:
+        used += len(tokens.ids)
+        if kept and used > budget:
+            break
+        kept.append(tokens)
+    return kept
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes held now: on CUDA by tensors, else by the whole process; 0 where the system does not say."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _proc("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held since `forget_peak`, or at all."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _proc("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def forget_peak(device: torch.device) -> bool:
+    """Begin to look for the peak anew; False where the system does not let us."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _proc(name: str) -> int:
+    """Bytes that Linux counts under this name; 0 elsewhere. getrusage would count what the parent held at the fork."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else ()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
+
+
+def _passes(rows: Sequence[lean.Tokens], budget: int) -> Iterator[list[lean.Tokens]]:
+    batch: list[lean.Tokens] = []
+    for tokens in rows:
+        if batch and sum(len(one.ids) for one in batch) + len(tokens.ids) > budget:
+            yield batch
+            batch = []
+        batch.append(tokens)
+    if batch:
+        yield batch

@@ -1,0 +1,202 @@
+"""The gradients of one step, cut into as many passes as the memory asks for, and what such a step takes.
+
+The loss of a step is the mean over its supervised tokens or labels, however it is cut. Where memory runs out, the
+passes are halved, at most HALVINGS times; then activations are computed twice instead of being kept; then it ends
+in figures. It knows no optimizer and no schedule: that is train's.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from lora_studio.core import lean
+from lora_studio.core.lora import LoRA
+from lora_studio.errors import StudioError
+from lora_studio.measure import forget_peak, leanly, losses, memory_in_use, packs, peak_memory
+from lora_studio.models import memory
+
+HALVINGS = 3
+MARGIN = 0.9  # of the free memory may be used
+Batch = Sequence[lean.Tokens]
+
+
+@dataclass(kw_only=True, eq=False)
+class Share:
+    """One adapter's part in a step, and how it is cut. notes: what was changed for want of memory, to be told."""
+
+    adapter: str
+    accumulate: int = 1
+    checkpointing: str = "auto"
+    recompute: bool = field(init=False)  # activations, in the backward
+    halvings: int = field(init=False, default=0)
+    notes: list[str] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.recompute = self.checkpointing == "on"
+
+    def passes(self, batch: Batch) -> list[Batch]:
+        """The batch in `accumulate` parts."""
+        size = math.ceil(len(batch) / self.accumulate)
+        return [batch[start : start + size] for start in range(0, len(batch), size)]
+
+    def joins(self, lora: LoRA, batch: Batch) -> bool:
+        """Whether it may share a pass with other adapters: sequences that can be laid end to end, in one piece."""
+        whole = self.accumulate == 1 and not self.recompute and batch[0].label is None
+        return whole and packs(lora, [self.adapter])
+
+    def give_way(self, lora: LoRA, batch: Batch) -> None:
+        """Take less memory from here on. Raises E_MEMORY when nothing is left to try."""
+        size = math.ceil(len(batch) / self.accumulate)
+        if size > 1 and self.halvings < HALVINGS:
+            self.halvings += 1
+            self.accumulate = math.ceil(len(batch) / math.ceil(size / 2))
+            self.notes.append(f"Memory ran out; a step is now {self.accumulate} passes, with the same result.")
+        elif not self.recompute and self.checkpointing == "auto" and lean.recomputes(lora.model):
+            self.recompute = True
+            self.notes.append("Memory ran out; activations are now computed twice instead of being kept.")
+        else:
+            device = next(lora.model.parameters()).device
+            tokens = max(sum(len(one.ids) for one in part) for part in self.passes(batch))
+            used, free = memory_in_use(device), memory()[0]
+            message = f"A pass of {tokens} tokens needs more than the {free / 1e9:.1f} GB that are free"
+            hint = "Shorten the length limit, adapt fewer layers, or choose a smaller model."
+            raise StudioError("E_MEMORY", f"{message}; {used / 1e9:.1f} GB are used.", hint)
+
+
+def careful(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
+    """The gradients of one step of each adapter, in shared passes when there are several; the loss of each.
+
+    Raises E_MEMORY when no way to cut the step fits.
+    """
+    device = next(lora.model.parameters()).device
+    before = _random_states(device)
+    while True:
+        try:
+            return _gradients(lora, work)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+        # out of the handler, whose traceback would keep the tensors of the failed pass
+        for share, _ in work:
+            for tensor in lora.parameters(share.adapter):
+                tensor.grad = None
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        _restore(device, before)
+        if len(work) > 1:
+            return [loss for one in work for loss in careful(lora, [one])]
+        share, batch = work[0]
+        share.give_way(lora, batch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What one step without an update takes, of the batch that was probed."""
+
+    seconds: float
+    seconds_token: float  # of a pass of one token without gradients: what a written token takes
+    memory_bytes: int
+    batch_fits: int | None  # of the batch's longest rows in one pass; None where the batch fits
+
+
+def probe(lora: LoRA, share: Share, batch: Batch) -> Found:
+    """Measure one forward and backward of `batch`, and cut it smaller where it would not fit.
+
+    The longest row goes first, alone: memory grows with the tokens of a pass, so it tells what the batch will take
+    before it is tried. Weights and random states stay as they were.
+    """
+    device = next(lora.model.parameters()).device
+    states = _random_states(device)
+    longest = max(batch, key=lambda tokens: len(tokens.ids))
+    with torch.no_grad(), lora.use(share.adapter):
+        losses(lora, [lean.Tokens(longest.ids[:2], (False, True), longest.label)])  # what is used first, is made first
+        _wait(device)
+        start = time.monotonic()
+        losses(lora, [lean.Tokens(longest.ids[:2], (False, True), longest.label)])
+        _wait(device)
+        seconds_token = time.monotonic() - start
+    fits = _cut_to_fit(lora, share, batch, longest, device)
+    _wait(device)
+    start = time.monotonic()
+    careful(lora, [(share, batch)])
+    _wait(device)
+    seconds = time.monotonic() - start
+    for tensor in lora.parameters(share.adapter):
+        tensor.grad = None
+    _restore(device, states)
+    return Found(seconds=seconds, seconds_token=seconds_token, memory_bytes=peak_memory(device), batch_fits=fits)
+
+
+def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, device: torch.device) -> int | None:
+    """Raise `accumulate` until a pass fits, going by what the longest row alone took; how many such rows fit."""
+    measurable, before = forget_peak(device), memory_in_use(device)
+    careful(lora, [(share, [longest])])
+    took, free = peak_memory(device) - before, MARGIN * memory()[0]
+    if not measurable or took <= 0:
+        return None
+    per_token = took / len(longest.ids)
+
+    def needs() -> float:
+        return per_token * max(sum(len(one.ids) for one in part) for part in share.passes(batch))
+
+    if needs() <= free:
+        return None
+    while needs() > free and len(share.passes(batch)[0]) > 1:
+        share.accumulate = min(2 * share.accumulate, len(batch))
+    share.notes.append(
+        f"The batch would not fit the memory; a step is {share.accumulate} passes, with the same result."
+    )
+    return max(1, int(free / took))
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: on the GPU, or where the system refuses it to torch or Python."""
+    words = str(error)
+    shortage = "out of memory" in words or "can't allocate memory" in words or "not enough memory" in words
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or shortage
+
+
+def _gradients(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
+    """Backward of one step; the loss of each adapter averages over its own supervised tokens or labels."""
+    model = lora.model.train()  # before `use`, which goes by it
+    try:
+        if len(work) == 1:
+            return [_alone(lora, *work[0])]
+        spans = {share.adapter: sum(len(tokens.ids) for tokens in batch) for share, batch in work}
+        counts = [sum(tokens.count for tokens in batch) for _, batch in work]
+        with lora.use_spans(spans):
+            each = losses(lora, [tokens for _, batch in work for tokens in batch]).split(counts)
+            means = torch.stack([part.sum() / count for part, count in zip(each, counts, strict=True)])
+            means.sum().backward()
+        return means.tolist()
+    finally:
+        model.eval()
+
+
+def _alone(lora: LoRA, share: Share, batch: Batch) -> float:
+    count, total = sum(tokens.count for tokens in batch), 0.0
+    with lora.use(share.adapter), leanly(lora, batch), lean.recomputing(lora.model, share.recompute):
+        for part in share.passes(batch):
+            loss = losses(lora, part).sum() / count
+            loss.backward()
+            total += loss.item()
+    return total
+
+
+def _random_states(device: torch.device) -> list[torch.Tensor]:
+    """Of the CPU and, where it is used, the GPU: dropout's."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _restore(device: torch.device, states: Sequence[torch.Tensor]) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
