@@ -51,7 +51,8 @@ def losses(lora: LoRA, batch: Sequence[lean.Tokens]) -> torch.Tensor:
     """
     model = lora.model
     if batch[0].label is not None:
-        return lean.label_losses(lean.class_logits(model, batch), batch)
+        with leanly(lora, batch):
+            return lean.label_losses(lean.class_logits(model, batch), batch)
     packed = lean.pack(batch, next(model.parameters()).device)
     with leanly(lora, batch):
         return (lean.packed_losses if packs(lora, lora.in_use) else lean.padded_losses)(model, packed)
@@ -61,7 +62,7 @@ def losses(lora: LoRA, batch: Sequence[lean.Tokens]) -> torch.Tensor:
 def leanly(lora: LoRA, batch: Sequence[lean.Tokens]) -> Iterator[None]:
     """Inside, the model runs as `losses` runs it; a backward that computes activations again belongs in it too."""
     packed = batch[0].label is None and packs(lora, lora.in_use)
-    with lean.packed_attention(lora.model) if packed else nullcontext():
+    with lean.frugal(lora.model), lean.packed_attention(lora.model) if packed else nullcontext():
         yield
 
 

@@ -1,14 +1,19 @@
 """The packed path computes the plain path's loss and gradients, and makes less on the way."""
 
+import contextlib
+
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from torch.autograd.graph import saved_tensors_hooks
 
-from lora_studio.core import lean
+from lora_studio.core import functions, lean
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import LoraSpec
 from tests.tiny import CAUSAL, CLASSIFIERS, PLAIN_TOO, causal, classifier
 
+PLAIN_NORMS = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "nemotron", "starcoder2"}  # families without an RMS norm or a gated feed-forward
 PLAIN = {"gemma2", "stablelm"}  # one caps its attention scores, one has attention code of its own
 LENGTHS = (9, 5, 9, 12)  # longer than mistral's window of 5 in tests/tiny.py
 
@@ -81,13 +86,13 @@ def test_the_attention_is_the_models_own_again_afterwards() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_chunked_cross_entropy_is_cross_entropy(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    count = 2 * lean.CHUNK + 3  # a last chunk that is not full
+    count = 2 * functions.CHUNK + 3  # a last chunk that is not full
     head, labels = torch.randn(97, 16, dtype=dtype), torch.randint(0, 97, (count,))
     hidden = torch.randn(count, 16, dtype=dtype, requires_grad=True)
     plain = torch.nn.functional.cross_entropy((hidden @ head.T).float(), labels, reduction="none")
     weights = torch.rand(count)  # each position's loss may count differently from outside
     (wanted,) = torch.autograd.grad((plain * weights).sum(), hidden)
-    ours = lean.ChunkedCrossEntropy.apply(hidden, head, labels)
+    ours = functions.CrossEntropy.apply(hidden, head, labels)
     (made,) = torch.autograd.grad((ours * weights).sum(), hidden)
     torch.testing.assert_close(ours, plain, rtol=1e-4, atol=2e-2 if dtype == torch.bfloat16 else 1e-5)
     torch.testing.assert_close(
@@ -206,3 +211,137 @@ def test_every_other_family_trains_packed_or_says_that_it_cannot_be(family: str)
     if lean.packable(model):
         with lean.packed_attention(model):
             torch.testing.assert_close(lean.packed_losses(model, rows).sum(), padded, rtol=1e-4, atol=1e-4)
+
+
+# ---- what is kept for the backward -----------------------------------------------------------------------------------
+
+
+def kept_bytes(lora: LoRA, rows: list[lean.Tokens], *, frugal: bool) -> int:
+    """Bytes of the different tensors that a packed forward keeps for its backward, parameters aside."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in lora.model.parameters()}
+    own |= {tensor.untyped_storage().data_ptr() for tensor in lora.parameters("x")}
+    seen: dict[int, int] = {}
+    alive = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    packed = lean.pack(rows)
+    way = lean.frugal(lora.model) if frugal else contextlib.nullcontext()
+    with lora.use("x"), way, lean.packed_attention(lora.model), saved_tensors_hooks(keep, same):
+        lean.packed_losses(lora.model.train(), packed).sum().backward()
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", [("attn.q", "attn.v"), ("all-linear",)])
+def test_a_token_keeps_what_the_formula_says(dtype: torch.dtype, targets: tuple[str, ...]) -> None:
+    h, kv, inner, layers, r = 256, 128, 512, 3, 4
+    sizes = {"hidden_size": h, "intermediate_size": inner, "num_hidden_layers": layers}
+    config = transformers.LlamaConfig(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    lora = LoRA(transformers.LlamaForCausalLM(config).to(dtype))
+    lora.add("x", LoraSpec(rank=r, targets=targets))
+    rows = [lean.Tokens(list(range(2, 42)), [True] * 40), lean.Tokens(list(range(2, 26)), [True] * 24)]
+    found = kept_bytes(lora, rows, frugal=True) / 64
+    # x twice, norm(x) for q and v, q, k, v, attention's output, gate, up; with every matrix adapted also norm(x) of
+    # the feed-forward and what goes into its last matrix
+    elements = layers * (5 * h + 2 * kv + 2 * inner + (h + inner if targets == ("all-linear",) else 0))
+    elements += h + 2 * (h // 4)  # once: the gradient that the head has made, and the positions' sines and cosines
+    assert found == pytest.approx(dtype.itemsize * elements, rel=0.01)
+    assert found < 0.9 * kept_bytes(lora, rows, frugal=False) / 64
+
+
+def test_what_lies_below_the_lowest_adapted_layer_keeps_nothing() -> None:
+    kept = []
+    for layers in ((), (2, 3), (3,)):
+        lora = LoRA(causal("llama", num_hidden_layers=4, hidden_size=128, intermediate_size=256))
+        lora.add("x", LoraSpec(rank=2, layers=layers))
+        kept.append(kept_bytes(lora, _rows(), frugal=True))
+    head = kept[2] - (kept[1] - kept[2])
+    assert kept[1] - head == pytest.approx((kept[0] - head) / 2, rel=0.03)
+
+
+def test_no_token_of_padding_is_computed() -> None:
+    lora, seen = with_adapter("llama"), []
+    lora.model.model.layers[0].mlp.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[:-1]))
+    with lora.use("x"), lean.packed_attention(lora.model):
+        lean.packed_losses(lora.model, batch())
+    assert seen == [(1, sum(LENGTHS))]
+
+
+# ---- frugal functions ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted({**CAUSAL, **PLAIN_TOO}))
+def test_the_frugal_way_gives_the_same_losses_and_gradients(family: str, dtype: torch.dtype) -> None:
+    lora, results = with_adapter(family, dtype), []
+    lora.model.train()
+    near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-2}
+    for way in (contextlib.nullcontext(), lean.frugal(lora.model)):
+        with lora.use("x"), way:
+            losses = lean.padded_losses(lora.model, batch())
+            losses.mean().backward()
+        results.append((losses.detach(), torch.cat([tensor.grad.flatten() for tensor in lora.parameters("x")])))
+        for tensor in lora.parameters("x"):
+            tensor.grad = None
+    (plain, gradient), (frugal, frugal_gradient) = results
+    torch.testing.assert_close(frugal, plain, **near)
+    difference = (frugal_gradient - gradient).norm() / gradient.norm()
+    assert difference < (1e-4 if dtype == torch.float32 else 5e-2)
+    assert not any("forward" in vars(module) for module in lora.model.modules())
+
+
+def test_the_families_whose_norms_and_gates_are_frugal_are_these() -> None:
+    plain = set()
+    for family in {**CAUSAL, **PLAIN_TOO}:
+        model = causal(family)
+        with lean.frugal(model):
+            frugal = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+        plain |= {family} if not frugal else set()
+        norms = {type(module).__name__ for module in model.modules() if type(module).__name__.endswith("RMSNorm")}
+        assert norms <= frugal, family
+    assert plain == PLAIN_NORMS
+
+
+def test_a_norm_that_only_looks_like_one_stays_as_it_is() -> None:
+    class OddRMSNorm(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.eps = torch.nn.Parameter(torch.ones(8)), 1e-6
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x / x.abs().mean(-1, keepdim=True) * self.weight
+
+    model = torch.nn.Sequential(OddRMSNorm()).requires_grad_(False)
+    with lean.frugal(model):
+        assert "forward" not in vars(model[0])
+
+
+def test_a_norm_that_is_trained_gets_its_gradient() -> None:
+    model = causal("llama")
+    with lean.frugal(model):
+        lean.padded_losses(model, batch()).sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in model.parameters())
+
+
+@pytest.mark.parametrize("lengths", [(7,), (5, 3, 5, 5), (1, 4)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_attention_by_sequence_is_attention_with_a_block_mask(lengths: tuple[int, ...], heads: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    total = sum(lengths)
+    q, k, v = (torch.randn(1, number, total, 8, requires_grad=True) for number in (heads[0], heads[1], heads[1]))
+    number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    mask = (number[:, None] == number) & torch.ones(total, total, dtype=torch.bool).tril()
+    plain = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+    ours = functions.CausalAttention.apply(q, k, v, lengths, 0.3)
+    outer = torch.randn_like(plain)
+    torch.testing.assert_close(ours, plain)
+    for mine, theirs in zip(
+        torch.autograd.grad(ours, (q, k, v), outer), torch.autograd.grad(plain, (q, k, v), outer), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs)

@@ -378,13 +378,16 @@ def test_a_state_of_another_adapter_is_refused() -> None:
     assert caught.value.code == "E_CHECKPOINT"
 
 
-def test_patience_ends_a_run_that_learns_no_more() -> None:
-    config = dataclasses.replace(CONFIG, steps=40, evaluations=20, learning_rate=1e-6, patience=2)
-    work = job(dataclasses.replace(config, learning_rate=0.3))
+@pytest.mark.parametrize("patience", [1, 2, 3])
+def test_patience_ends_a_run_as_soon_as_so_many_evaluations_were_no_better(patience: int) -> None:
+    config = dataclasses.replace(CONFIG, steps=40, evaluations=20, learning_rate=1.0)
+    curve = values(list(train(job(config))), "heldout_loss")[1:]
+    stale = [index - curve[: index + 1].index(min(curve[: index + 1])) for index in range(len(curve))]
+    work = job(dataclasses.replace(config, patience=patience))
     events = list(train(work))
-    losses = values(events, "heldout_loss")[1:]
     (said,) = [event for event in events if getattr(event, "code", "") == "I_PATIENCE"]
-    assert said.step == work.step < 40 and min(losses) == losses[-3] and len(losses) == work.step // 2
+    assert said.step == work.step == 2 * (stale.index(patience) + 1) < 40
+    assert values(events, "heldout_loss")[1:] == curve[: stale.index(patience) + 1]
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------

@@ -9,11 +9,13 @@ the logits of a step are never in memory together. Both give the loss of the pla
 A model that chooses a label instead of writing text gets its rows padded on the right: `class_logits`.
 """
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -23,10 +25,10 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lora_studio.core import functions
 from lora_studio.core.layout import ENCODERS
 
 IGNORED = -100  # label of a position that is not supervised
-CHUNK = 256  # supervised positions whose logits are in memory together
 TOGETHER = 1024  # tokens in a pass up to which several adapters share it; beyond, matrix products are busy anyway
 PACKED = "lora_studio_packed"
 DEAF = ("nemotron",)  # their blocks take keyword arguments and do not hand them to the attention
@@ -113,6 +115,73 @@ def recomputing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
             layer.gradient_checkpointing = False
 
 
+@contextmanager
+def frugal(model: nn.Module) -> Iterator[None]:
+    """Inside, norms and gated feed-forwards keep less for their backward; what has no frugal form stays as it is."""
+    forms = _FORMS.get(model)
+    if forms is None:
+        forms = _FORMS[model] = {module: form for module in model.modules() if (form := _form(module))}
+    mine = [module for module in forms if "forward" not in vars(module)]  # it may be inside itself
+    for module in mine:
+        module.forward = forms[module]
+    try:
+        yield
+    finally:
+        for module in mine:
+            del module.forward  # the class's own is seen again
+
+
+_FORMS: WeakKeyDictionary[nn.Module, dict[nn.Module, Callable]] = WeakKeyDictionary()
+
+
+def _form(module: nn.Module) -> Callable | None:
+    """A frugal forward for this module, if one gives what its own gives on a trial."""
+    if "forward" in vars(module):
+        return None  # somebody else's
+    for form in (*_norms(module), *_gates(module)):
+        width = next(tensor for tensor in module.parameters()).shape[-1]
+        like = next(module.parameters())
+        trial = torch.linspace(-2, 3, 3 * width, device=like.device).view(1, 3, width).to(like.dtype)
+        near = 1e-5 if like.dtype in (torch.float32, torch.float64) else 2e-2
+        with torch.no_grad():
+            if torch.allclose(form(trial), module(trial), rtol=near, atol=near):
+                return form
+    return None
+
+
+def _norms(module: nn.Module) -> Iterator[Callable]:
+    """Forms of an RMS norm: its weight as it is, as it is in fp32, or one more than it in fp32."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    only = [name for name, _ in module.named_parameters()] == ["weight"]
+    if not type(module).__name__.endswith("RMSNorm") or not only or eps is None:
+        return
+    weight: Any = module.weight
+    own = module.forward
+    for make in (lambda w: w, lambda w: w.float(), lambda w: w.float() + 1):
+
+        def form(x: torch.Tensor, make: Callable = make) -> torch.Tensor:
+            weight: Any = module.weight
+            if weight.requires_grad:  # trained whole: plain
+                return own(x)
+            return functions.RMSNorm.apply(x, make(weight), eps)  # type: ignore[return-value]
+
+        if weight.dim() == 1:
+            yield form
+
+
+def _gates(module: nn.Module) -> Iterator[Callable]:
+    """Forms of down(act(gate(x)) · up(x)): two matrices, or both in one."""
+    layer: Any = module
+    act = getattr(module, "act_fn", getattr(module, "activation_fn", None))
+    names = dict(module.named_children()).keys()
+    if act is None or (isinstance(act, nn.Module) and any(True for _ in act.parameters())):
+        return
+    if names >= {"gate_proj", "up_proj", "down_proj"}:
+        yield lambda x: layer.down_proj(functions.Gated.apply(layer.gate_proj(x), layer.up_proj(x), act))
+    elif names >= {"gate_up_proj", "down_proj"}:
+        yield lambda x: layer.down_proj(functions.Gated.apply(*layer.gate_up_proj(x).chunk(2, dim=-1), act))
+
+
 def packed_losses(model: nn.Module, batch: Packed) -> torch.Tensor:
     """(supervised tokens,): the cross-entropy of each, in order; call inside `packed_attention`."""
     wanted = batch.labels[0] != IGNORED
@@ -124,7 +193,7 @@ def packed_losses(model: nn.Module, batch: Packed) -> torch.Tensor:
         return F.cross_entropy(logits[0].float(), labels, reduction="none")
     hidden = model.base_model(**call, sequence_lengths=batch.lengths)[0]  # type: ignore[operator]  # (1, T, d)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    return ChunkedCrossEntropy.apply(hidden[0][wanted], head.weight, labels)  # type: ignore[return-value]
+    return functions.CrossEntropy.apply(hidden[0][wanted], head.weight, labels)  # type: ignore[return-value]
 
 
 def padded_losses(model: nn.Module, batch: Packed) -> torch.Tensor:
@@ -169,34 +238,6 @@ def _positions(ids: torch.Tensor) -> torch.Tensor:
     return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
 
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of hidden @ headᵀ at each position (positions,), for a frozen head, a chunk of them at a time.
-
-    The gradient of the hidden states is made while the chunk's logits are there, so nothing of size
-    (positions, vocabulary) is kept for the backward.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), CHUNK):
-            span = slice(start, start + CHUNK)
-            logs = F.linear(hidden[span], head).log_softmax(-1, dtype=torch.float32)  # (chunk, vocabulary)
-            losses[span] = -logs.gather(1, labels[span, None])[:, 0]
-            if gradient is not None:
-                softmax = logs.exp_()
-                softmax.scatter_add_(1, labels[span, None], softmax.new_full((len(softmax), 1), -1.0))
-                gradient[span] = softmax.to(head.dtype) @ head
-        ctx.save_for_backward(gradient)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * outer[0][:, None].to(gradient.dtype), None, None
-
-
 def _plain_head(model: nn.Module) -> bool:
     """Whether the logits are just hidden @ headᵀ, nothing added, scaled, capped or hooked, and the head not trained."""
     head = model.get_output_embeddings()  # type: ignore[operator]
@@ -224,22 +265,33 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed sequence; query (1, heads, T, head_dim) -> (1, T, heads, head_dim)."""
     assert query.shape[2] == sum(sequence_lengths), "the forward was called without its sequence lengths"
-    dtype = query.dtype
+    reaches = sliding_window is None or max(sequence_lengths) <= sliding_window
+    if reaches and not dropout and query.device.type == "cpu":
+        return functions.CausalAttention.apply(query, key, value, sequence_lengths, scaling), None  # type: ignore
+    if reaches and not dropout and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+        return _variable_length(query, key, value, sequence_lengths, scaling), None
     grouped = query.shape[1] != key.shape[1]  # fewer key and value heads than query heads
     outputs = []
-    if (
-        query.device.type == "cpu" and dtype == torch.bfloat16
-    ):  # the CPU's bfloat16 backward takes twice the time of the float32 one
-        query, key, value = query.float(), key.float(), value.float()
-    parts = (tensor.split(sequence_lengths, dim=2) for tensor in (query, key, value))
-    for q, k, v in zip(*parts, strict=True):
+    for q, k, v in zip(*(tensor.split(sequence_lengths, dim=2) for tensor in (query, key, value)), strict=True):
         length = q.shape[2]
         window = None if sliding_window is None or length <= sliding_window else _window(length, sliding_window, q)
         attended = F.scaled_dot_product_attention(
             q, k, v, window, dropout, is_causal=window is None, scale=scaling, enable_gqa=grouped
         )
         outputs.append(attended)
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(dtype).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _variable_length(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scaling: float | None
+) -> torch.Tensor:
+    """torch's own kernel for sequences end to end, on a CUDA GPU: one call for all of them."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32, device=query.device)
+    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, heads, head_dim)
+    most, grouped = max(lengths), q.shape[1] != k.shape[1]
+    return varlen_attn(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)[None]
 
 
 def _window(length: int, window: int, like: torch.Tensor) -> torch.Tensor:

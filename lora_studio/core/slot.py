@@ -271,15 +271,28 @@ class Slot:
             raise _not_by_row(layer)
         if spans:
             assert output.shape[:2] == (1, sum(spans)), "the spans are not those of this batch"
-            every = zip(names, inputs[0].split(spans, dim=1), output.split(spans, dim=1), strict=True)
-            return torch.cat(
-                [_changed(layer, x, part, [(0, one) for one in self._parts(name)]) for name, x, part in every], dim=1
-            )
+            return self._by_span(layer, inputs[0], output)
         gate = self.route.gate(inputs[0].shape[0], layer.training)
         if gate is not None and len(inputs[0]) == 1 < len(gate) and not isinstance(layer, nn.Embedding):
             raise _not_by_row(layer)
         gates = None if gate is None else gate.view(len(gate), *[1] * (output.dim() - 2), -1).to(output.dtype)
         return _changed(layer, inputs[0], output, live, gates)
+
+    def _by_span(self, layer: nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """Each adapter changes its own tokens of the row; products of two factors all at once."""
+        spans, ones = self.route.spans, [tuple(self._parts(name)) for name in self.route.names]
+        products = all(isinstance(part, LowRank) and part.stacks for parts in ones for part in parts)
+        if products and max(map(len, ones)) == 1 and not isinstance(layer, nn.Embedding):
+            factors, scales = [], []
+            for part in (parts[0] if parts else None for parts in ones):
+                assert part is None or isinstance(part, LowRank)
+                factors += [None, None] if part is None else [part.A, part.dense_B(output.shape[-1])]
+                scales.append(0.0 if part is None else part.scale)
+            return Products.apply(x, output, spans, scales, *factors)  # type: ignore[return-value]
+        pieces = zip(ones, x.split(spans, dim=1), output.split(spans, dim=1), strict=True)
+        return torch.cat(
+            [_changed(layer, one, own, [(0, part) for part in parts]) for parts, one, own in pieces], dim=1
+        )
 
     def _parts(self, name: str) -> Iterator[Part]:
         """What an adapter does here, beyond what already stands in for the layer's own tensors."""
@@ -457,6 +470,61 @@ class Product(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             for_x = inner @ A.to(inner.dtype)
         return for_x, for_A, for_B, None, None, gradient if ctx.needs_input_grad[5] else None
+
+
+class Products(torch.autograd.Function):
+    """The same for several adapters, each on its own tokens: y[span] + scale · (x[span] Aᵀ) Bᵀ.
+
+    x (1, T, in) and y (1, T, out); spans are tokens per adapter, factors A1, B1, A2, B2, ..., both None for an
+    adapter that leaves this layer alone.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        spans: Sequence[int],
+        scales: Sequence[float],
+        *factors: torch.Tensor | None,
+    ) -> torch.Tensor:
+        changed = y.clone()
+        for span, scale, A, B in _with_factors(spans, scales, factors):
+            changed[0, span].addmm_(_hidden(x[0, span], A, scale, None), B.to(x.dtype).T)
+        ctx.spans, ctx.scales = spans, scales
+        ctx.save_for_backward(x, *factors)
+        return changed
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        gradient = outer[0][0]  # (T, out)
+        for_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
+        for_factors: list[torch.Tensor | None] = []
+        for span, scale, A, B in _with_factors(ctx.spans, ctx.scales, factors, gaps=True):
+            if A is None:
+                for_factors += [None, None]
+                continue
+            inner = (gradient[span] @ B.to(gradient.dtype)) * scale  # (tokens, R)
+            hidden = _hidden(x[0, span], A, scale, None)
+            trains_A = ctx.needs_input_grad[4 + len(for_factors)]
+            for_A = (inner.T @ x[0, span]).to(A.dtype) if trains_A else None
+            for_factors += [for_A, (gradient[span].T @ hidden).to(B.dtype)]
+            if for_x is not None:
+                torch.mm(inner, A.to(inner.dtype), out=for_x[0, span])
+        return for_x, outer[0] if ctx.needs_input_grad[1] else None, None, None, *for_factors
+
+
+def _with_factors(
+    spans: Sequence[int], scales: Sequence[float], factors: Sequence[Any], gaps: bool = False
+) -> Iterator[tuple[slice, float, Any, Any]]:
+    """(span, scale, A, B) of each adapter that acts here, and with `gaps` of the others too."""
+    start = 0
+    for number, (size, scale) in enumerate(zip(spans, scales, strict=True)):
+        A, B = factors[2 * number : 2 * number + 2]
+        if gaps or A is not None:
+            yield slice(start, start + size), scale, A, B
+        start += size
 
 
 def _hidden(x: torch.Tensor, A: torch.Tensor, scale: float, gates: torch.Tensor | None) -> torch.Tensor:

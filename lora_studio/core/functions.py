@@ -1,0 +1,154 @@
+"""Autograd functions that keep less for the backward than the plain operations, and give the same numbers.
+
+    RMSNorm           keeps x and one number a position            instead of x in fp32, twice
+    Gated             keeps gate and up                             instead of act(gate) as well
+    CausalAttention   keeps q, k, v in their own dtype, the output  instead of fp32 copies of all four
+                      and one number a position and head
+    CrossEntropy      keeps one gradient the size of its input      instead of the logits, several times
+
+They are for frozen weights: none of them has a gradient for a weight.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+CHUNK = 256  # positions whose logits are in memory together
+aten = torch.ops.aten
+
+
+class RMSNorm(torch.autograd.Function):
+    """x / rms(x) · weight over the last dimension; weight (d,) in the dtype of x, or in fp32 for a product in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))  # (..., 1)
+        ctx.save_for_backward(x, weight, inverse)
+        if weight.dtype != x.dtype:
+            return (wide * inverse).mul_(weight).to(x.dtype)
+        return (wide * inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x, weight, inverse = ctx.saved_tensors
+        gradient, wide = (outer[0] * weight).float(), x.float()
+        along = torch.linalg.vecdot(gradient, wide)[..., None] * inverse.square() / x.shape[-1]
+        return torch.addcmul(gradient, wide, along, value=-1).mul_(inverse).to(x.dtype), None, None
+
+
+class Gated(torch.autograd.Function):
+    """act(gate) · up, elementwise."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return act(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            acted = ctx.act(gate)
+        (for_gate,) = torch.autograd.grad(acted, gate, outer[0] * up)
+        return for_gate, acted.detach() * outer[0], None
+
+
+class CausalAttention(torch.autograd.Function):
+    """Causal softmax attention on the CPU within each of several sequences that lie end to end.
+
+    q (1, heads, T, d), k and v (1, kv_heads, T, d) -> (1, T, heads, d); sequences of one length are computed
+    together. In fp32 whatever the dtype: the CPU's bfloat16 backward takes twice the time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], scale: float | None
+    ) -> torch.Tensor:
+        output = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])  # (1, T, heads, d)
+        logsums = []
+        for spans in _alike(lengths):
+            made, logsum = aten._scaled_dot_product_flash_attention_for_cpu(
+                _gather(q, spans), _gather(k, spans), _gather(v, spans), 0.0, True, scale=scale
+            )
+            _scatter(made, spans, output.transpose(1, 2))
+            logsums.append(logsum)
+        ctx.save_for_backward(q, k, v, output, *logsums)
+        ctx.lengths, ctx.scale = lengths, scale
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, output, *logsums = ctx.saved_tensors
+        for_output, output = outer[0].transpose(1, 2), output.transpose(1, 2)
+        gradients = [torch.empty_like(tensor.transpose(1, 2)).transpose(1, 2) for tensor in (q, k, v)]
+        for spans, logsum in zip(_alike(ctx.lengths), logsums, strict=True):
+            parts = [_gather(tensor, spans) for tensor in (for_output, q, k, v, output)]
+            made = aten._scaled_dot_product_flash_attention_for_cpu_backward(*parts, logsum, 0.0, True, scale=ctx.scale)
+            for part, whole in zip(made, gradients, strict=True):
+                _scatter(part, spans, whole)
+        return *gradients, None, None
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Cross-entropy of hidden @ headᵀ at each position (positions,), a chunk of them at a time.
+
+    The gradient of the hidden states is made while the chunk's logits are there, so nothing of size
+    (positions, vocabulary) is kept for the backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        count, words = min(CHUNK, len(hidden)), len(head)
+        logits = hidden.new_empty(count, words)  # the same two buffers for every chunk: fresh pages are not free
+        wide = logits if logits.dtype == torch.float32 else hidden.new_empty(count, words, dtype=torch.float32)
+        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for start in range(0, len(hidden), CHUNK):
+            span = slice(start, start + CHUNK)
+            part, label = hidden[span], labels[span, None]
+            narrow, chunk = logits[: len(part)], wide[: len(part)]
+            torch.mm(part, head.T, out=narrow)
+            chunk.copy_(narrow)
+            most = chunk.amax(-1, keepdim=True)
+            picked = chunk.gather(1, label)
+            total = chunk.sub_(most).exp_().sum(-1, keepdim=True)  # softmax · total from here on
+            losses[span] = (total.log() + most - picked)[:, 0]
+            if gradient is not None:
+                chunk.scatter_add_(1, label, -total)
+                gradient[span] = (narrow.copy_(chunk) @ head).div_(total)
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer[0][:, None].to(gradient.dtype), None, None
+
+
+def _alike(lengths: Sequence[int]) -> Iterator[list[slice]]:
+    """The places of the sequences, those of one length together."""
+    found: dict[int, list[slice]] = {}
+    start = 0
+    for length in lengths:
+        found.setdefault(length, []).append(slice(start, start + length))
+        start += length
+    yield from found.values()
+
+
+def _gather(tensor: torch.Tensor, spans: Sequence[slice]) -> torch.Tensor:
+    """(1, heads, T, d) -> (spans, heads, length, d) in fp32."""
+    parts = [tensor[:, :, span] for span in spans]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
+
+
+def _scatter(made: torch.Tensor, spans: Sequence[slice], whole: torch.Tensor) -> None:
+    """Write (spans, heads, length, d) to its places in `whole` (1, heads, T, d)."""
+    for number, span in enumerate(spans):
+        whole[0, :, span] = made[number]
