@@ -5,6 +5,7 @@ passes are halved, at most HALVINGS times; then activations are computed twice i
 in figures. It knows no optimizer and no schedule: that is train's.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Sequence
@@ -28,8 +29,9 @@ class Share:
     """One adapter's part in a step, and how it is cut. notes: what was changed for want of memory, to be told."""
 
     adapter: str
-    accumulate: int = 1
+    accumulate: int = 1  # passes at least
     checkpointing: str = "auto"
+    room: int  # tokens in a pass
     recompute: bool = field(init=False)  # activations, in the backward
     halvings: int = field(init=False, default=0)
     notes: list[str] = field(init=False, default_factory=list)
@@ -38,9 +40,13 @@ class Share:
         self.recompute = self.checkpointing == "on"
 
     def passes(self, batch: Batch) -> list[Batch]:
-        """The batch in `accumulate` parts."""
-        size = math.ceil(len(batch) / self.accumulate)
-        return [batch[start : start + size] for start in range(0, len(batch), size)]
+        """The batch in parts of about equally many tokens: at least `accumulate`, and as many as `room` asks for."""
+        ends = list(itertools.accumulate(len(tokens.ids) for tokens in batch))
+        count = min(len(batch), max(self.accumulate, math.ceil(ends[-1] / self.room)))
+        parts: dict[int, list[lean.Tokens]] = {}
+        for tokens, end in zip(batch, ends, strict=True):  # a row belongs where its middle lies
+            parts.setdefault(int((end - len(tokens.ids) / 2) * count / ends[-1]), []).append(tokens)
+        return list(parts.values())
 
     def joins(self, lora: LoRA, batch: Batch) -> bool:
         """Whether it may share a pass with other adapters: sequences that can be laid end to end, in one piece."""
@@ -49,17 +55,17 @@ class Share:
 
     def give_way(self, lora: LoRA, batch: Batch) -> None:
         """Take less memory from here on. Raises E_MEMORY when nothing is left to try."""
-        size = math.ceil(len(batch) / self.accumulate)
-        if size > 1 and self.halvings < HALVINGS:
+        parts = self.passes(batch)
+        if max(map(len, parts)) > 1 and self.halvings < HALVINGS:
             self.halvings += 1
-            self.accumulate = math.ceil(len(batch) / math.ceil(size / 2))
+            self.accumulate = min(2 * len(parts), len(batch))
             self.notes.append(f"Memory ran out; a step is now {self.accumulate} passes, with the same result.")
         elif not self.recompute and self.checkpointing == "auto" and lean.recomputes(lora.model):
             self.recompute = True
             self.notes.append("Memory ran out; activations are now computed twice instead of being kept.")
         else:
             device = next(lora.model.parameters()).device
-            tokens = max(sum(len(one.ids) for one in part) for part in self.passes(batch))
+            tokens = max(sum(len(one.ids) for one in part) for part in parts)
             used, free = memory_in_use(device), memory()[0]
             message = f"A pass of {tokens} tokens needs more than the {free / 1e9:.1f} GB that are free"
             hint = "Shorten the length limit, adapt fewer layers, or choose a smaller model."
@@ -144,8 +150,8 @@ def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, de
 
     if needs() <= free:
         return None
-    while needs() > free and len(share.passes(batch)[0]) > 1:
-        share.accumulate = min(2 * share.accumulate, len(batch))
+    while needs() > free and max(map(len, share.passes(batch))) > 1:
+        share.accumulate = min(2 * len(share.passes(batch)), len(batch))
     share.notes.append(
         f"The batch would not fit the memory; a step is {share.accumulate} passes, with the same result."
     )

@@ -73,7 +73,12 @@ class Job:
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=self.device.type in ("cuda", "cpu")
         )
-        self.share = Share(adapter=self.adapter, accumulate=config.accumulate, checkpointing=config.checkpointing)
+        self.share = Share(
+            adapter=self.adapter,
+            accumulate=config.accumulate,
+            checkpointing=config.checkpointing,
+            room=lean.PASS[self.device.type],
+        )
 
     @property
     def device(self) -> torch.device:
@@ -296,7 +301,7 @@ def _groups(lora: LoRA, live: Sequence[_Course]) -> list[list[_Course]]:
             room -= size
         else:
             groups.append([course])
-            room = lean.TOGETHER - size if joins else 0
+            room = course.job.share.room - size if joins else 0
     return groups
 
 
@@ -350,7 +355,7 @@ def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]
                 seconds_step=found.seconds,
                 seconds=seconds,
                 memory_bytes=max(found.memory_bytes, 0),
-                accumulate=job.share.accumulate,
+                accumulate=len(job.share.passes(longest)),
                 batch_fits=found.batch_fits,
             ),
         )

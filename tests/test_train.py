@@ -309,8 +309,8 @@ def test_adapters_trained_together_end_as_if_each_had_trained_alone(family: str)
 
 
 def test_small_passes_are_shared_and_large_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room, passes in ((10_000, 6), (1, 6 + 6 + 4 + 6 + 3)):
-        monkeypatch.setattr(lean, "TOGETHER", room)
+    for room, passes in ((10_000, 6), (70, 6 + 6 + 4 + 6 + 3)):  # tokens: all jobs, one job
+        monkeypatch.setitem(lean.PASS, "cpu", room)
         forwards, lora = [], base("llama")
         jobs = cell_jobs(lora, samples=0)
         for job in jobs:
@@ -481,3 +481,17 @@ def test_a_budget_of_tokens_fills_batches_and_counts_epochs() -> None:
     batches = list(_batches(rows, config, 9))
     sizes = [sum(len(tokens.ids) for tokens in batch) for batch in batches]
     assert max(sizes) <= 60 < min(sizes) + max(len(tokens.ids) for tokens in rows)
+
+
+@pytest.mark.parametrize("room", [30, 60, 1000])
+@pytest.mark.parametrize("accumulate", [1, 2, 8])
+def test_a_step_is_cut_into_even_passes_of_whole_rows_in_order(room: int, accumulate: int) -> None:
+    rows = [encode(tokenizer(), row, 512).tokens for row in examples(8)]
+    share = step.Share(adapter="x", accumulate=accumulate, room=room)
+    parts = share.passes(rows)
+    assert [tokens for part in parts for tokens in part] == rows
+    sizes = [sum(len(tokens.ids) for tokens in part) for part in parts]
+    longest = max(len(tokens.ids) for tokens in rows)
+    wanted = max(accumulate, math.ceil(sum(sizes) / room))
+    assert len(parts) == min(wanted, len(rows)) or len(parts) >= wanted - 1
+    assert max(sizes) - longest < sum(sizes) / min(wanted, len(rows))

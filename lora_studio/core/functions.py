@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-CHUNK = 256  # positions whose logits are in memory together
+CHUNK = 128  # positions whose logits are in memory together
 aten = torch.ops.aten
 
 
@@ -27,16 +27,15 @@ class RMSNorm(torch.autograd.Function):
         size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))  # (..., 1)
         ctx.save_for_backward(x, weight, inverse)
-        if weight.dtype != x.dtype:
-            return (wide * inverse).mul_(weight).to(x.dtype)
-        return (wide * inverse).to(x.dtype).mul_(weight)
+        scaled = wide * inverse if wide is x else wide.mul_(inverse)
+        return scaled.mul_(weight).to(x.dtype) if weight.dtype != x.dtype else scaled.to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
         gradient, wide = (outer[0] * weight).float(), x.float()
         along = torch.linalg.vecdot(gradient, wide)[..., None] * inverse.square() / x.shape[-1]
-        return torch.addcmul(gradient, wide, along, value=-1).mul_(inverse).to(x.dtype), None, None
+        return gradient.addcmul_(wide, along, value=-1).mul_(inverse).to(x.dtype), None, None
 
 
 class Gated(torch.autograd.Function):
@@ -48,7 +47,8 @@ class Gated(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        return act(gate) * up
+        acted = act(gate)
+        return acted * up if acted is gate else acted.mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -57,7 +57,7 @@ class Gated(torch.autograd.Function):
             gate = gate.detach().requires_grad_()
             acted = ctx.act(gate)
         (for_gate,) = torch.autograd.grad(acted, gate, outer[0] * up)
-        return for_gate, acted.detach() * outer[0], None
+        return for_gate, acted.detach().mul_(outer[0]), None
 
 
 class CausalAttention(torch.autograd.Function):

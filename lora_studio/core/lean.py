@@ -29,7 +29,8 @@ from lora_studio.core import functions
 from lora_studio.core.layout import ENCODERS
 
 IGNORED = -100  # label of a position that is not supervised
-TOGETHER = 1024  # tokens in a pass up to which several adapters share it; beyond, matrix products are busy anyway
+# Tokens in a pass: as many as keep the matrix products busy. More would only take memory.
+PASS = {"cpu": 1024, "mps": 4096, "cuda": 16_384}
 PACKED = "lora_studio_packed"
 DEAF = ("nemotron",)  # their blocks take keyword arguments and do not hand them to the attention
 
