@@ -30,9 +30,10 @@ from lora_studio.data.batches import Encoded, encode, encode_label, prompt_ids
 from lora_studio.data.formats import Example
 from lora_studio.events import Metric, Started
 from lora_studio.generate import answers
+from lora_studio.measure import mean_loss
 from lora_studio.models import ModelLibrary
 from lora_studio.settings import Sampling, TrainConfig
-from lora_studio.train import Job, mean_loss, train
+from lora_studio.train import Job, train
 
 log = logging.getLogger(__name__)
 

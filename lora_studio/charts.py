@@ -146,6 +146,51 @@ def amplification(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     return _dressed(figure, height=320, top=40)
 
 
+def study(told: Mapping[str, Any]) -> go.Figure:
+    """Held-out loss against trainable parameters: a line per choice of matrices, a point per rank.
+
+    told: study.Table.as_json. Points above one another cost the same; a ring marks the recommended cell.
+    """
+    figure = go.Figure()
+    for place, row in enumerate(told["rows"]):
+        cells = [cell for cell in row["cells"] if cell and cell["loss"] is not None]
+        colour, ringed = SERIES[place % len(SERIES)], [cell["run"] == told["recommended"] for cell in cells]
+        figure.add_trace(
+            go.Scatter(
+                x=[cell["parameters"] for cell in cells],
+                y=[cell["loss"] for cell in cells],
+                customdata=[cell["rank"] for cell in cells],
+                text=[f"{'    ' if ring else ''}r{cell['rank']}" for cell, ring in zip(cells, ringed, strict=True)],
+                textposition=["middle right" if ring else "top center" for ring in ringed],
+                name=text(row["name"], 28),
+                mode="lines+markers+text",
+                cliponaxis=False,
+                line={"color": colour, "width": 1.5},
+                marker={"symbol": SYMBOLS[place % len(SYMBOLS)], "size": 8},
+                hovertemplate="rank %{customdata}, %{x:,} parameters: %{y:.4g}<extra>%{fullData.name}</extra>",
+            )
+        )
+        for cell in cells:
+            if cell["run"] == told["recommended"]:
+                ring = {"size": 18, "color": "rgba(0, 0, 0, 0)", "line": {"color": MARK, "width": 2.5}}
+                at = {"x": [cell["parameters"]], "y": [cell["loss"]]}
+                figure.add_trace(
+                    go.Scatter(**at, mode="markers", marker=ring, hoverinfo="skip", showlegend=False, cliponaxis=False)
+                )
+    figure.update_xaxes(type="log", title_text="trainable parameters", tickformat="~s", dtick="D2")
+    figure.update_yaxes(title_text="held-out loss, nats")
+    figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}, showlegend=True)
+    return _dressed(figure, height=320, top=40)
+
+
+def shade(row: int, column: int, columns: int) -> str:
+    """The colour of a cell's line: a hue per choice of matrices, lighter for lower ranks."""
+    hue = SERIES[row % len(SERIES)]
+    light = 0.45 * (1 - column / max(1, columns - 1)) if columns > 1 else 0.0
+    parts = [int(hue[at : at + 2], 16) for at in (1, 3, 5)]
+    return "#" + "".join(f"{round(part + (225 - part) * light):02x}" for part in parts)
+
+
 def text(name: str, limit: int = 40) -> str:
     """A name inside a figure: one line of at most `limit` signs, and no tag in it is read as one."""
     line = " ".join(name.split())

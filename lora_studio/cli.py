@@ -23,6 +23,7 @@ from lora_studio.fields import Knob, knobs
 from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, method_of, short
 from lora_studio.settings import Sampling, TrainConfig
 from lora_studio.studio import Studio, run_as_json
+from lora_studio.study import in_words, parse_ranks, parse_rates, parse_targets
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune a language model with LoRA.")
 
@@ -208,16 +209,62 @@ def train(
     run = studio.start(config)
     if not as_json:
         print(f"run {run.id}")
+    _follow_to_its_end(studio, run, as_json)
+
+
+@app.command()
+@with_knobs(LoraSpec, TrainConfig)
+def sweep(
+    data: Data,
+    settings: dict[str, Any],
+    ranks: Annotated[str, typer.Option(help="Columns of the table, such as 1,2,4,8.")] = "1,2,4,8",
+    targets_grid: Annotated[
+        str, typer.Option(help="Its rows, such as 'attn.q; attn.q,attn.v; all-linear'; none takes --targets alone.")
+    ] = "",
+    rates: Annotated[str, typer.Option(help="Learning rates to try in each cell; none takes --lr alone.")] = "",
+    model: Model = "starter",
+    name: Annotated[str, typer.Option(help="Begins the names of the runs.")] = "",
+    format: Format = "",
+    column: Column = None,
+    task: Task = "auto",
+    as_json: Json = False,
+    root: Root = None,
+) -> None:
+    """A study: train every rank with every choice of matrices, and print the table. Ctrl-C stops and keeps all.
+
+    alpha keeps its ratio to the rank, so that each cell has the same scale.
+    """
+    studio = Studio(root)
+    asked = parse_ranks(ranks), parse_targets(targets_grid), parse_rates(rates)
+    choice = _choice(studio, data, format, column)
+    method = _method("lora", 0, settings)
+    assert isinstance(method, LoraSpec)
+    config = RunConfig(
+        name=name,
+        model=model,
+        task=studio.task(model, choice, task),
+        dataset=choice,
+        method=method,
+        train=_training(settings, "lora"),
+    )
+    runs = studio.sweep(config, asked[0], asked[1] or [method.targets], asked[2])
+    study = runs[0].config.study
+    if not as_json:
+        print(f"study {study}, {len(runs)} runs")
     try:
-        _follow(studio, run, as_json)
+        _follow_study(studio, study, as_json)
     except KeyboardInterrupt:
-        print("stopping after this step and keeping the adapter", file=sys.stderr)
-        studio.stop(run.id)
-        _follow(studio, run, as_json, start=len(studio.runs.events(run.id)))
-    end = studio.runs.get(run.id)
-    if end.status not in ("done", "stopped"):
-        error = end.error or {}
-        raise StudioError(error.get("code", "E_LOST"), error.get("message", end.status), error.get("hint", ""))
+        print("stopping after this step and keeping the adapters", file=sys.stderr)
+        for run in runs:
+            studio.stop(run.id)
+        for _ in studio.follow_study(study):
+            pass
+    told = studio.study(study)
+    print(json.dumps({"type": "Study", **told.as_json()}, ensure_ascii=False) if as_json else in_words(told))
+    broken = [cell for cell in told.every if cell.status in ("failed", "lost")]
+    if broken:
+        message = f"{len(broken)} of {len(runs)} runs did not end well; the first is {broken[0].name!r}."
+        raise StudioError("E_STUDY_RUNS", f"{message} {broken[0].error}".strip(), "`runs` shows each with its reason.")
 
 
 @app.command()
@@ -238,6 +285,21 @@ def stop(run: str, root: Root = None) -> None:
     """Stop a run after its current step and keep its adapter."""
     studio = Studio(root)
     studio.stop(studio.runs.get(run).id)
+
+
+@app.command()
+def pause(run: str, root: Root = None) -> None:
+    """Pause a run after its current step; `resume` goes on exactly there."""
+    studio = Studio(root)
+    studio.pause(studio.runs.get(run).id)
+
+
+@app.command()
+def resume(run: str, as_json: Json = False, root: Root = None) -> None:
+    """Go on with a run that was paused, stopped or lost, and print its events. Ctrl-C stops it again."""
+    studio = Studio(root)
+    told = len(studio.runs.events(run))
+    _follow_to_its_end(studio, studio.resume(run), as_json, told)
 
 
 @app.command()
@@ -392,6 +454,20 @@ def _choice(studio: Studio, data: str, format: str, column: list[str] | None) ->
     return DataChoice(id=dataset.id, name=dataset.name, format=format, columns={role: name for role, _, name in pairs})
 
 
+def _follow_to_its_end(studio: Studio, run: Run, as_json: bool, start: int = 0) -> None:
+    """Print a run's events from number `start` on; Ctrl-C stops it. Raises what it failed with."""
+    try:
+        _follow(studio, run, as_json, start)
+    except KeyboardInterrupt:
+        print("stopping after this step and keeping the adapter", file=sys.stderr)
+        studio.stop(run.id)
+        _follow(studio, run, as_json, start=len(studio.runs.events(run.id)))
+    end = studio.runs.get(run.id)
+    if end.status not in ("done", "stopped", "paused"):
+        error = end.error or {}
+        raise StudioError(error.get("code", "E_LOST"), error.get("message", end.status), error.get("hint", ""))
+
+
 def _follow(studio: Studio, run: Run, as_json: bool, start: int = 0) -> None:
     """Print a run's events until it has ended; a lost run gets the Ended line that its worker could not write."""
     last: dict[str, Any] = {}
@@ -404,6 +480,16 @@ def _follow(studio: Studio, run: Run, as_json: bool, start: int = 0) -> None:
         )
 
 
+def _follow_study(studio: Studio, study: str, as_json: bool) -> None:
+    """Print the events of all runs of a study; for people, each run's first, measured and last ones."""
+    names = {run.id: run.name for run in studio.studies()[study]}
+    for event in studio.follow_study(study):
+        if as_json:
+            print(json.dumps(event, ensure_ascii=False), flush=True)
+        elif event["type"] in ("Started", "Ended") or "heldout_loss" in event.get("values", {}):
+            print(f"{names.get(event['run'], event['run'][:8]):24} {_sentence(event)}", flush=True)
+
+
 def _sentence(event: dict[str, Any]) -> str:
     step = f"step {event['step']:>4}"
     if event["type"] == "Metric":
@@ -413,6 +499,10 @@ def _sentence(event: dict[str, Any]) -> str:
     if event["type"] == "Started":
         sizes = f"{event['steps']} steps, {event['trainable']:,} of {event['total']:,} parameters"
         return f"{sizes}, {event['precision']} on {event['device']}"
+    if event["type"] == "Probed":
+        cut = f", in {event['accumulate']} passes" if event["accumulate"] > 1 else ""
+        figures = f"{event['memory_bytes'] / 2**30:.1f} GB, {event['seconds_step']:.1f} s"
+        return f"measured: {figures} for the longest step{cut}, about {event['seconds']:.0f} s in all"
     if event["type"] == "Saved":
         return f"{step}  saved, the best so far"
     if event["type"] == "Warned":

@@ -3,11 +3,15 @@
     weights      P · b                                    P parameters of b bytes; full fine-tuning trains a copy, so
                                                           that they stay and can be compared with
     adapter      16 · n                                   n trainable: fp32 master, gradient, two Adam moments
-    activations  T · L · b · (5 h + 2 kv + 3 I) · 1.41    T tokens of the largest step, L layers from the lowest
-                                                          trained one, 1.41 for the allocator and the backward
-    head         CHUNK · V · (4 fp32 | 2.5 bf16) · 4      the logits of one chunk and their temporaries; a classifier
-                                                          has none
-    runtime      the interpreter and its libraries
+    activations  T · L · b · e · SPARE                    T tokens of the largest pass, L layers from the lowest
+                                                          trained one, e elements that a layer keeps per token (below),
+                                                          SPARE for the allocator and the backward; with checkpointing
+                                                          a layer keeps h, and one at a time keeps e
+    head         CHUNK · V · (4 fp32 | 6 bf16)            the logits of one chunk, in fp32 too; a classifier has none
+    runtime      the interpreter, its libraries and their buffers
+
+A layer keeps the inputs of its two norms, q, k, v, attention's output, the feed-forward's gate and up, and the input of
+each matrix that is trained: core.functions says why no more.
 
 Time counts floating-point operations: 2 per parameter and token forward, 2 more in the blocks that the gradient
 passes, 2 more for each trained parameter, at a share of the matrix rate that this machine shows in a short
@@ -22,14 +26,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lora_studio.core.baselines import Piece
-from lora_studio.core.layout import blocks, heads
-from lora_studio.core.lean import CHUNK
+from lora_studio.core.functions import CHUNK
+from lora_studio.core.layout import blocks, heads, matrices
+from lora_studio.core.lean import PASS
 from lora_studio.data.batches import Lengths
+from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_TOKENS
 from lora_studio.settings import TrainConfig
-from lora_studio.train import HELDOUT_TOKENS, SAMPLE_TOKENS
 
-RUNTIME_BYTES = 420 * 2**20
-EFFICIENCY = 0.45  # of the measured matrix rate that a training step reaches on this machine's class
+RUNTIME_BYTES = 470 * 2**20
+SPARE = {2: 1.6, 4: 1.85}  # by bytes of an element; measured on the starter and two other models
+PLAIN_ACTIVATION = 9  # tensors of the feed-forward's width that an ungated one keeps, with its dropout
+EFFICIENCY = 0.55  # of the measured matrix rate that a training step reaches on this machine's class
 STEP_S = 0.03  # of every step, whatever its size
 START_S = 9.0  # imports, loading and tokenising before the first step
 PACKED = {"int8": 1.0, "nf4": 0.53}  # bytes a weight, with its share of the scales
@@ -67,12 +74,13 @@ def estimate(
     trainable = sum(piece.parameters for piece in pieces)
     total = sum(tensor.numel() for tensor in model.parameters())
     passed = text.num_hidden_layers - _lowest(model, pieces)
-    step_tokens = _step_tokens(config, data, rows)
+    kept, hidden = _kept_elements(model, pieces), text.hidden_size
+    layers = hidden * passed + kept if config.checkpointing == "on" else kept * passed
     memory = {
         "weights": total_bytes(model, precision),
         "adapter": 16 * trainable,
-        "activations": int(1.41 * step_tokens * passed * size * _saved_elements(text)),
-        "head": int((2.5 if size == 2 else 4.0) * CHUNK * _vocabulary(model) * 4),
+        "activations": int(SPARE[size] * _pass_tokens(config, data, rows, device) * size * layers),
+        "head": CHUNK * _vocabulary(model) * (4 if size == 4 else 6),
         "runtime": RUNTIME_BYTES if device == "cpu" else 0,
     }
     memory["peak"] = sum(memory.values())
@@ -96,21 +104,31 @@ def _vocabulary(model: Any) -> int:
     return model.config.get_text_config().vocab_size if model.get_output_embeddings() is not None else 0
 
 
-def _step_tokens(config: TrainConfig, data: Lengths, rows: int) -> int:
-    """Tokens in memory together in a long step: a batch between the mean and the 95th percentile."""
+def _pass_tokens(config: TrainConfig, data: Lengths, rows: int, device: str) -> int:
+    """Tokens in memory together in a long step: a batch between the mean and the 95th percentile, cut into passes."""
     mean = data.total / rows
-    together = math.ceil(min(config.batch_size, rows) / config.accumulate)
-    return int(together * min(config.max_length, (mean + data.p95) / 2))
+    long = min(config.max_length, (mean + data.p95) / 2)
+    together = min(config.batch_size, rows)
+    step = min(config.batch_tokens, rows * mean) if config.batch_tokens else together * long
+    passes = max(config.accumulate, math.ceil(step / PASS[device]))
+    return int(max(long, step / passes + (long / 2 if passes > 1 else 0)))  # rows are whole
 
 
-def _saved_elements(text: Any) -> int:
-    """Elements a block keeps for its backward per token, when q, k, v and the MLP are computed plainly."""
+def _kept_elements(model: Any, pieces: Sequence[Piece]) -> int:
+    """Elements a block keeps for its backward per token."""
+    text = model.config.get_text_config()
     hidden = text.hidden_size
     heads = text.num_attention_heads
-    keys = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
+    keys = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-    return 5 * hidden + 2 * keys * head_dim + 3 * inner
+    roles = {piece.role for piece in pieces}
+    gated = any(target.role == "mlp.gate" for target in matrices(model))
+    kept = 2 * hidden + 2 * heads * head_dim + 2 * keys + (2 if gated else PLAIN_ACTIVATION) * inner
+    whole = not any(role.startswith(("attn.", "mlp.")) for role in roles)
+    kept += hidden if whole or roles & {"attn.q", "attn.k", "attn.v"} else 0
+    kept += hidden if whole or roles & {"mlp.gate", "mlp.up"} else 0
+    return kept + (inner if whole or "mlp.down" in roles else 0)
 
 
 def _seconds(
@@ -127,9 +145,10 @@ def _seconds(
     head = _vocabulary(model) * text.hidden_size
     body = sum(tensor.numel() for tensor in blocks(model)[1].parameters())
     kept = max(1, round(rows * (1 - config.holdout)))
-    steps = config.total_steps(kept)
-    examples = steps * min(config.batch_size, kept)
-    tokens, supervised = examples * data.total / rows, examples * data.supervised / rows
+    mean = data.total / rows
+    steps = config.total_steps(kept, int(kept * mean))
+    tokens = steps * (config.batch_tokens or min(config.batch_size, kept) * mean)
+    supervised = tokens * data.supervised / data.total
     measured = min(HELDOUT_TOKENS, rows * config.holdout * data.total / rows)
     rounds = config.evaluations + 1
     backward = body * passed / text.num_hidden_layers + min(trainable, body)

@@ -5,9 +5,11 @@ comparing. Everything durable lies under `root`; two Studios on one root see the
 """
 
 import contextlib
+import itertools
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import threading
@@ -20,12 +22,13 @@ from typing import Any
 from lora_studio.core.spec import VIRTUAL, BaselineSpec, Method
 from lora_studio.data.library import DataLibrary, Dataset, split
 from lora_studio.errors import StudioError, quote
-from lora_studio.fields import check
+from lora_studio.fields import build, check
 from lora_studio.models import CATALOGUE, ModelLibrary
 from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, base_precision
 from lora_studio.runs.store import RunStore
 from lora_studio.runs.supervisor import Supervisor
 from lora_studio.settings import QUANTISED, TrainConfig
+from lora_studio.study import Table, grid, studies, table
 
 log = logging.getLogger(__name__)
 
@@ -260,19 +263,22 @@ class Studio:
 
     def start(self, config: RunConfig) -> Run:
         """Queue a run; everything that can be wrong with it is said here, before anything is written."""
-        check(config)
-        config = replace(config, model=self.models.lasting_name(config.model))
-        plan = self.plan(config.model, config.method, config.train, config.dataset, config.task)
-        config = replace(config, method=plan.method)
-        facts = {"revision": self.models.revision(config.model), "estimate": plan.estimate.as_json()}
-        if plan.labels:
-            facts["labels"] = list(plan.labels)
-        entry = CATALOGUE.get(config.model)
-        if entry:
-            facts["repo"] = entry.repo
-        run = self.runs.create(config, facts)
+        run = self.runs.create(*self._checked(config))
         self.supervisor.tick()
         return self.runs.get(run.id)
+
+    def sweep(
+        self, config: RunConfig, ranks: Sequence[int], targets: Sequence[Sequence[str]], rates: Sequence[float] = ()
+    ) -> list[Run]:
+        """Queue a study: one run per choice of matrices, rank and learning rate (study.grid), all of them or none.
+
+        Raises E_STUDY, and as `start` does for any of its cells.
+        """
+        checked = [self._checked(cell) for cell in grid(config, ranks, targets, rates)]
+        with self.supervisor.hold():  # one look at the queue sees them all, so that one worker may take them all
+            runs = [self.runs.create(*one) for one in checked]
+        self.supervisor.tick()
+        return [self.runs.get(run.id) for run in runs]
 
     def follow(self, run: str, start: int = 0, interval_s: float = 0.2) -> Iterator[dict[str, Any]]:
         """The events of a run from number `start` on, as they come, until it has ended; turns the queue's crank."""
@@ -287,9 +293,60 @@ class Studio:
             self.supervisor.tick()
             time.sleep(interval_s)
 
+    def studies(self) -> dict[str, list[Run]]:
+        """The runs of each study, newest first."""
+        return studies(self.runs.list())
+
+    def study(self, study: str) -> Table:
+        """A study as it stands, by its id or a unique beginning of it. Raises E_STUDY_NOT_FOUND."""
+        known = self.studies()
+        found = [study] if study in known else [one for one in known if len(study) >= 4 and one.startswith(study)]
+        if len(found) != 1:
+            raise StudioError("E_STUDY_NOT_FOUND", f"There is no study {quote(study)}.", "Each run names its own.")
+        return table(known[found[0]])
+
+    def follow_study(self, study: str, interval_s: float = 0.2) -> Iterator[dict[str, Any]]:
+        """The events of all runs of a study as they come, each with its "run", until all have ended."""
+        read: dict[str, int] = {}
+        while True:
+            views = self.studies().get(study, [])[::-1]
+            for view in views:
+                fresh = self.runs.events(view.id, read.get(view.id, 0))
+                yield from ({**event, "run": view.id} for event in fresh)
+                read[view.id] = read.get(view.id, 0) + len(fresh)
+            if not any(view.active for view in views):
+                return
+            self.supervisor.tick()
+            time.sleep(interval_s)
+
     def stop(self, run: str) -> None:
         """Ask a run to end after its current step and keep its adapter."""
         self.runs.request_stop(run)
+
+    def pause(self, run: str) -> None:
+        """Ask a run to end after its current step, so that it can be resumed exactly there."""
+        self.runs.request_pause(run)
+
+    def resume(self, run: str) -> Run:
+        """Put a run that was paused, stopped, lost or failed back into the queue; it goes on where it was saved.
+
+        Raises E_RUN_DONE, E_RUN_ACTIVE, E_NO_CHECKPOINT and E_CHECKPOINT.
+        """
+        resumed = self.runs.requeue(run)
+        self.supervisor.tick()
+        return self.runs.get(resumed.id)
+
+    def restart(self, run: str, change: Mapping[str, Any]) -> Run:
+        """Start a run anew with some settings of its TrainConfig changed. Raises E_CONFIG, and as `start` does."""
+        config = self.runs.get(run).config
+        train = build(TrainConfig, asdict(config.train) | dict(change))
+        return self.start(replace(config, name=self._free_name(config.name), train=train, study=""))
+
+    def _free_name(self, name: str) -> str:
+        """The name with the lowest number behind it that no run has: orders, orders (2), orders (3)."""
+        stem = re.sub(r" \(\d+\)$", "", name)
+        taken = {run.name for run in self.runs.list()}
+        return next(free for number in itertools.count(2) if (free := f"{stem} ({number})") not in taken)
 
     def heldout(self, run: str, limit: int = 5) -> list[Any]:
         """The first held-out examples of a run, which it never trained on."""
@@ -382,7 +439,7 @@ class Studio:
         On the rows that training measured. Raises E_NO_HELDOUT, E_NOT_LORA, E_NO_ADAPTER.
         """
         from lora_studio.inside import rank_curve
-        from lora_studio.train import HELDOUT_TOKENS, within
+        from lora_studio.measure import HELDOUT_TOKENS, within
 
         view = self.runs.get(run)
         rows = [tokens for tokens in self._tokens(view, self.heldout(run, 1000)) if tokens.count]
@@ -471,6 +528,20 @@ class Studio:
             shutil.rmtree(unpacked, ignore_errors=True)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _checked(self, config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
+        """The config and the facts that a run is created from, once nothing can be wrong with them any more."""
+        check(config)
+        config = replace(config, model=self.models.lasting_name(config.model))
+        plan = self.plan(config.model, config.method, config.train, config.dataset, config.task)
+        config = replace(config, method=plan.method)
+        facts = {"revision": self.models.revision(config.model), "estimate": plan.estimate.as_json()}
+        if plan.labels:
+            facts["labels"] = list(plan.labels)
+        entry = CATALOGUE.get(config.model)
+        if entry:
+            facts["repo"] = entry.repo
+        return config, facts
 
     def _writes(self, model: str) -> bool:
         """Whether a model can write text; encoders can only choose labels. Raises E_ARCH for one that does neither."""

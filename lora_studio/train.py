@@ -118,10 +118,12 @@ class Job:
     def restore(self, state: State) -> None:
         """Go on from `state`; the job must have been built as the one that it is of. Raises E_CHECKPOINT."""
         parameters, progress = self.parameters, state.progress
-        if [tensor.shape for tensor in state.adapter.values()] != [tensor.shape for tensor in parameters]:
+        shapes = {str(number): tensor.shape for number, tensor in enumerate(parameters)}
+        if {name: tensor.shape for name, tensor in state.adapter.items()} != shapes:
             raise StudioError("E_CHECKPOINT", "The checkpoint is of another adapter.", "Start the run again.")
         for number, tensor in enumerate(parameters):
-            tensor.data.copy_(state.adapter[str(number)])
+            with torch.no_grad():
+                tensor.copy_(state.adapter[str(number)])
             names = [name for name in ("step", "exp_avg", "exp_avg_sq") if f"{number}.{name}" in state.optimizer]
             self.optimizer.state[tensor] = {
                 name: state.optimizer[f"{number}.{name}"].clone().to(tensor.device) for name in names
@@ -211,8 +213,9 @@ class _Course:
         usual = config.usual_rate(total, getattr(job.lora.specs[job.adapter], "kind", "lora"))
         if config.learning_rate > 2 * usual and not job.step:
             rate = f"A learning rate of {config.learning_rate:g} is high for this model and method"
-            yield Warned(step=0, code="W_RATE", message=f"{rate}; {usual:.1g} is usual.")
-        if job.step >= self.steps and job.measured >= job.step:
+            change = {"learning_rate": float(f"{usual:.1g}")}
+            yield Warned(step=0, code="W_RATE", message=f"{rate}; {usual:.1g} is usual.", change=change)
+        if job.measured >= job.step and (job.step >= self.steps or self.has_no_patience):
             job.leave()
         self.clock = time.monotonic()
 
@@ -234,6 +237,10 @@ class _Course:
         """Whether the held-out loss is to be measured now; step 0 is the base model."""
         job = self.job
         return (not job.over and job.measured < job.step and job.step in self.measured_at) or job.measured < 0
+
+    @property
+    def has_no_patience(self) -> bool:
+        return 0 < self.job.config.patience <= self.job.stale
 
     def update(self, loss: float) -> Iterator[Event]:
         """The optimizer's part of a step, its gradients being there; and its figures."""
@@ -277,10 +284,10 @@ class _Course:
 
     def end_of_round(self) -> Iterator[tuple[int, Event]]:
         """Leave when all steps are done, or when patience has run out."""
-        job, patience = self.job, self.job.config.patience
+        job = self.job
         if job.over:
             return
-        if patience and job.stale >= patience and job.step < self.steps:
+        if self.has_no_patience and job.step < self.steps:
             message = f"The held-out loss has not fallen for {job.stale} evaluations; training ends at step {job.step}."
             yield self.number, Warned(step=job.step, code="I_PATIENCE", message=message)
             job.leave()

@@ -123,7 +123,7 @@ def with_theme(url: str, variant: str) -> str:
 
 
 def every_screen(browser: Browser, url: str, model: str, steps: int, folder: Path) -> None:
-    """Data before a run, the run while it trains, then the finished run, compare, inside and export."""
+    """Data before a run, the run while it trains, then the finished run, compare, inside, export and a study."""
     for variant, page in variants(browser):
         page.goto(with_theme(url, variant))
         page.get_by_role("button", name="Café orders").click()
@@ -141,6 +141,21 @@ def every_screen(browser: Browser, url: str, model: str, steps: int, folder: Pat
     expect(live(first)).to_have_attribute("data-state", "done", timeout=3_600_000)
     for variant, page in variants(browser):
         finished(page, with_theme(address, variant), variant, folder)
+    study(first, "1, 4")
+    expect(first.locator("#study [data-points]").first).to_have_attribute("data-state", "over", timeout=3_600_000)
+    for variant, page in variants(browser):
+        page.goto(with_theme(first.url, variant))
+        expect(page.locator("#study .sizes .js-line").first).to_be_visible(timeout=60_000)
+        shoot(page, folder, f"study_{variant}")
+
+
+def study(page: Page, ranks: str) -> None:
+    """Start a study of two choices of matrices, with everything else as the other tabs have it."""
+    page.get_by_role("tab", name="Study").click()
+    page.get_by_label("Ranks").fill(ranks)
+    expect(page.locator("#study-cost b").first).to_be_visible(timeout=60_000)
+    page.get_by_role("button", name="Start study").click()
+    expect(page.locator("#study [data-points]").first).to_have_attribute("data-state", "active", timeout=60_000)
 
 
 def finished(page: Page, address: str, variant: str, folder: Path) -> None:

@@ -285,3 +285,18 @@ def test_bad_usage_is_exit_code_two(home: Path) -> None:
     assert run("plan", "--no-such-option", root=home).returncode == 2
     assert run("compare", root=home).returncode == 2
     assert run("data", "x.csv", "--column", "prompt", root=home).returncode == 2
+
+
+def test_a_run_is_paused_and_resumed_to_its_end(trained: list[dict], home: Path) -> None:
+    studio = Studio(home)
+    first = studio.runs.get(trained[-1]["run"])
+    short = replace(first.config, name="short", train=replace(first.config.train, steps=2))
+    waiting = studio.runs.create(short, {})
+    assert run("pause", waiting.id[:8], root=home).returncode == 0
+    assert studio.runs.get(waiting.id).status == "paused"
+    done = run("resume", waiting.id[:8], "--json", root=home)
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0 and events[-1]["status"] == "done" and events[-1]["run"] == waiting.id
+    again = run("resume", waiting.id, root=home)
+    assert again.returncode == 1 and "E_RUN_DONE" in again.stderr and len(again.stderr.splitlines()) == 2
+    studio.runs.delete(waiting.id)

@@ -42,7 +42,11 @@ def test_every_control_moves_the_forecast_the_right_way() -> None:
     assert more(evaluations=10).seconds > base.seconds
     assert forecast(spec=LoraSpec(rank=16)).memory_bytes["adapter"] > base.memory_bytes["adapter"]
     upper = forecast(spec=LoraSpec(layers=(1,)))
-    assert upper.memory_bytes["activations"] * 2 == base.memory_bytes["activations"]
+    assert upper.memory_bytes["activations"] * 2 == pytest.approx(base.memory_bytes["activations"], abs=2)
+    assert more(checkpointing="on").memory_bytes["activations"] < base.memory_bytes["activations"]
+    every = forecast(spec=LoraSpec(targets=("all-linear",)))
+    assert every.memory_bytes["activations"] > base.memory_bytes["activations"]
+    assert more(batch_tokens=40).memory_bytes["peak"] < base.memory_bytes["peak"]
     assert forecast(precision="bfloat16").memory_bytes["weights"] * 2 == base.memory_bytes["weights"]
 
 
@@ -58,7 +62,8 @@ def test_full_fine_tuning_holds_the_base_and_a_trained_copy_and_nothing_passes_b
     full, top, lora = (forecast(spec=spec) for spec in (BaselineSpec(kind="full"), TOP, LoraSpec()))
     assert full.trainable == full.total and full.memory_bytes["weights"] == 4 * full.total
     assert full.seconds > lora.seconds > top.seconds
-    assert 2 * top.memory_bytes["activations"] == full.memory_bytes["activations"] == lora.memory_bytes["activations"]
+    half, whole = (one.memory_bytes["activations"] for one in (top, full))
+    assert 2 * half == pytest.approx(whole, abs=2) and lora.memory_bytes["activations"] < whole
 
 
 def test_a_classifier_has_no_vocabulary_head_and_its_own_head_lies_above_the_blocks() -> None:
@@ -67,9 +72,7 @@ def test_a_classifier_has_no_vocabulary_head_and_its_own_head_lies_above_the_blo
     assert result.memory_bytes["head"] == 0
     head = sum(tensor.numel() for tensor in model.classifier.parameters())
     assert result.trainable == forecast(spec=TOP, model=model).trainable + head
-    both = LoraSpec(targets=("attn.q",), modules_to_save=("classifier",))
-    saved, all_saved = (one.memory_bytes["activations"] for one in (result, forecast(spec=both, model=model)))
-    assert 2 * saved == pytest.approx(all_saved, abs=2)
+    assert result.memory_bytes["activations"] == forecast(spec=TOP, model=model).memory_bytes["activations"]
 
 
 def test_packed_weights_take_less_room() -> None:

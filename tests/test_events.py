@@ -3,10 +3,11 @@
 import json
 import math
 
-from lora_studio.events import EVENTS, Ended, Metric, Sample, Saved, Started, Warned, from_line, to_line
+from lora_studio.events import EVENTS, Ended, Metric, Probed, Sample, Saved, Started, Warned, from_line, to_line
 
 ALL = [
     Started(steps=3, trainable=1, total=2, device="cpu", precision="float32", train_rows=9, heldout_rows=1),
+    Probed(tokens=9, seconds_step=0.5, seconds=3.0, memory_bytes=9, accumulate=1, batch_fits=None),
     Metric(step=1, values={"train_loss": 0.5}),
     Sample(step=0, index=0, prompt="p\n", text="tö", target="x"),
     Saved(step=1, heldout_loss=None),

@@ -13,7 +13,16 @@ from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import LoraSpec
 from tests.tiny import CAUSAL, CLASSIFIERS, PLAIN_TOO, causal, classifier
 
-PLAIN_NORMS = {"gpt2", "gpt_neo", "gpt_neox", "gptj", "opt", "phi", "nemotron", "starcoder2"}  # families without an RMS norm or a gated feed-forward
+PLAIN_NORMS = {
+    "gpt2",
+    "gpt_neo",
+    "gpt_neox",
+    "gptj",
+    "opt",
+    "phi",
+    "nemotron",
+    "starcoder2",
+}  # families without an RMS norm or a gated feed-forward
 PLAIN = {"gemma2", "stablelm"}  # one caps its attention scores, one has attention code of its own
 LENGTHS = (9, 5, 9, 12)  # longer than mistral's window of 5 in tests/tiny.py
 

@@ -10,7 +10,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 
 from playwright.sync_api import Browser, Page, expect  # noqa: E402
 
-from tests.screenshots import CHROMIUM, chromium, live, served, train  # noqa: E402
+from tests.screenshots import CHROMIUM, chromium, live, served, study, train  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
 
 pytestmark = [
@@ -173,13 +173,76 @@ def test_another_method_learns_labels(url: str, browser: Browser, tmp_path: Path
     assert watch.wrong == []
 
 
+def test_the_doctor_starts_again_and_that_run_is_paused_and_resumed(url: str, browser: Browser, tmp_path: Path) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    watch, steps = Watch(page, url), 2 * STEPS
+    train(page, url, str(tiny_model(tmp_path / "tiny")), steps, learning_rate="0.000001", batch="2")
+    expect(page.locator("#live .forecast")).to_contain_text("Measured on the longest batch", timeout=60_000)
+    again = page.get_by_role("button", name="Start again with learning rate 0.005")
+    expect(again).to_be_visible(timeout=240_000)
+    assert overflow(page) <= 0
+    first = page.url
+    again.click()  # the run is ended by it, if it is not over yet
+    page.wait_for_url(lambda address: "run=" in address and address != first)
+    expect(again).to_be_hidden()
+
+    expect(live(page)).to_have_attribute("data-state", "running", timeout=120_000)
+    wait_for_points(page, 5)
+    page.get_by_role("button", name="Pause").focus()
+    page.keyboard.press("Enter")
+    expect(live(page)).to_have_attribute("data-state", "paused", timeout=60_000)
+    expect(page.get_by_role("button", name="Resume")).to_be_focused()  # it took the place of Pause
+    expect(page.locator("#live .costs")).to_contain_text(f"of {steps} steps")
+    before = points(page)
+    assert 5 <= before < steps and overflow(page) <= 0
+    elsewhere = browser.new_context().new_page()
+    elsewhere.goto(page.url)
+    wait_for_points(elsewhere, before)
+    page.keyboard.press("Enter")
+    expect(live(page)).to_have_attribute("data-state", "done", timeout=240_000)
+    assert before < points(page) == steps
+    expect(live(elsewhere)).to_have_attribute("data-points", str(steps), timeout=60_000)  # it looked on all the time
+    elsewhere.context.close()
+    watch.reload(page)
+    wait_for_points(page, steps)
+    assert points(page) == steps and watch.wrong == []
+
+
+def test_a_study_races_drops_and_ends_in_a_table(url: str, browser: Browser) -> None:
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    watch = Watch(page, url)
+    page.goto(url)
+    page.get_by_role("button", name="Café orders").click()
+    page.get_by_role("button", name="Continue to training").click()
+    expect(page.locator("#picker button").first).to_be_visible(timeout=60_000)
+    for label, value in {"Steps": "100", "Batch": "2", "Learning rate": "0.02", "Seed": "1"}.items():
+        page.get_by_label(label, exact=True).fill(value)
+    study(page, "1, 2")
+    page.get_by_role("button", name="Drop q + v, rank 2").click()
+    expect(page.locator("#study .plot .main-svg").first).to_be_visible(timeout=60_000)
+    page.wait_for_url(re.compile(r"[?&]study=[0-9a-f]{32}"))
+    watch.reload(page)
+    shown = page.locator("#study [data-points]").first
+    expect(shown).to_have_attribute("data-state", "over", timeout=90_000)
+    expect(page.locator("#study .cell")).to_have_count(4)
+    expect(page.locator("#study .cell .stopped")).to_have_count(1)
+    expect(page.locator("#study .outcome em")).to_have_text("recommended")
+    expect(page.locator("#study .sizes .js-line").first).to_be_visible(timeout=20_000)
+    assert overflow(page) <= 0
+    page.get_by_role("button", name="q, rank 1:").press("Enter")
+    page.locator("#study .detail").get_by_role("button", name="Compare").click()
+    expect(page.get_by_role("tab", name="3 Compare")).to_have_attribute("aria-selected", "true")
+    expect(page.locator("#compare-run input")).to_have_value(re.compile("orders r1 q "))
+    assert watch.wrong == []
+
+
 def test_nothing_is_wider_than_a_phone(url: str, browser: Browser) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 844})
     watch = Watch(page, url)
     page.goto(url)
     page.get_by_role("button", name="Plain English").click()
     expect(page.locator("#preview .rendered")).to_be_visible(timeout=30_000)
-    for tab in ("1 Data", "2 Train", "3 Compare", "4 Inside", "5 Export"):
+    for tab in ("1 Data", "2 Train", "Study", "3 Compare", "4 Inside", "5 Export"):
         page.get_by_role("tab", name=tab).click()
         expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
         assert overflow(page) <= 0, tab

@@ -2,23 +2,36 @@
 
 import dataclasses
 import fcntl
+import itertools
 import json
+import math
 import os
 import signal
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from lora_studio.core.spec import BASELINES, BaselineSpec, LoraSpec, Method
 from lora_studio.errors import StudioError
-from lora_studio.events import Metric, Started, to_line
-from lora_studio.runs.config import DataChoice, Run, RunConfig, base_precision, method_of, short
+from lora_studio.events import Event, Metric, Started, to_line
+from lora_studio.runs import checkpoints
+from lora_studio.runs.attempt import Attempt
+from lora_studio.runs.config import DataChoice, Run, RunConfig, Status, base_precision, method_of, short
 from lora_studio.runs.executors import Local, environment
-from lora_studio.runs.store import Journal, RunStore, claim, write_json
-from lora_studio.runs.worker import Worker
+from lora_studio.runs.store import Journal, RunStore, claim, earlier_logs, standing, write_json
+from lora_studio.runs.supervisor import together
+from lora_studio.runs.worker import work
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
+from lora_studio.train import Job, State
+from tests.crash import Crash, break_off
 from tests.tiny import tiny_encoder, tiny_model
 
 
@@ -180,7 +193,7 @@ def worked(studio: Studio, config: RunConfig, monkeypatch: pytest.MonkeyPatch) -
     """A run from the queue to its end."""
     monkeypatch.setattr(studio.supervisor, "tick", lambda: None)
     run = studio.start(config)
-    Worker(run.path).run()
+    work([Attempt(run.path)])
     return studio.runs.get(run.id)
 
 
@@ -271,6 +284,471 @@ def test_methods_in_a_runs_name() -> None:
     assert [short(method) for method in methods] == ["r8", "full", "prefix 16", "top 2"]
 
 
+# ---- going on: whatever broke a run off, its end is the end of one that nothing broke off ----------------------------
+
+
+STEPS = {"steps": 6, "batch_size": 4, "evaluations": 2, "samples": 1, "precision": "float32", "save_every": 2}
+
+
+def adapter(run: Run) -> tuple[dict, bytes]:
+    """Names and bytes of the tensors; the library writes the metadata before them in any order."""
+    data = (run.path / "adapter/adapter_model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:start]), data[start:]
+
+
+def ends(studio: Studio, run: Run) -> tuple[Any, list[tuple[int, float]], list[tuple[int, float]], list, dict]:
+    """All that a run leaves, without its times: adapter, curves, samples, figures."""
+    view = RunStore(studio.root).get(run.id)
+    assert view.status == "done" and view.step == view.steps, view.error
+    with claim(run.path, patience_s=60) as lock:  # the worker's last act is to let go of it
+        assert lock
+    metrics = [record for record in studio.runs.curve(run.id) if record["type"] == "Metric"]
+    curves = [
+        [(record["step"], record["values"][name]) for record in metrics if name in record["values"]]
+        for name in ("train_loss", "heldout_loss")
+    ]
+    samples = [
+        (record["step"], record["index"], record["text"])
+        for record in studio.runs.curve(run.id)
+        if record["type"] == "Sample"
+    ]
+    figures = {name: view.summary[name] for name in ("base_loss", "best_loss", "best_step", "train_loss")}
+    assert not (view.path / "checkpoints").exists() and view.latest["train_loss"] == curves[0][-1][1]
+    return adapter(run), *curves, samples, figures
+
+
+def begun(studio: Studio, tiny: Path, **train: object) -> Run:
+    """A run that waits for the worker's code in this process."""
+    made = config(studio, tiny, **(STEPS | train))
+    return studio.runs.create(dataclasses.replace(made, method=LoraSpec(rank=4, targets=("attn.q",), dropout=0.2)), {})
+
+
+def attempt(run: Run) -> None:
+    """What a worker does, in this process; the log tells that there was one."""
+    (run.path / "worker.log").touch()
+    with claim(run.path) as lock:
+        assert lock
+        work([Attempt(run.path)])
+
+
+def breaking(monkeypatch: pytest.MonkeyPatch, at: int, *, written: bool) -> None:
+    """Let the worker be killed around the at-th event that it writes."""
+    real, count = Attempt.append, itertools.count(1)
+
+    def append(self: Attempt, event: Event) -> None:
+        here = next(count) == at
+        if written or not here:
+            real(self, event)
+        if here:
+            raise Crash
+
+    monkeypatch.setattr(Attempt, "append", append)
+
+
+@pytest.fixture
+def unbroken(studio: Studio, tiny: Path) -> tuple:
+    run = begun(studio, tiny)
+    attempt(run)
+    found = ends(studio, run)
+    assert [step for step, _ in found[1]] == [1, 2, 3, 4, 5, 6] and [step for step, _ in found[2]] == [0, 3, 6]
+    return found
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["behind", "before"])
+def test_killed_at_any_event_and_resumed_ends_bit_for_bit_as_if_it_had_not_been(
+    studio: Studio, tiny: Path, unbroken: tuple, written: bool
+) -> None:
+    for at in itertools.count(1, 1 if written else 4):
+        run = begun(studio, tiny)
+        with pytest.MonkeyPatch.context() as patch:
+            breaking(patch, at, written=written)
+            try:
+                attempt(run)
+            except Crash:
+                pass
+            else:
+                break
+        assert studio.runs.get(run.id).status == "lost"
+        assert studio.runs.requeue(run.id).status == "queued"
+        attempt(run)
+        assert ends(studio, run) == unbroken, f"broken off at event {at}"
+    assert at > 18  # events of the whole run
+
+
+def test_killed_again_and_again_it_still_ends_so(studio: Studio, tiny: Path, unbroken: tuple) -> None:
+    run, attempts = begun(studio, tiny), 0
+    while True:
+        attempts += 1
+        with pytest.MonkeyPatch.context() as patch:
+            breaking(patch, 10, written=True)
+            try:
+                attempt(run)
+            except Crash:
+                studio.runs.requeue(run.id)
+            else:
+                break
+        assert attempts < 20
+    assert ends(studio, run) == unbroken and attempts > 2
+    started = [record for record in studio.runs.events(run.id) if record["type"] == "Started"]
+    assert [record["attempt"] for record in started] == [*range(1, attempts + 1)]
+    assert started[-1]["step"] > 0 and len(earlier_logs(run.path)) == attempts - 1
+
+
+@pytest.mark.parametrize("what", ["pause", "stop", "terminate"])
+@pytest.mark.parametrize("step", [0, 2, 3, 5])
+def test_paused_or_stopped_at_any_step_and_resumed_ends_so_too(
+    studio: Studio, tiny: Path, unbroken: tuple, what: str, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = begun(studio, tiny), Attempt.append
+
+    def append(self: Attempt, event: Event) -> None:
+        real(self, event)
+        if isinstance(event, Metric) and event.step == step:
+            self.terminated = what == "terminate"
+            if not self.terminated:
+                write_json(run.path / "control.json", {what: True, "time": 0.0})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "append", append)
+        attempt(run)
+    view = studio.runs.get(run.id)
+    assert view.status == ("paused" if what == "pause" else "stopped") and view.step == step and view.resumable
+    if what != "pause" and step:
+        assert view.has_adapter
+    assert studio.runs.requeue(run.id).status == "queued"
+    attempt(run)
+    assert ends(studio, run) == unbroken or (what != "pause" and step in (2, 5))
+    if what != "pause" and step in (2, 5):  # a stop measures once more, where it stops
+        tensors, losses, heldout, samples, figures = ends(studio, run)
+        assert (tensors, losses, samples, figures) == (unbroken[0], unbroken[1], unbroken[3], unbroken[4])
+        assert [one for one in heldout if one[0] != step] == unbroken[2]
+
+
+@pytest.mark.parametrize("what", ["paused", "stopped"])
+def test_the_best_adapter_of_before_comes_back_although_a_stop_kept_another(
+    studio: Studio, tiny: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {0: 9.0, 2: 5.0, 3: 4.0, 4: 6.0, 6: 7.0}  # of held-out rows; only a stop measures at step 3
+
+    def measured(job: Job, *, base: bool = False) -> dict[str, float]:
+        return {"heldout_loss": losses[job.step]}
+
+    monkeypatch.setattr("lora_studio.train.heldout_figures", measured)
+    straight, broken = (begun(studio, tiny, evaluations=3) for _ in range(2))
+    attempt(straight)
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "asked", lambda self: what if self.step == 3 else None)
+        attempt(broken)
+    kept = studio.runs.get(broken.id).summary["best_step"]
+    assert kept == (3 if what == "stopped" else 2)
+    studio.runs.requeue(broken.id)
+    attempt(broken)
+    (ours, *_, figures), (theirs, *_, wanted) = (ends(studio, run) for run in (broken, straight))
+    assert ours == theirs and figures == wanted and figures["best_step"] == 2
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_it_and_says_so(
+    studio: Studio, tiny: Path, unbroken: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(studio, tiny)
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "finish", lambda *_: (_ for _ in ()).throw(Crash))
+        write_json(run.path / "control.json", {"pause": True})
+        patch.setattr(Attempt, "asked", lambda self: "paused" if self.step == 5 else None)
+        with pytest.raises(Crash):
+            attempt(run)
+    older, newer = sorted((run.path / "checkpoints").iterdir())
+    assert (older.name, newer.name) == ("step-00000004", "step-00000005")
+    (newer / "optimizer.safetensors").write_bytes((newer / "optimizer.safetensors").read_bytes()[:-1])
+    studio.runs.requeue(run.id)
+    attempt(run)
+    assert ends(studio, run) == unbroken
+    (warned,) = [record for record in studio.runs.events(run.id) if record.get("code") == "W_CHECKPOINT"]
+    assert "step-00000005" in warned["message"] and "step-00000004" in warned["message"]
+
+
+def test_with_all_checkpoints_damaged_nothing_is_thrown_away_in_silence(
+    studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(studio, tiny)
+    breaking(monkeypatch, 12, written=True)
+    with pytest.raises(Crash):
+        attempt(run)
+    for manifest in run.path.glob("checkpoints/*/MANIFEST.json"):
+        manifest.unlink()
+    with pytest.raises(StudioError) as caught:
+        studio.runs.requeue(run.id)
+    assert caught.value.code == "E_CHECKPOINT" and studio.runs.get(run.id).status == "lost"
+
+
+def test_a_full_disk_ends_no_run_and_is_said_once(studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora_studio.runs.checkpoints.save", full)
+    run = begun(studio, tiny)
+    attempt(run)
+    warned = [record for record in studio.runs.events(run.id) if record.get("code") == "W_CHECKPOINT"]
+    assert studio.runs.get(run.id).status == "done" and len(warned) == 1 and "No space" in warned[0]["message"]
+
+
+def test_time_decides_about_checkpoints_where_no_number_of_steps_does(
+    studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    real = checkpoints.save
+
+    def save(run: Path, state: State, *rest: object, **more: object) -> Path:
+        saved.append(state.progress["step"])
+        return real(run, state, *rest, **more)
+
+    monkeypatch.setattr("lora_studio.runs.checkpoints.save", save)
+    attempt(begun(studio, tiny, save_every=0))
+    assert saved == [3]  # the evaluation; the last step's would be removed at once
+    monkeypatch.setattr("lora_studio.runs.attempt.SAVE_S", -1.0)
+    monkeypatch.setattr("lora_studio.runs.attempt.SAVE_SHARE", 0.0)
+    attempt(begun(studio, tiny, save_every=0))
+    assert saved == [3, 1, 2, 3, 4, 5]
+
+
+# ---- real processes --------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_killed_with_9_is_resumed_exactly_and_so_is_one_that_was_paused(
+    studio: Studio, tiny: Path, unbroken: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    method = LoraSpec(rank=4, targets=("attn.q",), dropout=0.2)
+    run = studio.start(dataclasses.replace(config(studio, tiny, **STEPS), method=method))
+    until(studio, run.id, "Metric", step=4)
+    os.killpg(json.loads((run.path / "worker.json").read_text())["pid"], signal.SIGKILL)
+    list(studio.follow(run.id, interval_s=0.02))
+    lost = studio.runs.get(run.id)
+    if lost.status != "done":  # it was quicker
+        assert lost.status == "lost" and studio.resume(run.id).status == "running"
+        list(studio.follow(run.id, interval_s=0.02))
+        assert earlier_logs(run.path) == [run.path / "worker.1.log"]
+    assert ends(studio, run) == unbroken
+
+    long = studio.start(dataclasses.replace(run.config, train=dataclasses.replace(run.config.train, steps=100_000)))
+    until(studio, long.id, "Metric", step=2)
+    studio.pause(long.id)
+    records = list(studio.follow(long.id, interval_s=0.02))
+    paused = RunStore(studio.root).get(long.id)
+    assert paused.status == records[-1]["status"] == "paused" and not paused.error and paused.step >= 2
+    studio.resume(long.id)
+    until(studio, long.id, "Metric", step=paused.step + 2)
+    studio.stop(long.id)
+    list(studio.follow(long.id, interval_s=0.02))
+    metrics = [one for one in studio.runs.curve(long.id) if one["type"] == "Metric"]
+    steps = [one["step"] for one in metrics if "train_loss" in one["values"]]
+    assert steps == [*range(1, len(steps) + 1)] and len(steps) >= paused.step + 2
+    assert studio.runs.get(long.id).status == "stopped"
+
+
+def test_a_spare_worker_trains_what_a_cold_one_trains_and_ends_with_whoever_keeps_it(
+    studio: Studio, tiny: Path, unbroken: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    local = Local()
+    local.prepare()
+    spare = local._spare
+    assert spare and spare.lives
+    local.prepare()
+    assert local._spare is spare  # one is enough
+    run = begun(studio, tiny)
+    assert local.start([run.path]) and local._spare is None
+    list(studio.follow(run.id, interval_s=0.02))
+    assert json.loads((run.path / "worker.json").read_text())["pid"] == spare._child.pid
+    assert ends(studio, run) == unbroken and "Loading" in studio.runs.log(run.id)
+
+    keep = "from lora_studio.runs.executors import Local; one = Local(); one.prepare()"
+    code = f"import time; {keep}; print(one._spare._child.pid, flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment()) as keeper:
+        assert keeper.stdout
+        pid = int(keeper.stdout.readline())
+        assert b"--spare" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        keeper.kill()
+    assert psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)[1] == []
+
+
+def test_a_spare_that_died_is_replaced_by_a_cold_worker(studio: Studio, tiny: Path) -> None:
+    local = Local()
+    local.prepare()
+    assert local._spare
+    local._spare._child.kill()
+    local._spare._child.wait()
+    run = begun(studio, tiny, steps=2)
+    assert local.start([run.path])
+    list(studio.follow(run.id, interval_s=0.02))
+    assert studio.runs.get(run.id).status == "done"
+    local.prepare()
+    spare = local._spare
+    assert spare
+    local.close()
+    assert not spare.lives and local._spare is None
+
+
+# ---- several runs in one worker --------------------------------------------------------------------------------------
+
+
+def study(studio: Studio, tiny: Path, ranks: Sequence[int], **train: object) -> list[Run]:
+    """Queued runs of one study."""
+    made = dataclasses.replace(config(studio, tiny, **(STEPS | train)), study="s")
+    methods = [LoraSpec(rank=rank, targets=("attn.q", "mlp.up")) for rank in ranks]
+    return [studio.runs.create(dataclasses.replace(made, method=method), {}) for method in methods]
+
+
+def test_runs_of_a_study_train_in_one_worker_as_each_would_alone_and_one_may_be_dropped(
+    studio: Studio, tiny: Path
+) -> None:
+    one, two, four = study(studio, tiny, [1, 2, 4], steps=100)
+    studio.supervisor.tick()
+    assert [studio.runs.get(run.id).status for run in (one, two, four)] == ["running"] * 3
+    assert len({(run.path / "worker.log").stat().st_ino for run in (one, two, four)}) == 1
+    until(studio, two.id, "Metric", step=2)
+    assert len({json.loads((run.path / "worker.json").read_text())["pid"] for run in (one, two, four)}) == 1
+    studio.stop(two.id)
+    list(studio.follow(two.id, interval_s=0.02))
+    stopped = studio.runs.get(two.id)
+    assert stopped.status == "stopped" and 2 <= stopped.step < 100 and stopped.has_adapter
+    assert studio.runs.get(four.id).status == "running"
+    studio.runs.delete(two.id)  # its lock is free although its worker goes on
+    for run in (one, four):
+        list(studio.follow(run.id, interval_s=0.02))
+        assert studio.runs.get(run.id).status == "done" and studio.runs.get(run.id).step == 100
+
+
+def test_each_of_several_ends_as_it_does_alone_also_when_others_fail_or_go_on_from_a_checkpoint(
+    studio: Studio, tiny: Path
+) -> None:
+    alone = study(studio, tiny, [2, 4])
+    for run in alone:
+        attempt(run)
+    two, four, wrong = study(studio, tiny, [2, 4, 64])  # the last rank is too high, which add() says
+    with pytest.MonkeyPatch.context() as patch:
+        breaking(patch, 30, written=True)
+        with pytest.raises(Crash):
+            work([Attempt(run.path) for run in (two, four, wrong)])
+    failed = studio.runs.get(wrong.id)
+    assert failed.status == "failed" and failed.error and failed.error["code"] == "E_RANK"
+    for run in (two, four):
+        (run.path / "worker.log").touch()
+        studio.runs.requeue(run.id)
+    work([Attempt(run.path) for run in (two, four)])
+    for run, lone in zip((two, four), alone, strict=True):
+        ours, theirs = (load_file(one.path / "adapter/adapter_model.safetensors") for one in (run, lone))
+        assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in theirs)
+        curves = [[x["step"] for x in studio.runs.curve(a.id) if x["type"] == "Metric"] for a in (run, lone)]
+        assert curves[0] == curves[1]
+
+
+def test_only_runs_that_share_base_and_rows_train_together(studio: Studio, tiny: Path) -> None:
+    first, other, study_of_two = study(studio, tiny, [1, 2, 4])
+    changed = {
+        "study": "t",
+        "model": "elsewhere",
+        "task": "classify",
+        "method": BaselineSpec(kind="full"),
+        "dataset": DataChoice(id="0" * 32),
+        **{
+            f"train {name}": dataclasses.replace(first.config.train, **{name: value})
+            for name, value in {"max_length": 9, "holdout": 0.0, "seed": 1, "precision": "bfloat16"}.items()
+        },
+    }
+    own = [
+        studio.runs.create(dataclasses.replace(first.config, **{name.split()[0]: value}), {})
+        for name, value in changed.items()
+    ]
+    assert together([first, *own, other, study_of_two]) == [first, other, study_of_two]
+    without = [studio.runs.create(dataclasses.replace(first.config, study=""), {}) for _ in range(2)]
+    assert together(without) == without[:1]
+    assert together([own[3], first]) == own[3:4]
+
+
+def test_runs_made_while_the_queue_is_held_are_seen_together(studio: Studio, tiny: Path) -> None:
+    with studio.supervisor.hold():
+        runs = study(studio, tiny, [1, 2], steps=1)
+        assert not studio.supervisor.tick() and studio.runs.get(runs[0].id).status == "queued"
+    studio.supervisor.tick()
+    assert [studio.runs.get(run.id).status for run in runs] == ["running"] * 2
+    for run in runs:
+        list(studio.follow(run.id, interval_s=0.02))
+
+
+# ---- what a run needs to be done -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("train", "code", "cured"),
+    [
+        ({"learning_rate": 1e-7, "schedule": "constant", "steps": 1, "warmup": 0.0}, None, None),
+        ({"max_length": 8}, "E_NO_TARGET", "max_length"),
+    ],
+)
+def test_a_run_that_fails_says_what_would_cure_it(
+    studio: Studio, tiny: Path, train: dict, code: str | None, cured: str | None
+) -> None:
+    run = begun(studio, tiny, **train)
+    attempt(run)
+    view = studio.runs.get(run.id)
+    (*_, last) = studio.runs.events(run.id)
+    assert (view.error or {}).get("code") == code and last["type"] == "Ended" and last["error"] == view.error
+    if cured and view.error:
+        again = studio.restart(run.id, view.error["change"])
+        assert getattr(again.config.train, cured) > getattr(run.config.train, cured)
+        assert again.name == "tiny (2)" and studio.restart(again.id, {"steps": 1}).name == "tiny (3)"
+        for wrong in ({"nothing": 1}, {"steps": -1}):
+            with pytest.raises(StudioError):
+                studio.restart(run.id, wrong)
+
+
+@pytest.mark.parametrize(("harm", "code"), [("nan", "E_NOT_FINITE"), ("zero", "E_NO_UPDATE")])
+def test_done_means_finite_and_changed(
+    studio: Studio, tiny: Path, harm: str, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(self: Attempt, job: Job, status: Status) -> None:
+        with torch.no_grad():
+            for tensor in job.parameters:
+                tensor.fill_(math.nan) if harm == "nan" else tensor.zero_()
+        real(self, job, status)
+
+    real = Attempt.finish
+    monkeypatch.setattr(Attempt, "finish", finish)
+    run = begun(studio, tiny)
+    attempt(run)
+    view = studio.runs.get(run.id)
+    assert view.status == "failed" and view.error and view.error["code"] == code and view.error["change"]
+
+
+def test_a_loss_that_is_no_number_fails_the_run_and_the_last_good_checkpoint_stays(
+    studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.nn.utils.clip_grad_norm_
+    norms = itertools.count(1)
+
+    def norm(*given: Any, **named: Any) -> torch.Tensor:
+        return real(*given, **named) * (math.nan if next(norms) == 5 else 1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", norm)
+    run = begun(studio, tiny)
+    attempt(run)
+    view = studio.runs.get(run.id)
+    assert view.status == "failed" and view.error and view.error["code"] == "E_NOT_FINITE" and view.resumable
+    assert view.error["change"]["learning_rate"] < run.config.train.learning_rate
+    assert [path.name for path in sorted((run.path / "checkpoints").iterdir())] == ["step-00000003", "step-00000004"]
+    assert len([one for one in studio.runs.events(run.id) if one.get("code") == "E_NOT_FINITE"]) == 0  # Ended says so
+
+
+def test_the_probe_is_kept_beside_the_estimate(studio: Studio, tiny: Path) -> None:
+    run = begun(studio, tiny)
+    attempt(run)
+    (probed,) = [record for record in studio.runs.events(run.id) if record["type"] == "Probed"]
+    summary = studio.runs.get(run.id).summary
+    assert (summary["probe_seconds"], summary["probe_memory_bytes"]) == (probed["seconds"], probed["memory_bytes"])
+
+
 # ---- files alone -----------------------------------------------------------------------------------------------------
 
 
@@ -344,8 +822,8 @@ def test_a_stopped_or_claimed_run_is_not_started_and_a_claimed_one_not_stopped_b
     with claim(claimed.path) as lock, claim(claimed.path) as second:
         assert lock and second is None
         store.request_stop(claimed.id)
-        assert not Local().start(claimed.path)
-    assert not Local().start(stopped.path) and store.get(stopped.id).status == "stopped"
+        assert not Local().start([claimed.path])
+    assert not Local().start([stopped.path]) and store.get(stopped.id).status == "stopped"
     assert not (claimed.path / "exit.json").exists() and (claimed.path / "control.json").exists()
     assert not list(store.folder.glob("*/worker.log"))
 
@@ -395,3 +873,103 @@ def test_the_workers_environment_holds_no_secret(monkeypatch: pytest.MonkeyPatch
     for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN"):
         monkeypatch.setenv(name, "canary")
     assert "canary" not in "".join(environment().values()) and "PATH" in environment()
+
+
+# ---- back into the queue ---------------------------------------------------------------------------------------------
+
+
+def ended(store: RunStore, status: str) -> Run:
+    """A run whose files say that a worker ended so, at step 0."""
+    run = put(store)
+    for name in ("worker.log", "worker.json"):
+        (run.path / name).write_text("{}")
+    write_json(run.path / "control.json", {"stop": True})
+    if status != "lost":
+        write_json(run.path / "exit.json", {"status": status, "values": {}})
+    assert store.get(run.id).status == status
+    return run
+
+
+@pytest.mark.parametrize("status", ["paused", "stopped", "failed", "lost"])
+def test_going_back_into_the_queue_broken_off_anywhere_leaves_the_old_state_or_the_new_one(
+    store: RunStore, status: str
+) -> None:
+    for at in itertools.count(1):
+        run = ended(store, status)
+        with pytest.MonkeyPatch.context() as patch:
+            break_off(patch, [(Path, "unlink"), (Path, "rename")], at)
+            try:
+                store.requeue(run.id)
+            except Crash:
+                assert RunStore(store.folder.parent).get(run.id).status in (status, "queued")
+            else:
+                break
+        if store.get(run.id).status == status:
+            store.requeue(run.id)
+        assert store.get(run.id).status == "queued"
+    assert at == 5 and not (run.path / "control.json").exists() and len(earlier_logs(run.path)) == 1
+    assert Attempt(run.path).number == 2
+
+
+def test_what_cannot_go_on_says_why(store: RunStore) -> None:
+    done, queued, running, old = ended(store, "done"), put(store), ended(store, "lost"), ended(store, "stopped")
+    started = Started(steps=9, trainable=1, total=2, device="cpu", precision="float32", train_rows=1, heldout_rows=1)
+    lines = [to_line(event, time=0, attempt=1) for event in (started, Metric(step=3, values={"train_loss": 1.0}))]
+    (old.path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    store = RunStore(store.folder.parent)  # what has ended is not read twice
+    with claim(running.path) as lock:
+        assert lock
+        for run, code in ((done, "DONE"), (queued, "ACTIVE"), (running, "ACTIVE"), (old, "NO_CHECKPOINT")):
+            with pytest.raises(StudioError) as caught:
+                store.requeue(run.id)
+            assert code in caught.value.code and caught.value.hint, run.status
+    assert not store.get(old.id).resumable and store.get(running.id).resumable
+    assert store.requeue(running.id).status == "queued"
+
+
+def test_another_process_sees_a_resumed_run_and_its_next_end(store: RunStore) -> None:
+    run, other = ended(store, "paused"), RunStore(store.folder.parent)
+    assert other.get(run.id).status == "paused" and other.list()[0].status == "paused"
+    store.requeue(run.id)
+    assert other.get(run.id).status == other.list()[0].status == "queued"
+    other.request_pause(run.id)
+    assert store.get(run.id).status == "paused" and not (run.path / "control.json").exists()
+    store.requeue(run.id)
+    write_json(run.path / "exit.json", {"status": "done", "values": {"best_loss": 1.0}})
+    assert other.get(run.id).status == "done" and other.get(run.id).summary == {"best_loss": 1.0}
+
+
+def test_a_journal_forgets_what_a_later_attempt_says_anew(tmp_path: Path) -> None:
+    def begin(step: int) -> Started:
+        sizes = {"steps": 9, "trainable": 1, "total": 2, "train_rows": 1, "heldout_rows": 1}
+        return Started(step=step, device="cpu", precision="float32", **sizes)
+
+    def loss(step: int, name: str = "train_loss") -> Metric:
+        return Metric(step=step, values={name: float(step)})
+
+    first = [begin(0), loss(0, "heldout_loss"), *map(loss, (1, 2, 3, 4)), loss(4, "heldout_loss")]
+    journal = Journal(tmp_path / "events.jsonl")
+
+    def tell(events: Sequence[Event], attempt: int) -> Journal:
+        with journal.path.open("a") as file:
+            file.writelines(to_line(event, time=0, attempt=attempt) + "\n" for event in events)
+        return journal.refresh()
+
+    assert tell(first, 1).step == 4
+    tell([begin(2)], 2)
+    assert journal.step == 2 and journal.latest == {"heldout_loss": 0.0, "train_loss": 2.0}
+    tell([loss(3)], 2)
+    steps = [(one["step"], *one["values"]) for one in standing(journal.records) if one["type"] == "Metric"]
+    assert steps == [(0, "heldout_loss"), (1, "train_loss"), (2, "train_loss"), (3, "train_loss")]
+    tell([begin(0), loss(0, "heldout_loss")], 3)  # from the start: the base model is measured again
+    steps = [one["step"] for one in standing(journal.records) if one["type"] == "Metric"]
+    assert steps == [0] and journal.latest == {"heldout_loss": 0.0}
+    assert len(journal.records) == len(first) + 4  # what was said is never taken back
+
+
+def test_a_line_torn_by_a_power_cut_takes_no_other_with_it(store: RunStore) -> None:
+    run = put(store)
+    (run.path / "events.jsonl").write_text('{"type": "Met')
+    attempt = Attempt(run.path)
+    attempt.append(Metric(step=1, values={"train_loss": 1.0}))
+    assert [record["step"] for record in store.events(run.id)] == [1]

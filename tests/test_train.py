@@ -370,6 +370,15 @@ def test_a_restored_job_ends_bit_for_bit_as_the_unbroken_one(method: Method, at:
         assert torch.equal(ours, theirs)
 
 
+def test_a_job_whose_patience_had_run_out_does_not_go_on() -> None:
+    config = dataclasses.replace(CONFIG, steps=40, evaluations=20, learning_rate=1.0, patience=1)
+    first, second = job(config), job(config)
+    list(train(first))
+    second.restore(first.state())
+    events = list(train(second))
+    assert first.step < 40 and second.step == first.step and [type(event) for event in events] == [Started]
+
+
 def test_a_state_of_another_adapter_is_refused() -> None:
     state = job().state()
     other = job(method=dataclasses.replace(LORA, rank=2))

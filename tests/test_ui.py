@@ -12,10 +12,11 @@ from lora_studio.core.baselines import plan
 from lora_studio.core.spec import BASELINES, BaselineSpec, LoraSpec
 from lora_studio.data.batches import Piece
 from lora_studio.errors import StudioError
-from lora_studio.events import Metric, Saved, Started, to_line
+from lora_studio.events import Event, Metric, Probed, Sample, Saved, Started, Warned, to_line
 from lora_studio.generate import Answer
 from lora_studio.models import STARTER
-from lora_studio.runs.config import DataChoice, RunConfig
+from lora_studio.runs.config import DataChoice, Run, RunConfig
+from lora_studio.runs.store import write_json
 from lora_studio.settings import RATES, TrainConfig
 from lora_studio.studio import Comparison, Studio
 from lora_studio.ui import boundary, build, compare_tab, data_tab, export_tab, form, live, picker, train_tab
@@ -108,6 +109,18 @@ def test_estimate_line_gives_way_to_the_problem(
 ) -> None:
     line = cost(desk, None, model or tiny, **settings)
     assert said in line and "class='problem'" in line and EVIL not in line
+
+
+def test_the_memory_is_told_by_part_and_the_parts_follow_the_controls(desk: Desk, tiny: Path, choice: dict) -> None:
+    def parts(**settings: object) -> dict[str, int]:
+        line = cost(desk, choice, tiny, **settings)
+        assert "<details class='parts'>" in line
+        return {name: int(size) for name, size in re.findall(r"<i data-part='(\w+)' style='flex-grow:(\d+)'>", line)}
+
+    usual = parts()
+    assert usual.keys() == train_tab.PARTS.keys()
+    assert parts(rank=16)["adapter"] == 2 * usual["adapter"] and parts(rank=16)["weights"] == usual["weights"]
+    assert parts(accumulate=8)["activations"] < usual["activations"]
 
 
 def test_boundary_escapes_and_names_the_code() -> None:
@@ -321,6 +334,136 @@ def test_poll_gives_only_what_is_new_and_little_of_it(desk: Desk, tiny: Path, ch
     assert "about" not in news and len(json.dumps(news)) < 1000
 
 
+FACTS = {"trainable": 1, "total": 2, "device": "cpu", "precision": "float32", "train_rows": 3, "heldout_rows": 1}
+
+
+def write_journal(run: Run, *attempts: list[Event]) -> None:
+    """What workers would have written in these attempts."""
+    lines = [to_line(event, time=0.0, attempt=number) for number, told in enumerate(attempts, 1) for event in told]
+    (run.path / "events.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def end(run: Run, status: str, **more: object) -> None:
+    """As a worker ends a run."""
+    (run.path / "worker.log").touch()
+    write_json(run.path / "exit.json", {"status": status, "step": 4, "values": {}, "time": 0.0, **more})
+
+
+def steps_of(first: int, last: int, loss: float) -> list[Event]:
+    told: list[Event] = []
+    for step in range(first, last + 1):
+        told.append(Metric(step=step, values={"train_loss": loss}))
+        if step % 4 == 0:
+            told.append(Metric(step=step, values={"heldout_loss": loss}))
+            told += [
+                Saved(step=step, heldout_loss=loss),
+                Sample(step=step, index=0, prompt="p", text=f"{loss}", target="t"),
+            ]
+    return told
+
+
+@pytest.mark.parametrize("after", [0, 4, 6])  # from the start, behind an evaluation, between two
+def test_a_resumed_run_is_drawn_once_however_one_looks(desk: Desk, tiny: Path, choice: dict, after: int) -> None:
+    config = RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice), train=TrainConfig(steps=12))
+    run = desk.studio.runs.create(config, {})
+    base: list[Event] = [Metric(step=0, values={"heldout_loss": 9.0})]
+    begun: list[Event] = [Started(steps=12, **FACTS), *base, *steps_of(1, 9, 2.0)]
+    write_journal(run, begun)
+    early = live.answer(desk.studio, {"run": run.id, "start": 0})
+    assert early["train"][0] == list(range(1, 10)) and early["saved"] == [8] and not early["whole"]
+    again: list[Event] = [Started(steps=12, step=after, **FACTS), *([] if after else base)]
+    write_journal(run, begun, [*again, *steps_of(after + 1, 11, 1.0)])
+    news = live.answer(desk.studio, {"run": run.id, "start": early["next"]})
+    anew = live.answer(desk.studio, {"run": run.id, "start": 0})
+    assert news["whole"] and not anew["whole"]
+    for told in (news, anew):
+        assert told["train"] == (list(range(1, 12)), [2.0] * after + [1.0] * (11 - after))
+        assert told["heldout"] == ([0, 4, 8], [9.0, 2.0 if after >= 4 else 1.0, 1.0]) and told["saved"] == [8]
+        assert [sample["text"] for sample in told["samples"]] == ["2.0" if after >= 4 else "1.0", "1.0"]
+    write_journal(run, begun, [*again, *steps_of(after + 1, 12, 1.0)])
+    rest = live.answer(desk.studio, {"run": run.id, "start": news["next"]})
+    assert not rest["whole"] and rest["train"] == ([12], [1.0])
+
+
+def test_findings_become_cards_and_one_click_starts_again(
+    desk: Desk, tiny: Path, choice: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk.studio.supervisor, "tick", lambda: None)
+    config = RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice), train=TrainConfig(learning_rate=0.5))
+    run = desk.studio.runs.create(config, {})
+    flat = Warned(step=9, code="W_FLAT", message=EVIL, hint="h", change={"learning_rate": 0.005})
+    said: list[Event] = [Started(steps=25, **FACTS), Warned(step=0, code="W_DATA", message="two rows are odd"), flat]
+    write_journal(run, [Warned(step=0, code="I_PREPARE", message="loading"), *said])
+    first = live.answer(desk.studio, {"run": run.id, "start": 0})
+    assert [one["code"] for one in first["findings"]] == ["W_DATA", "W_FLAT"]
+    assert [one["again"] for one in first["findings"]] == ["", "learning rate 0.005"]
+    assert "findings" not in live.answer(desk.studio, {"run": run.id, "start": first["next"]})
+
+    for wrong in ({"code": "W_DATA"}, {"code": "W_NONE", "change": {"steps": 1}}, {"code": ["W_FLAT"]}, {}):
+        assert live.restart_run(desk.studio, {"run": run.id, **wrong})["problem"]  # only what the run itself says
+    assert live.restart_run(desk.studio, {"run": "../../etc", "code": "W_FLAT"})["problem"]
+    answered = live.restart_run(desk.studio, {"run": run.id, "code": "W_FLAT"})
+    assert answered["problem"] == ""
+    fresh = desk.studio.runs.get(answered["run"])
+    assert fresh.config.train == TrainConfig(learning_rate=0.005) and fresh.status == "queued" and fresh.name != "n"
+    assert desk.studio.runs.get(run.id).status == "stopped"  # it was still waiting
+
+
+def test_a_failed_run_offers_its_cure_and_resuming_only_where_that_helps(desk: Desk, tiny: Path, choice: dict) -> None:
+    config = RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice))
+
+    def ended(status: str, error: dict | None = None, *, checkpoint: bool = True) -> dict:
+        run = desk.studio.runs.create(
+            config, {"estimate": {"seconds": 9.0, "memory_bytes": {"peak": 1000, "weights": 9}}}
+        )
+        write_journal(run, [Started(steps=25, **FACTS), *steps_of(1, 4, 1.0)])
+        if checkpoint:
+            (run.path / "checkpoints" / "step-00000004").mkdir(parents=True)
+        end(run, status, error=error)
+        return live.answer(desk.studio, {"run": run.id, "start": 0, "list": True})
+
+    broken = {"code": "E_NOT_FINITE", "message": "m", "hint": "h", "change": {"learning_rate": 5e-4}}
+    told = ended("failed", broken)
+    assert [one["again"] for one in told["findings"]] == ["learning rate 0.0005"] and not told["resumable"]
+    assert told["about"]["estimate"] == {"seconds": 9.0, "memory_bytes": 1000}
+    assert ended("failed", {**broken, "code": "E_MEMORY"})["resumable"]
+    assert ended("failed", {"code": "E_CRASH", "message": "m", "hint": "h"})["resumable"]
+    assert ended("paused")["resumable"] and ended("paused")["runs"][0]["state"] == "paused"
+    assert ended("stopped")["resumable"] and not ended("stopped", checkpoint=False)["resumable"]
+    assert not ended("done")["resumable"]
+
+
+def test_pause_and_resume_say_what_is_wrong(
+    desk: Desk, tiny: Path, choice: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk.studio.supervisor, "tick", lambda: None)
+    run = desk.studio.runs.create(RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice)), {})
+    ask = {"run": run.id}
+    assert "queued" in live.resume_run(desk.studio, ask)["problem"]
+    assert live.pause_run(desk.studio, ask)["problem"] == ""
+    assert live.answer(desk.studio, {"run": run.id})["state"] == "paused"
+    assert live.resume_run(desk.studio, ask)["problem"] == ""
+    assert live.answer(desk.studio, {"run": run.id})["state"] == "queued"
+    for act in (live.pause_run, live.resume_run, live.stop_run):
+        assert act(desk.studio, {"run": "0" * 32})["problem"] and act(desk.studio, {})["problem"]
+
+
+def test_the_probe_replaces_the_estimate(desk: Desk, tiny: Path, choice: dict) -> None:
+    run = desk.studio.runs.create(RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice)), {})
+    probed = Probed(tokens=9, seconds_step=1.0, seconds=80.0, memory_bytes=10**9, accumulate=2, batch_fits=4)
+    write_journal(run, [Started(steps=25, **FACTS), probed])
+    told = live.answer(desk.studio, {"run": run.id, "start": 0})
+    assert told["probe"] == [{"seconds": 80.0, "memory_bytes": 10**9, "accumulate": 2, "batch_fits": 4}]
+    assert told["about"]["estimate"] == {}  # runs of earlier days have none
+    assert live.answer(desk.studio, {"run": run.id, "start": told["next"]})["probe"] == []
+
+
+def test_every_change_of_a_setting_has_words() -> None:
+    assert live.in_words({"learning_rate": 5e-4}) == "learning rate 0.0005"
+    assert live.in_words({"steps": 40, "checkpointing": "auto"}) == "steps 40, activation checkpointing auto"
+    assert live.in_words({}) == live.in_words({"unknown": EVIL}) == ""
+
+
 def test_run_list_is_sent_only_when_it_changed(desk: Desk, tiny: Path, choice: dict) -> None:
     config = RunConfig(name=EVIL, model=str(tiny), dataset=DataChoice(**choice))
     run = desk.studio.runs.create(config, {})
@@ -339,7 +482,7 @@ def test_first_view_prefers_the_address_then_the_active_run(desk: Desk, tiny: Pa
     new = desk.studio.runs.create(replace(config, name="m"), {})
     desk.studio.stop(new.id)
     assert build.first_view(desk, "")[0] == old.id
-    shown, _, restored, *_ = build.first_view(desk, new.id)
+    shown, _, _, restored, *_ = build.first_view(desk, new.id)
     assert shown == new.id and restored == choice
 
 

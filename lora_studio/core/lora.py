@@ -245,6 +245,7 @@ class LoRA:
         route.names, route.whole, route.spans = names, whole, spans
         route.weights = torch.tensor(weights, device=device)
         route.strength = torch.ones(len(names), device=device)
+        route.change()
         try:
             with self._standing:
                 if whole:
@@ -252,6 +253,7 @@ class LoRA:
                 yield
         finally:
             route.names, route.weights, route.strength, route.whole, route.spans = before
+            route.change()
 
     @contextmanager
     def unhooked(self) -> Iterator[None]:
@@ -270,6 +272,7 @@ class LoRA:
         It acts in evaluation mode only; in training the strength is 1. Call it between forwards, not during one.
         """
         self._route.strength[self._route.names.index(name)] = strength
+        self._route.change()
         if not self.model.training:
             self._standing.close()  # copies are gated from here on
 

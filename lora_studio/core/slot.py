@@ -29,6 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from lora_studio.core.layout import Target, embedding_scale
 from lora_studio.errors import StudioError
 
+FEW = 16  # tokens in an answering pass up to which a CPU is faster with the fp32 masters than with casts of them
+
 
 class Route:
     """Shared by all slots of a model: which adapters are in use and with what weight on which row.
@@ -48,6 +50,27 @@ class Route:
         self.strength = torch.empty(0)
         self.whole = False
         self.spans: tuple[int, ...] = ()
+        self._kept: dict[tuple, Gates] = {}  # while nothing above changes
+
+    def gates(self, x: torch.Tensor, output: torch.Tensor, training: bool) -> "Gates | None":
+        """The gates for a layer with this input and output; None for all ones."""
+        compiling = torch.compiler.is_compiling()
+        kind = (
+            None if compiling else (x.shape[0], output.dim(), output.dtype, training, torch.is_inference_mode_enabled())
+        )
+        if kind in self._kept:
+            return self._kept[kind]
+        gate = self.gate(x.shape[0], training)
+        if gate is None:
+            return None
+        gates = Gates(gate.view(gate.shape[0], *[1] * (output.dim() - 2), -1).to(output.dtype))
+        if not compiling:
+            self._kept[kind] = gates
+        return gates
+
+    def change(self) -> None:
+        """To be called after any of the above was written."""
+        self._kept.clear()
 
     def gate(self, batch: int, training: bool) -> torch.Tensor | None:
         """(1 or batch, names); None for all ones. A row's weight covers its beams, which generate() keeps together."""
@@ -58,6 +81,28 @@ class Route:
             return weights
         assert batch % len(weights) == 0, f"{len(weights)} adapter rows do not divide a batch of {batch}"
         return weights.repeat_interleave(batch // len(weights), dim=0)
+
+
+class Gates:
+    """weights (1 or batch, 1, ..., names): how much of each adapter each row gets, in the dtype of a layer's output."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        self.weights = weights
+        self._columns: dict[tuple, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return self.weights.shape[0]
+
+    def of(self, name: int) -> torch.Tensor:
+        """(1 or batch, 1, ..., 1)"""
+        return self.weights[..., name : name + 1]
+
+    def columns(self, ranks: tuple[tuple[int, int], ...]) -> torch.Tensor:
+        """(1 or batch, 1, ..., R): each name's weight as often as its rank, for (name, rank), ... of one layer."""
+        if ranks not in self._columns:
+            spans = [self.of(name).expand(*self.weights.shape[:-1], rank) for name, rank in ranks]
+            self._columns[ranks] = torch.cat(spans, dim=-1)
+        return self._columns[ranks]
 
 
 class Part(nn.Module):
@@ -105,7 +150,7 @@ class LowRank(Part):
 
     @property
     def rank(self) -> int:
-        return len(self.A)
+        return self.A.shape[0]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -264,7 +309,12 @@ class Slot:
 
     def _add(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
         names, spans = self.route.names, self.route.spans
-        live = [(column, part) for column, name in enumerate(names) for part in self._parts(name)]
+        live = [
+            (column, part)
+            for column, name in enumerate(names)
+            for part in self.parts.get(name, ())
+            if not (type(part) is Copied and part.standing_in)
+        ]
         if not live:
             return None
         if not inputs or not isinstance(output, torch.Tensor):
@@ -272,15 +322,14 @@ class Slot:
         if spans:
             assert output.shape[:2] == (1, sum(spans)), "the spans are not those of this batch"
             return self._by_span(layer, inputs[0], output)
-        gate = self.route.gate(inputs[0].shape[0], layer.training)
-        if gate is not None and len(inputs[0]) == 1 < len(gate) and not isinstance(layer, nn.Embedding):
+        gates = self.route.gates(inputs[0], output, layer.training)
+        if gates is not None and inputs[0].shape[0] == 1 < len(gates) and not isinstance(layer, nn.Embedding):
             raise _not_by_row(layer)
-        gates = None if gate is None else gate.view(len(gate), *[1] * (output.dim() - 2), -1).to(output.dtype)
         return _changed(layer, inputs[0], output, live, gates)
 
     def _by_span(self, layer: nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Each adapter changes its own tokens of the row; products of two factors all at once."""
-        spans, ones = self.route.spans, [tuple(self._parts(name)) for name in self.route.names]
+        spans, ones = self.route.spans, [self.parts.get(name, []) for name in self.route.names]
         products = all(isinstance(part, LowRank) and part.stacks for parts in ones for part in parts)
         if products and max(map(len, ones)) == 1 and not isinstance(layer, nn.Embedding):
             factors, scales = [], []
@@ -294,19 +343,13 @@ class Slot:
             [_changed(layer, one, own, [(0, part) for part in parts]) for parts, one, own in pieces], dim=1
         )
 
-    def _parts(self, name: str) -> Iterator[Part]:
-        """What an adapter does here, beyond what already stands in for the layer's own tensors."""
-        for part in self.parts.get(name, ()):
-            if not (isinstance(part, Copied) and part.standing_in):
-                yield part
-
 
 def _changed(
     layer: nn.Module,
     x: torch.Tensor,
     output: torch.Tensor,
     parts: Sequence[tuple[int, Part]],
-    gates: torch.Tensor | None = None,
+    gates: Gates | None = None,
 ) -> torch.Tensor:
     """The layer's output with what (column of the gates, part) add to it."""
     stacked = [(column, part) for column, part in parts if isinstance(part, LowRank) and part.stacks]
@@ -314,7 +357,7 @@ def _changed(
     for column, part in parts:
         if not (isinstance(part, LowRank) and part.stacks):
             added = part.delta(layer, (x,), output)
-            changed = changed + (added if gates is None else gates[..., column : column + 1] * added)
+            changed = changed + (added if gates is None else gates.of(column) * added)
     return changed
 
 
@@ -399,24 +442,26 @@ def _stacked(
     x: torch.Tensor,
     output: torch.Tensor,
     parts: Sequence[tuple[int, LowRank]],
-    gates: torch.Tensor | None,
+    gates: Gates | None,
 ) -> torch.Tensor:
-    """output + ((x Aᵀ) ⊙ g) Bᵀ over all parts at once; gates (1 or batch, 1, ..., names) or None."""
+    """output + ((x Aᵀ) ⊙ g) Bᵀ over all parts at once."""
     out = output.shape[-1]
-    columns = None
-    if gates is not None:
-        spans = [gates[..., column : column + 1].expand(*gates.shape[:-1], part.rank) for column, part in parts]
-        columns = torch.cat(spans, dim=-1)
-    if len(parts) == 1:
-        part = parts[0][1]
-        A, B, scale = part.A, part.dense_B(out), part.scale
-    else:
-        A = torch.cat([part.A for _, part in parts])  # (R, in)
-        B = torch.cat([part.scale * part.dense_B(out) for _, part in parts], dim=1)  # (out, R)
-        scale = 1.0
+    columns = None if gates is None else gates.columns(tuple((column, part.rank) for column, part in parts))
+    A, B, scale = _stack([part for _, part in parts], out)
     if isinstance(layer, nn.Embedding):
         return output + _product(layer, x, A, B, scale, columns)
+    if x.device.type == "cpu" and x.numel() <= FEW * x.shape[-1] and not torch.is_grad_enabled():
+        hidden = F.linear(x.to(A.dtype), A).mul_(scale)
+        return output + F.linear(hidden if columns is None else hidden.mul_(columns), B).to(output.dtype)
     return Product.apply(x, A, B, scale, columns, output)  # type: ignore[return-value]
+
+
+def _stack(parts: Sequence[LowRank], out: int) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """A (R, in), B (out, R) and what their product is scaled by."""
+    if len(parts) == 1:
+        return parts[0].A, parts[0].dense_B(out), parts[0].scale
+    A = torch.cat([part.A for part in parts])
+    return A, torch.cat([part.scale * part.dense_B(out) for part in parts], dim=1), 1.0
 
 
 def _product(

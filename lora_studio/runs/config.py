@@ -10,7 +10,7 @@ from lora_studio.errors import StudioError, quote
 from lora_studio.fields import build, knob
 from lora_studio.settings import QUANTISED, TrainConfig
 
-Status = Literal["queued", "running", "done", "stopped", "failed", "lost"]
+Status = Literal["queued", "running", "paused", "done", "stopped", "failed", "lost"]
 ACTIVE: tuple[Status, ...] = ("queued", "running")
 TASKS = ("causal", "classify")
 
@@ -36,11 +36,15 @@ class RunConfig:
     method: Method = LoraSpec()
     train: TrainConfig = TrainConfig()
     executor: str = knob("local", choices=("local",), label="Executor", help="Where the worker runs")
+    study: str = ""  # an id that the runs of one study share
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A read view of one run folder; `error` has code, message and hint when the run did not end well."""
+    """A read view of one run folder; `error` has code, message and hint when the run did not end well.
+
+    It may have `change`, too: settings of TrainConfig that would cure it.
+    """
 
     id: str
     path: Path
@@ -52,7 +56,7 @@ class Run:
     latest: Mapping[str, float] = field(default_factory=dict)  # newest value of each metric
     summary: Mapping[str, Any] = field(default_factory=dict)  # exit.json's figures, once ended
     note: str = ""  # the newest message for the reader, such as what is being fetched
-    error: Mapping[str, str] | None = None
+    error: Mapping[str, Any] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # model revision, estimate before launch
 
     @property
@@ -66,6 +70,13 @@ class Run:
     @property
     def has_adapter(self) -> bool:
         return (self.path / "adapter" / "adapter_model.safetensors").is_file()
+
+    @property
+    def resumable(self) -> bool:
+        """Whether it can go on: it has a checkpoint, was lost before the first one, or had not begun to train."""
+        if self.active or self.status == "done":
+            return False
+        return any((self.path / "checkpoints").glob("step-*")) or self.status == "lost" or self.step == 0
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -2,11 +2,13 @@
 
     run.json       config, dataset, model revision; written last, by rename: a folder without it is no run
     events.jsonl   appended by the worker, one write per line
-    control.json   what the user asked of the worker: stop
+    control.json   what the user asked of the worker: stop or pause
     worker.lock    held by the kernel for as long as the worker lives
     worker.log     what the worker printed; its existence says that a worker was started
+    worker.1.log   what it printed at an earlier attempt
+    checkpoints/   what an attempt goes on from
     adapter/       the best adapter so far, PEFT layout
-    exit.json      how the run ended
+    exit.json      how the run ended, or that it is paused
 
 Status is derived from these files on every look and never stored.
 """
@@ -19,7 +21,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,9 +30,11 @@ from typing import Any, BinaryIO
 from lora_studio.errors import StudioError, quote
 from lora_studio.events import from_line
 from lora_studio.fields import build
+from lora_studio.runs.checkpoints import any_saved, newest
 from lora_studio.runs.config import Run, RunConfig, Status
 
 ID = re.compile(r"[0-9a-f]{32}")
+REPEATED = ("Metric", "Sample", "Saved")  # what a resumed attempt says anew
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -65,20 +69,49 @@ def is_locked(path: Path) -> bool:
 
 
 @contextmanager
-def claim(path: Path) -> Iterator[BinaryIO | None]:
-    """The open lock of a run, held inside, or None when a worker or another claimer has it."""
+def claim(path: Path, patience_s: float = 0.0) -> Iterator[BinaryIO | None]:
+    """The open lock of a run, held inside, or None when a worker or another claimer has it.
+
+    patience_s: how long to wait for it; whoever asks for a status holds it for an instant.
+    """
     try:
         lock = (path / "worker.lock").open("wb")
     except FileNotFoundError:  # the run was deleted
         yield None
         return
     with lock:
+        yield lock if _held(lock, time.monotonic() + patience_s) else None
+
+
+def _held(lock: BinaryIO, until: float) -> bool:
+    while True:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield None
+            if time.monotonic() >= until:
+                return False
+            time.sleep(0.01)
         else:
-            yield lock
+            return True
+
+
+def earlier_logs(path: Path) -> list[Path]:
+    """What workers of earlier attempts printed; there are as many as attempts before this one."""
+    return [log for log in path.glob("worker.*.log") if log.suffixes[0][1:].isdecimal()]
+
+
+def standing(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records that hold: an attempt that went on behind a step says anew what was said of later ones.
+
+    One that began from the start says step 0 anew, too.
+    """
+    kept: list[Mapping[str, Any]] = []
+    for record in records:
+        if record["type"] == "Started" and record.get("attempt", 1) > 1:
+            after = record["step"] or -1
+            kept = [one for one in kept if one["type"] not in REPEATED or one["step"] <= after]
+        kept.append(record)
+    return kept
 
 
 class Journal:
@@ -111,13 +144,20 @@ class Journal:
 
     def _take(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        self.step = max(self.step, record.get("step", 0))
-        self.steps = record.get("steps", self.steps)
+        if record["type"] == "Started":
+            self.steps, self.note = record["steps"], ""
+            if record.get("attempt", 1) > 1:  # it may begin before where the one before it had come to
+                self.step, self.latest = record["step"], {}
+                for one in standing(self.records):
+                    self._note_figures(one)
+        self.step = max(self.step, record["step"])
+        self._note_figures(record)
+        if record["type"] == "Warned":
+            self.note = record["message"]
+
+    def _note_figures(self, record: Mapping[str, Any]) -> None:
         if record["type"] == "Metric":
             self.latest.update({name: value for name, value in record["values"].items() if value is not None})
-        self.note = (
-            record["message"] if record["type"] == "Warned" else "" if record["type"] == "Started" else self.note
-        )
 
 
 class RunStore:
@@ -126,7 +166,7 @@ class RunStore:
     def __init__(self, root: Path) -> None:
         self.folder = root / "runs"
         self._journals: dict[str, Journal] = {}
-        self._ended: dict[str, Run] = {}  # what has ended does not change any more
+        self._ended: dict[str, tuple[Any, Run]] = {}  # with the stamp of its exit.json; none changes without it
 
     def create(self, config: RunConfig, facts: Mapping[str, Any]) -> Run:
         """A new queued run. `facts` are what was known before launch: model revision, data fingerprint, estimate."""
@@ -156,15 +196,64 @@ class RunStore:
         except FileNotFoundError:
             return ""
 
+    def curve(self, run: str) -> list[Mapping[str, Any]]:
+        """The run's events without those that a later attempt said anew: each step once."""
+        return standing(self.events(run))
+
     def request_stop(self, run: str) -> None:
         """Ask the worker to end after its current step and keep what it has; a queued run ends at once."""
+        self._request(run, "stop", "stopped")
+
+    def request_pause(self, run: str) -> None:
+        """Ask the worker to end after its current step, to be resumed later; a queued run is paused at once."""
+        self._request(run, "pause", "paused")
+
+    def _request(self, run: str, what: str, status: Status) -> None:
         view = self.get(run)
         with claim(view.path) as lock:
             if lock and not (view.path / "worker.log").exists() and not (view.path / "exit.json").exists():
-                write_json(view.path / "exit.json", {"status": "stopped", "step": 0, "values": {}, "time": time.time()})
+                end = {"status": status, "step": view.step, "values": {}, "time": time.time()}
+                write_json(view.path / "exit.json", end)
                 return
         if not (view.path / "exit.json").exists():
-            write_json(view.path / "control.json", {"stop": True, "time": time.time()})
+            write_json(view.path / "control.json", {what: True, "time": time.time()})
+
+    def requeue(self, run: str) -> Run:
+        """Put a run that was paused, stopped, lost or failed back into the queue, to go on from its checkpoint.
+
+        One that was lost before its first checkpoint, or ended before its first step, begins from the start.
+        Raises E_RUN_DONE, E_RUN_ACTIVE, E_CHECKPOINT when all checkpoints are damaged, E_NO_CHECKPOINT.
+        """
+        path = self.get(run).path
+        seen = _stamp(path / "exit.json"), _stamp(path / "worker.log")
+        view = self.get(run)
+        if view.status == "done":
+            hint = "Start it again, with more steps if it should learn more."
+            raise StudioError("E_RUN_DONE", f"{quote(view.name)} is done; nothing is left to train.", hint)
+        with claim(path, patience_s=0.5) as lock:
+            changed = seen != (_stamp(path / "exit.json"), _stamp(path / "worker.log"))
+            if lock is None or view.active or changed:
+                raise StudioError("E_RUN_ACTIVE", f"{quote(view.name)} is {view.status}.", "Pause or stop it first.")
+            if any_saved(path) and newest(path)[0] is None:
+                message = f"All checkpoints of {quote(view.name)} are damaged."
+                raise StudioError("E_CHECKPOINT", message, "Start the run again.")
+            if not view.resumable:
+                message = f"{quote(view.name)} has no checkpoint to go on from."
+                raise StudioError("E_NO_CHECKPOINT", message, "Start the run again.")
+            self._clear(path)
+        return self.get(run)
+
+    def _clear(self, path: Path) -> None:
+        """Make a run that has ended a queued one; whatever is left of it after a crash says how it had ended.
+
+        So what tells of the end goes last: exit.json, or the log of a worker that left none.
+        """
+        for name in ("control.json", "worker.json"):
+            (path / name).unlink(missing_ok=True)
+        log = path / "worker.log"
+        if log.exists():
+            log.rename(path / f"worker.{len(earlier_logs(path)) + 1}.log")
+        (path / "exit.json").unlink(missing_ok=True)
 
     def delete(self, run: str) -> None:
         """Forget a run and all its files. Raises E_RUN_ACTIVE while a worker has it."""
@@ -190,12 +279,15 @@ class RunStore:
         return self._journals.setdefault(run, Journal(path / "events.jsonl"))
 
     def _view(self, run: str, path: Path) -> Run:
-        if run not in self._ended:
-            view = self._look(run, path)
-            if view.active or view.status == "lost":
-                return view
-            self._ended[run] = view
-        return self._ended[run]
+        stamp = _stamp(path / "exit.json")  # before the look, so that a newer end is never taken for this one
+        kept = self._ended.get(run)
+        if stamp and kept and kept[0] == stamp:
+            return kept[1]
+        self._ended.pop(run, None)
+        view = self._look(run, path)
+        if stamp and not view.active and view.status != "lost":
+            self._ended[run] = stamp, view
+        return view
 
     def _look(self, run: str, path: Path) -> Run:
         record = read_json(path / "run.json") or {}
@@ -246,11 +338,20 @@ class RunStore:
 def _end(path: Path) -> dict[str, Any] | None:
     """exit.json, when it says how the run ended."""
     end = read_json(path / "exit.json")
-    return end if end and end.get("status") in ("done", "stopped", "failed") else None
+    return end if end and end.get("status") in ("done", "stopped", "paused", "failed") else None
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What differs between one file of this name and the next; None when there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 _LOST = {
     "code": "E_LOST",
     "message": "The worker ended without saying why: it was killed, ran out of memory, or the machine went down.",
-    "hint": "Start the run again; with less memory free, choose a smaller batch. The log shows its last words.",
+    "hint": "Resume it, or start it again with a smaller batch. The log shows its last words.",
 }

@@ -1,226 +1,200 @@
-"""python -m lora_studio.runs.worker RUN_DIR: one run from run.json to exit.json, in a process of its own.
+"""python -m lora_studio.runs.worker RUN_DIR [RUN_DIR ...]: runs from run.json to exit.json, in a process of its own.
 
-It reads its folder and writes its folder; nothing that happens to a page or to the app reaches it. This is
-the one place with a broad except, because whatever goes wrong must end as a reason in plain words.
+It reads its folders and writes its folders; nothing that happens to a page or to the app reaches it. Several runs
+share one base model and train together. This is the one place with a broad except, because whatever goes wrong must
+end as a reason in plain words. With --spare it imports everything first and waits to be told its runs.
 """
 
+import argparse
 import logging
-import math
 import os
-import shutil
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from lora_studio.errors import StudioError
-from lora_studio.events import Ended, Event, Metric, Saved, Started, Warned, to_line
-from lora_studio.fields import build
-from lora_studio.runs.config import RunConfig, base_precision
-from lora_studio.runs.store import read_json, write_json
+from lora_studio.events import Warned
+from lora_studio.runs.attempt import Attempt
+from lora_studio.runs.config import base_precision
+from lora_studio.runs.store import claim, write_json
 
 log = logging.getLogger(__name__)
-ATTEMPT = 1
 NICENESS = 10  # the page stays responsive while all cores train
 
 
-class _StopAsked(Exception):
-    """Stop was asked before the first step."""
+class _Asked(Exception):
+    """All runs are to end before the first step."""
 
 
-class Worker:
-    """One attempt at one run."""
+def work(attempts: Sequence[Attempt]) -> None:
+    """Train the runs of these attempts, and leave exit.json in each, whatever happens."""
+    jobs: dict[Attempt, Any] = {}
+    try:
+        jobs = _jobs(attempts)
+        if jobs:
+            _train(jobs)
+    except _Asked:
+        pass
+    except Exception as error:  # it was nobody's own: all that still train end with it
+        for attempt in _live(attempts):
+            if attempt not in jobs or not jobs[attempt].over:
+                attempt.fail(error)
+    for attempt in _live(attempts):
+        with _own_failure(attempt):
+            attempt.finish(jobs[attempt], "done")
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.terminated = False
-        self.best: tuple[float, int] = (math.inf, 0)  # held-out loss, step
-        self.judged = 0  # the last step whose adapter was kept or found worse
-        self.latest: dict[str, float] = {}
-        self.base: dict[str, float] = {}  # what was measured before the first step
-        self.accuracy: float | None = None  # of the adapter that is kept, where labels are chosen
-        self.step = 0
-        self.started = time.monotonic()
-        self._journal = os.open(path / "events.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
 
-    def append(self, event: Event) -> None:
-        """One write per line: a reader never sees half of one, and a kill loses none."""
-        line = to_line(event, time=time.time(), attempt=ATTEMPT)
-        os.write(self._journal, line.encode() + b"\n")
+def _train(jobs: dict[Attempt, Any]) -> None:
+    from lora_studio.train import train_together
 
-    def say(self, message: str) -> None:
-        """What is going on before the first step, for the page and the log; a place to stop."""
-        if self.stop_asked():
-            raise _StopAsked
-        log.info("%s", message)
-        self.append(Warned(step=self.step, code="I_PREPARE", message=message))
-
-    def stop_asked(self) -> bool:
-        return self.terminated or bool((read_json(self.path / "control.json") or {}).get("stop"))
-
-    def run(self) -> None:
-        """Train, and leave exit.json whatever happens."""
-        error: Mapping[str, str] | None = None
-        try:
-            status = self._train()
-        except _StopAsked:
-            status = "stopped"
-        except StudioError as caught:
-            status, error = "failed", {"code": caught.code, "message": caught.message, "hint": caught.hint}
-        except Exception as caught:
-            log.error("%s", traceback.format_exc())
-            status, error = "failed", _in_plain_words(caught)
-        values = self._summary()
-        self.append(Ended(step=self.step, run=self.path.name, status=status, error=error, values=values))
-        write_json(
-            self.path / "exit.json",
-            {"status": status, "step": self.step, "error": error, "values": values, "time": time.time()},
-        )
-
-    def _train(self) -> str:
-        from lora_studio.train import heldout_figures, measured_steps, train
-
-        record = read_json(self.path / "run.json") or {}
-        config = build(RunConfig, record["config"])
-        base = record["facts"].get("repo") or config.model
-        job, status, measured_at = self._job(config, record["facts"].get("labels", ())), "done", frozenset[int]()
-        for event in train(job):
-            self.append(event)
-            self.step = max(self.step, event.step)
-            if isinstance(event, Started):
-                measured_at = measured_steps(config.train, event.steps)
-            if isinstance(event, Metric):
-                self._judge(job, base, event, unmeasured=not job.heldout and event.step in measured_at)
-            if self.stop_asked():
-                status = "stopped"
-                break
-        if self.judged != self.step:  # stopped between two evaluations
-            found = heldout_figures(job)
-            if found:
-                self.append(Metric(step=self.step, values=found))
-            self._keep_if_better(job, base, found)
-        if self.step:
-            _check_update(job)
-        return status
-
-    def _job(self, config: RunConfig, labels: Sequence[str]) -> Any:
-        """Everything loaded and a fresh adapter attached; with `labels`, for choosing one of them."""
-        from lora_studio.core.baselines import add
-        from lora_studio.core.lora import LoRA
-        from lora_studio.data.batches import encode, encode_label
-        from lora_studio.data.library import DataLibrary, split
-        from lora_studio.models import ModelLibrary, device
-        from lora_studio.train import Job
-
-        root, most = self.path.parent.parent, config.train.max_length
-        examples, warnings = DataLibrary(root).examples(
-            config.dataset.id, config.dataset.format, config.dataset.columns or None
-        )
-        for warning in warnings:
-            self.append(Warned(step=0, code="W_DATA", message=warning))
-        train, heldout = split(examples, config.train.holdout, config.train.seed)
-        models, on = ModelLibrary(root), device()
-        precision = base_precision(config.method, config.train.precision, on)
-        self.say(f"Loading {config.model}")
-        model = models.load(config.model, precision=precision, on=on, labels=len(labels), say=self.say)
-        tokenizer = models.tokenizer(config.model)
-        lora = LoRA(model)
-        add(lora, "run", config.method, seed=config.train.seed)
-
-        def encoded(rows: Sequence[Any]) -> list[Any]:
-            if labels:
-                return [encode_label(tokenizer, example, labels, most) for example in rows]
-            return [encode(tokenizer, example, most) for example in rows]
-
-        return Job(
-            lora=lora,
-            adapter="run",
-            tokenizer=tokenizer,
-            train=encoded(train),
-            heldout=encoded(heldout),
-            samples=[example for example in heldout if example.messages][: config.train.samples],
-            classes=labels,
-            config=config.train,
-        )
-
-    def _judge(self, job: Any, base: str, event: Metric, *, unmeasured: bool) -> None:
-        """Take in a metric, and keep the adapter when this one says that it is the best yet."""
-        self.latest.update(event.values)
-        if event.step == 0:
-            self.base = {name: event.values[name] for name in ("heldout_loss", "accuracy") if name in event.values}
-        elif "heldout_loss" in event.values or unmeasured:
-            self._keep_if_better(job, base, event.values)
-
-    def _keep_if_better(self, job: Any, base: str, found: Mapping[str, float]) -> None:
-        """Keep the adapter when its held-out loss is the lowest yet; without held-out rows the last one counts."""
-        self.judged, loss = self.step, found.get("heldout_loss")
-        if loss is not None and not loss < self.best[0]:
+    pairs = list(jobs.items())
+    for number, event in train_together([job for _, job in pairs]):
+        for attempt, job in pairs:
+            if job.over and not attempt.ended and not job.error:  # its steps are done, those of others are not
+                with _own_failure(attempt):
+                    attempt.finish(job, "done")
+        attempt, job = pairs[number]
+        if attempt.ended:
+            continue
+        with _own_failure(attempt, job):
+            attempt.take(job, event)
+            if job.error:
+                raise job.error
+        if not _live(jobs):
             return
-        from lora_studio.adapters import save
-
-        fresh, kept = self.path / "adapter.tmp", self.path / "adapter"
-        save(job.lora, job.adapter, fresh, base)
-        kept.mkdir(exist_ok=True)
-        for file in fresh.iterdir():
-            file.replace(kept / file.name)
-        shutil.rmtree(fresh)
-        self.best = (math.inf if loss is None else loss, self.step)
-        self.accuracy = found.get("accuracy")
-        self.append(Saved(step=self.step, heldout_loss=loss))
-
-    def _summary(self) -> dict[str, float]:
-        figures: dict[str, float | None] = {
-            "seconds": time.monotonic() - self.started,
-            "base_loss": self.base.get("heldout_loss"),
-            "best_loss": self.best[0],
-            "best_step": self.best[1],
-            "base_accuracy": self.base.get("accuracy"),
-            "best_accuracy": self.accuracy,
-            "train_loss": self.latest.get("train_loss"),
-            "tokens_per_s": self.latest.get("tokens_per_s"),
-            "memory_bytes": self.latest.get("memory_bytes"),
-        }
-        return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
 
 
-def _check_update(job: Any) -> None:
-    """A run is done only when the adapter is finite and not zero."""
-    if not job.lora.finite(job.adapter):
-        raise StudioError("E_NOT_FINITE", "The adapter holds values that are not finite.", "Lower the learning rate.")
-    if not job.lora.changed(job.adapter):
-        raise StudioError("E_NO_UPDATE", "Training changed nothing.", "Raise the learning rate or the steps.")
+@contextmanager
+def _own_failure(attempt: Attempt, job: Any = None) -> Iterator[None]:
+    """An error in here is this attempt's alone."""
+    try:
+        yield
+    except Exception as error:
+        attempt.fail(error)
+        if job:
+            job.leave()
 
 
-def _in_plain_words(error: Exception) -> dict[str, str]:
-    text = str(error)
-    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
-        return {
-            "code": "E_MEMORY",
-            "message": "The machine ran out of memory.",
-            "hint": "Halve the batch, shorten the length limit, or choose a smaller model.",
-        }
-    return {
-        "code": "E_CRASH",
-        "message": f"Training broke off: {type(error).__name__}: {text[:200]}",
-        "hint": "The log has the details; please report it.",
-    }
+def _live(attempts: Sequence[Attempt] | dict[Attempt, Any]) -> list[Attempt]:
+    return [attempt for attempt in attempts if not attempt.ended]
+
+
+def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
+    """Everything loaded, the base once for all; a run that cannot be begun has failed and is not among them."""
+    from lora_studio.core.lora import LoRA
+    from lora_studio.data.library import DataLibrary, split
+    from lora_studio.models import ModelLibrary, device
+
+    first = attempts[0]
+    config, labels = first.config, first.labels
+    root = first.path.parent.parent
+    for attempt in attempts:
+        with _own_failure(attempt):
+            attempt.recall()
+    examples, warnings = DataLibrary(root).examples(
+        config.dataset.id, config.dataset.format, config.dataset.columns or None
+    )
+    for attempt in _live(attempts):
+        for warning in warnings if attempt.number == 1 else ():
+            attempt.append(Warned(step=0, code="W_DATA", message=warning))
+    train, heldout = split(examples, config.train.holdout, config.train.seed)
+    models, on = ModelLibrary(root), device()
+    precision = base_precision(config.method, config.train.precision, on)
+
+    def say(message: str) -> None:
+        """What is going on before the first step, for the page and the log; a place to stop."""
+        log.info("%s", message)
+        for attempt in _live(attempts):
+            if asked := attempt.asked():
+                attempt.end(asked)
+            else:
+                attempt.append(Warned(step=attempt.step, code="I_PREPARE", message=message))
+        if not _live(attempts):
+            raise _Asked
+
+    say(f"Loading {config.model}")
+    lora = LoRA(models.load(config.model, precision=precision, on=on, labels=len(labels), say=say))
+    tokenizer = models.tokenizer(config.model)
+    rows = [_encoded(tokenizer, part, labels, config.train.max_length) for part in (train, heldout)]
+    jobs = {}
+    for attempt in _live(attempts):
+        with _own_failure(attempt):
+            jobs[attempt] = _job(attempt, lora, tokenizer, rows, heldout)
+    return jobs
+
+
+def _job(attempt: Attempt, lora: Any, tokenizer: Any, rows: Sequence[list[Any]], heldout: Sequence[Any]) -> Any:
+    """A fresh adapter attached for this run, where its checkpoint left it."""
+    from lora_studio.core.baselines import add
+    from lora_studio.train import Job
+
+    config, name = attempt.config.train, attempt.path.name
+    add(lora, name, attempt.config.method, seed=config.seed)
+    job = Job(
+        lora=lora,
+        adapter=name,
+        tokenizer=tokenizer,
+        train=rows[0],
+        heldout=rows[1],
+        samples=[example for example in heldout if example.messages][: config.samples],
+        classes=attempt.labels,
+        config=config,
+    )
+    attempt.restore(job)
+    return job
+
+
+def _encoded(tokenizer: Any, examples: Sequence[Any], labels: Sequence[str], most: int) -> list[Any]:
+    from lora_studio.data.batches import encode, encode_label
+
+    if labels:
+        return [encode_label(tokenizer, example, labels, most) for example in examples]
+    return [encode(tokenizer, example, most) for example in examples]
+
+
+# ---- the process -----------------------------------------------------------------------------------------------------
+
+
+def begin(paths: Sequence[Path], locks: Sequence[BinaryIO]) -> None:
+    """Work on run folders whose locks are held here."""
+    if not paths:
+        return
+    attempts = [Attempt(path, lock) for path, lock in zip(paths, locks, strict=True)]
+
+    def terminate(*_: object) -> None:
+        for attempt in attempts:
+            attempt.terminated = True
+
+    signal.signal(signal.SIGTERM, terminate)
+    for path in paths:
+        write_json(path / "worker.json", {"pid": os.getpid(), "started": time.time()})
+    work(attempts)
 
 
 def main() -> None:
+    arguments = argparse.ArgumentParser(prog="worker", description="Train runs out of their folders.")
+    arguments.add_argument("runs", nargs="*", type=Path, metavar="RUN_DIR")
+    arguments.add_argument("--locks", default="", help="descriptors of their open locks, inherited, with commas")
+    arguments.add_argument("--spare", type=int, metavar="SOCKET", help="wait at this socket to be told the runs")
+    given = arguments.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    path = Path(sys.argv[1])
-    worker = Worker(path)
-
-    def terminate(*_: object) -> None:
-        worker.terminated = True
-
-    signal.signal(signal.SIGTERM, terminate)
-    write_json(path / "worker.json", {"pid": os.getpid(), "started": time.time()})
     os.nice(NICENESS)
-    worker.run()
+    if given.spare is not None:
+        from lora_studio.runs.spare import wait, warm_up
+
+        warm_up()
+        begin(*wait(given.spare))
+    elif given.locks:
+        begin(given.runs, [os.fdopen(int(one), "wb") for one in given.locks.split(",")])
+    else:  # by hand
+        with ExitStack() as stack:
+            locks = [stack.enter_context(claim(path)) for path in given.runs]
+            if None in locks:
+                sys.exit("another worker has one of these runs")
+            begin(given.runs, [lock for lock in locks if lock])
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@ from typing import Any
 import gradio as gr
 
 from lora_studio.runs.config import Run
-from lora_studio.ui import api, compare_tab, data_tab, export_tab, inside_tab, live, style, train_tab
+from lora_studio.ui import api, compare_tab, data_tab, export_tab, inside_tab, live, study_tab, style, train_tab
 from lora_studio.ui.boundary import as_toast
 from lora_studio.ui.compare_tab import CompareTab
 from lora_studio.ui.data_tab import DataTab
 from lora_studio.ui.desk import Desk
 from lora_studio.ui.export_tab import ExportTab
 from lora_studio.ui.inside_tab import InsideTab
+from lora_studio.ui.study_tab import StudyTab
 from lora_studio.ui.train_tab import TrainTab
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
@@ -54,6 +55,8 @@ def build(desk: Desk) -> gr.Blocks:
                 data = data_tab.build()
             with gr.Tab("2 Train", id="train"):
                 train = train_tab.build(desk.studio)
+            with gr.Tab("Study", id="study") as study_page:
+                study = study_tab.build(desk.studio)
             with gr.Tab("3 Compare", id="compare") as compare_page:
                 compare = compare_tab.build()
             with gr.Tab("4 Inside", id="inside") as inside_page:
@@ -62,7 +65,8 @@ def build(desk: Desk) -> gr.Blocks:
                 export = export_tab.build()
         _join_data(desk, data, train, tabs)
         _join_settings(desk, page, data, train)
-        _join_run(desk, page, data, train, compare, tabs)
+        _join_run(desk, page, data, train, study, compare, tabs)
+        _join_study(desk, study, study_page, data, train, compare, export, tabs)
         _join_compare(desk, compare)
         _join_inside(desk, inside)
         _join_export(desk, export)
@@ -145,7 +149,15 @@ def _asked(data: DataTab, train: TrainTab) -> list[Any]:
     return [data.choice, train.model, train.task, train.method, train.preset, train.picker]
 
 
-def _join_run(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab, compare: CompareTab, tabs: gr.Tabs) -> None:
+def _join_run(
+    desk: Desk,
+    page: gr.Blocks,
+    data: DataTab,
+    train: TrainTab,
+    study: StudyTab,
+    compare: CompareTab,
+    tabs: gr.Tabs,
+) -> None:
     train.start.click(
         partial(train_tab.start, desk),
         [*_asked(data, train), train.name],
@@ -158,10 +170,47 @@ def _join_run(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab, compa
     to_compare.then(partial(compare_tab.list_prompts, desk), compare.run, compare.chips, **QUIET)
 
     def restore(request: gr.Request) -> tuple[Any, ...]:
-        return first_view(desk, str(request.query_params.get("run", "")))
+        asked = request.query_params
+        return first_view(desk, str(asked.get("run", "")), str(asked.get("study", "")))
 
     opened = [data.choice, data.correction, data.format, *data.slots, data.row]
-    page.load(restore, None, [train.live, tabs, *opened], **QUICK)
+    page.load(restore, None, [train.live, tabs, study.view, *opened], **QUICK)
+
+
+def _join_study(
+    desk: Desk,
+    study: StudyTab,
+    shown: gr.Tab,
+    data: DataTab,
+    train: TrainTab,
+    compare: CompareTab,
+    export: ExportTab,
+    tabs: gr.Tabs,
+) -> None:
+    asked = {"inputs": [*_asked(data, train), *study.asked], "inputs_kwargs": train.settings}
+    cost = partial(study_tab.cost, desk)
+    gr.on(
+        [shown.select, data.choice.change, *(control.change for control in study.asked)],
+        cost,
+        outputs=study.line,
+        **asked,
+        **LATEST,
+    )
+    study.start.click(partial(study_tab.start, desk), outputs=[study.view, study.problem], **asked, **QUIET)
+
+    def to_compare(event: gr.EventData) -> tuple[Any, Any]:
+        return _to_compare(desk, str(event.run))
+
+    def to_export(event: gr.EventData) -> tuple[Any, Any]:
+        return gr.Tabs(selected="export"), compare_tab.list_runs(desk, str(event.run))
+
+    def to_run(event: gr.EventData) -> tuple[Any, str]:
+        return gr.Tabs(selected="train"), str(event.run)
+
+    picked = study.view.compare(to_compare, None, [tabs, compare.run], **QUICK)
+    picked.then(partial(compare_tab.list_prompts, desk), compare.run, compare.chips, **QUIET)
+    study.view.export(to_export, None, [tabs, export.run], **QUICK)
+    study.view.watch(to_run, None, [tabs, train.live], **QUICK)
 
 
 def _join_compare(desk: Desk, compare: CompareTab) -> None:
@@ -240,17 +289,19 @@ def _join_export(desk: Desk, export: ExportTab) -> None:
 # ---- handlers that concern more than one tab -----------------------------------------------------------------------
 
 
-def first_view(desk: Desk, asked: str) -> tuple[Any, ...]:
-    """On load: the run to show, the tab to open, and that run's dataset in the Data tab."""
+def first_view(desk: Desk, asked: str, study: str = "") -> tuple[Any, ...]:
+    """On load: the run to show, the tab to open, the study to show, and that run's dataset in the Data tab."""
     untouched = (gr.skip(),) * data_tab.OPENED
     try:
         runs = desk.studio.runs.list()
-        shown = live.shown_at_first(runs, asked)
+        shown, study = live.shown_at_first(runs, asked), study_tab.shown_at_first(desk.studio, study)
+        tab = gr.Tabs(selected="study" if study else "train")
         if not shown:
-            return asked, gr.skip(), *untouched
+            return asked, tab if study else gr.skip(), study, *untouched
         return (
             shown,
-            gr.Tabs(selected="train"),
+            tab,
+            study,
             *_data_of(desk, next(run for run in runs if run.id == shown), untouched),
         )
     except OSError as error:

@@ -3,12 +3,12 @@
 const $ = name => element.querySelector(name);
 const plot = $('.plot'), slider = $('.scrub input'), log = $('.log');
 const ACTIVE = ['queued', 'running'];
-const WORDS = { queued: 'waiting', running: 'running', done: 'done', stopped: 'stopped and kept', failed: 'failed',
-  lost: 'broken off', missing: 'not found' };
+const WORDS = { queued: 'waiting', running: 'running', paused: 'paused', done: 'done', stopped: 'stopped and kept',
+  failed: 'failed', lost: 'broken off', missing: 'not found' };
 const EAGER = location.hostname.endsWith('.hf.space') ? 2500 : 700, IDLE = 10000, LIST_EVERY = 4000;
 
 let run = null, timer = null, busy = false, again = false, drawn = null;  // drawn: the run the plot was made for
-let seen, points, average, weight, evaluations, heldout, follow, state, stopping;
+let seen, points, average, weight, evaluations, heldout, follow, state, asked, trouble, estimate, probe, findings;
 let runs = [], token = '', listed = 0, wait = EAGER;
 
 // ---- figures in words --------------------------------------------------------------------------------------------
@@ -20,9 +20,9 @@ function duration(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s`;
   return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
 }
+const size = bytes => bytes < 1e9 ? `${(bytes / 1e6).toFixed(0)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
 const TILES = {
-  train_loss: loss, heldout_loss: loss, accuracy: percent, tokens_per_s: plain, seconds_left: duration,
-  memory_bytes: bytes => bytes < 1e9 ? `${(bytes / 1e6).toFixed(0)} MB` : `${(bytes / 1e9).toFixed(1)} GB`,
+  train_loss: loss, heldout_loss: loss, accuracy: percent, tokens_per_s: plain, seconds_left: duration, memory_bytes: size,
   learning_rate: rate => rate.toExponential(1),
 };
 
@@ -122,6 +122,7 @@ function say(place, text) { place.textContent = text; place.hidden = !text; }
 
 function figures(news) {
   const share = news.steps ? Math.round(100 * news.step / news.steps) : 0, active = ACTIVE.includes(news.state);
+  if (news.state !== state) trouble = '';
   state = news.state;
   element.dataset.state = state;
   element.dataset.points = points;
@@ -131,7 +132,8 @@ function figures(news) {
   $('.state').dataset.state = state;
   $('.bar i').style.width = `${share}%`;
   $('.bar').setAttribute('aria-valuenow', share);
-  $('.stop').hidden = !active;
+  if (!active && asked !== 'again') asked = '';
+  buttons({ pause: state === 'running', stop: active, resume: !active && news.resumable });
   $('.safe').hidden = !active;
   $('[data-tile=step]').textContent = `${news.step}/${news.steps || '?'}`;
   for (const name in TILES) {
@@ -142,13 +144,81 @@ function figures(news) {
   const ahead = runs.filter(one => ACTIVE.includes(one.state)).length - 1;
   const queue = state === 'queued' && ahead > 0 ? 'Another run is training; this one starts when it has ended.' : '';
   const waiting = queue || (state === 'queued' ? 'Starting a worker.' : news.note || (seen ? '' : 'The worker is loading its libraries.'));
-  say($('.note'), !active ? '' : stopping ? 'Stopping after the current step; the adapter is kept.' : waiting);
+  const told = (findings || []).some(one => one.message === waiting);  // it stands in a card already
+  say($('.note'), trouble || ASKED[asked] || (active && !told ? waiting : ''));
+  if (news.probe.length) [probe] = news.probe;
+  forecast(active);
   ended(news, active);
+  advise(news.findings || findings, active);
+}
+
+const ASKED = { stop: 'Stopping after the current step; the adapter is kept.',
+  pause: 'Pausing after the current step; it can be resumed from there.', resume: 'Going back into the queue.',
+  again: 'Starting again.' };
+
+function buttons(shown) {  // where the one with the focus goes, the next one takes it
+  const all = [...element.querySelectorAll('[data-ask]')], focused = all.find(one => one === document.activeElement);
+  for (const one of all) { one.hidden = !shown[one.dataset.ask]; one.setAttribute('aria-disabled', !!asked); }
+  if (focused?.hidden) all.find(one => !one.hidden)?.focus();
+}
+
+function forecast(active) {
+  const { seconds, memory_bytes: memory } = probe || estimate, parts = [];
+  if (memory) parts.push(size(memory));
+  if (seconds) parts.push(`about ${duration(seconds)} in all`);
+  if (probe?.batch_fits) parts.push(`${probe.batch_fits} ${probe.batch_fits === 1 ? 'example' : 'examples'} at a time fit`);
+  if (probe?.accumulate > 1) parts.push(`a step is ${probe.accumulate} passes`);
+  const how = probe ? 'Measured on the longest batch' : 'Estimated';
+  say($('.forecast'), active && parts.length ? `${how}: ${parts.join(', ')}.` : '');
+}
+
+function costs(news, found) {  // what was said before and what it was, side by side
+  const exact = seconds => seconds < 600 ? `${Math.round(seconds)} s` : duration(seconds);
+  const rows = [
+    ['Memory', size, estimate.memory_bytes, found.probe_memory_bytes, found.memory_bytes],
+    ['Time', exact, estimate.seconds, found.probe_seconds, found.seconds],
+  ];
+  $('.costs tbody').replaceChildren(...rows.map(([name, words, ...figures]) => {
+    const row = document.createElement('tr'), head = document.createElement('th');
+    head.scope = 'row';
+    head.textContent = name;
+    row.append(head, ...figures.map((figure, place) => {
+      const cell = document.createElement('td');
+      cell.textContent = figure == null ? '–' : words(figure);
+      if (place === 2 && figure != null && name === 'Time' && news.step < news.steps)
+        cell.textContent += ` for ${news.step} of ${news.steps} steps`;
+      return cell;
+    }));
+    return row;
+  }));
+}
+
+function advise(fresh, active) {  // one card a finding; the error has its own place
+  const mark = JSON.stringify([fresh, active]);
+  if (!fresh || $('.findings').dataset.mark === mark) return;
+  findings = fresh;
+  $('.findings').dataset.mark = mark;
+  $('.findings').hidden = !fresh.length;
+  $('.findings').replaceChildren(...fresh.map(one => {
+    const card = document.createElement('article'), text = document.createElement('p'), hint = document.createElement('span');
+    text.textContent = `${one.message} `;
+    hint.textContent = one.hint;
+    text.append(hint);
+    card.append(text);
+    card.className = one.code.startsWith('E_') ? 'bad' : '';
+    if (one.again) {
+      const again = document.createElement('button');
+      again.type = 'button';
+      again.dataset.code = one.code;
+      again.textContent = `Start again with ${one.again}`;
+      if (active) again.title = 'This run is stopped; what it has learnt is kept';
+      card.append(again);
+    }
+    return card;
+  }));
 }
 
 function ended(news, active) {
-  const wrong = active ? null : news.error;
-  say($('.live > .problem'), wrong ? `${wrong.message} ${wrong.hint || ''}` : '');
   const found = news.summary || {}, words = [];
   if (found.base_loss != null && found.best_loss != null)
     words.push(`Held-out loss ${loss(found.base_loss)} → ${loss(found.best_loss)}`);
@@ -157,7 +227,10 @@ function ended(news, active) {
   if (found.best_step) words.push(`best at step ${found.best_step}`);
   if (found.seconds) words.push(duration(found.seconds));
   $('.result').hidden = active || !news.adapter;
-  $('.result span').textContent = words.join(' · ');
+  $('.result span').textContent = words.join(' · ') || 'The best adapter so far is kept';
+  const known = { memory_bytes: news.latest.memory_bytes, probe_memory_bytes: probe?.memory_bytes, probe_seconds: probe?.seconds, ...found };
+  $('.costs').hidden = active || known.memory_bytes == null;
+  if (!$('.costs').hidden) costs(news, known);
 }
 
 function about(run) {
@@ -197,16 +270,42 @@ $('nav').addEventListener('click', event => {
   if (picked) { props.value = picked; start(); }
 });
 $('.compare').addEventListener('click', () => trigger('compare'));
-$('.stop').addEventListener('click', async () => {
-  $('.stop').disabled = true;
-  const { problem } = await server.stop({ run });
-  stopping = !problem;
-  say($('.note'), problem);
+$('.controls').addEventListener('click', async event => {
+  const wanted = event.target.closest('button')?.dataset.ask, whose = run;
+  if (!wanted || asked) return;
+  [asked, trouble] = [wanted, ''];
+  say($('.note'), ASKED[asked]);
+  const { problem } = await done(() => server[wanted]({ run: whose }));
+  if (whose !== run) return;
+  trouble = problem;
+  if (problem || wanted === 'resume') asked = '';
   tick();
 });
+$('.findings').addEventListener('click', async event => {
+  const again = event.target.closest('button'), whose = run;
+  if (!again || asked) return;
+  [asked, trouble] = ['again', ''];
+  say($('.note'), ASKED.again);
+  const { problem, run: fresh } = await done(() => server.restart({ run: whose, code: again.dataset.code }));
+  if (whose !== run) return;
+  [asked, trouble] = ['', problem];
+  if (problem) return tick();
+  props.value = fresh;
+  start();
+  $('.name').focus();  // the button is gone
+});
+async function done(act) {  // what the server said, or that it did not answer
+  try { return await act(); } catch { return { problem: 'The app does not answer; try again.' }; }
+}
 log.addEventListener('toggle', () => tick());
 
 // ---- asking ------------------------------------------------------------------------------------------------------
+
+function forget() {  // all that was drawn: an attempt that was resumed says some of it anew
+  [points, average, weight, drawn, probe] = [0, 0, 0, null, null];
+  [evaluations, heldout] = [new Map(), new Map()];
+  $('.samples').hidden = true;
+}
 
 async function take(news) {
   if (news.runs) { runs = news.runs; token = news.token; list(); }
@@ -218,11 +317,16 @@ async function take(news) {
     $('.line').textContent = 'It was deleted, or belongs to another app.';
     return;
   }
-  if (news.about) { $('.name').textContent = news.about.name; $('.line').textContent = news.about.line; }
+  if (news.whole) forget();
+  if (news.about) {
+    $('.name').textContent = news.about.name;
+    $('.line').textContent = news.about.line;
+    estimate = news.about.estimate;
+  }
   if (news.train[0].length || news.heldout[0].length) {
     plot.hidden = false;
-    if (drawn !== run) await blank();
   }
+  if (!plot.hidden && drawn !== run) await blank();
   if (drawn === run) await extend(news);
   for (const sample of news.samples) {
     if (!evaluations.has(sample.step)) evaluations.set(sample.step, new Map());
@@ -268,16 +372,14 @@ function start() {
   const wanted = props.value || '';
   if (wanted !== run) {
     run = wanted;
-    [seen, points, average, weight, follow, state, listed, stopping] = [0, 0, 0, 0, true, '', 0, false];
-    [evaluations, heldout] = [new Map(), new Map()];
+    [seen, follow, state, listed, asked, trouble, estimate, findings] = [0, true, '', 0, '', '', {}, null];
+    forget();
     delete element.dataset.state;
+    delete $('.findings').dataset.mark;
     element.dataset.points = 0;
-    $('.stop').disabled = false;
-    $('.samples').hidden = $('.result').hidden = true;
-    say($('.live > .problem'), '');
+    $('.result').hidden = $('.findings').hidden = $('.costs').hidden = true;
     if (run) address();
     plot.hidden = true;
-    drawn = null;
     list();
   }
   tick();

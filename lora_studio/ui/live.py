@@ -1,4 +1,4 @@
-"""The live view of one run: state, figures, curve, sample answers, run list and log, out of the run's files.
+"""The live view of one run: state, figures, findings, curve, sample answers, run list and log, out of its files.
 
 The component's value is a run id. Its script (live.js) asks `poll` for the records it has not seen and draws them;
 there is no event that owns a run, so a reload, a second browser and a restart of the app see the same.
@@ -6,7 +6,7 @@ there is no event that owns a run, so a reload, a second browser and a restart o
 
 import importlib.util
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,10 @@ import gradio as gr
 
 from lora_studio.core.spec import BASELINES, LoraSpec, Method
 from lora_studio.errors import StudioError
+from lora_studio.fields import knobs
 from lora_studio.runs.config import Run, width_in_words
-from lora_studio.runs.store import ID, RunStore
+from lora_studio.runs.store import ID, RunStore, standing
+from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
 from lora_studio.ui.picker import short
 
@@ -44,6 +46,15 @@ def build(studio: Studio) -> gr.HTML:
     def stop(ask: dict) -> dict:
         return stop_run(studio, ask)
 
+    def pause(ask: dict) -> dict:
+        return pause_run(studio, ask)
+
+    def resume(ask: dict) -> dict:
+        return resume_run(studio, ask)
+
+    def restart(ask: dict) -> dict:
+        return restart_run(studio, ask)
+
     gr.set_static_paths([PLOTLY])
     tiles = "".join(f"<div><span>{label}</span><b data-tile='{name}'>–</b></div>" for name, label in TILES.items())
     return gr.HTML(
@@ -51,7 +62,7 @@ def build(studio: Studio) -> gr.HTML:
         html_template=(HERE / "live.html").read_text(encoding="utf-8").replace("<!-- tiles -->", tiles),
         js_on_load=(HERE / "live.js").read_text(encoding="utf-8"),
         head=f"<script src='gradio_api/file={PLOTLY}'></script>",
-        server_functions=[poll, stop],
+        server_functions=[poll, stop, pause, resume, restart],
         apply_default_css=False,
         elem_id="live",
     )
@@ -78,11 +89,45 @@ def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
 
 def stop_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """Ask a run to end and keep its adapter."""
+    return _do(lambda: studio.stop(_id(ask.get("run"))))
+
+
+def pause_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask a run to end so that it can be resumed."""
+    return _do(lambda: studio.pause(_id(ask.get("run"))))
+
+
+def resume_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a run back into the queue."""
+    return _do(lambda: studio.resume(_id(ask.get("run"))))
+
+
+def restart_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Start a run anew with the change that one of its findings, or its error, names; give its id as "run".
+
+    What the run itself says is changed, not what the page sends. A run that is still training is stopped, once the
+    new one is queued.
+    """
+
+    def act() -> str:
+        view = studio.runs.get(_id(ask.get("run")))
+        change = next((one["change"] for one in advice(studio.runs, view) if one["code"] == ask.get("code")), None)
+        if not change:
+            raise StudioError("E_NO_CHANGE", "Nothing is to be changed in this run.", "Start one in the form.")
+        fresh = studio.restart(view.id, change)
+        if view.active:
+            studio.stop(view.id)
+        return fresh.id
+
+    return _do(act)
+
+
+def _do(act: Callable[[], Any]) -> dict[str, Any]:
+    """What the page asked for, and what it must say when that cannot be done."""
     try:
-        studio.stop(_id(ask.get("run")))
+        return {"problem": "", "run": act()}
     except StudioError as error:
         return {"problem": str(error)}
-    return {"problem": ""}
 
 
 def shown_at_first(runs: Sequence[Run], asked: str) -> str:
@@ -106,11 +151,45 @@ def thin(steps: Sequence[int], values: Sequence[float | None], limit: int = POIN
     return [steps[place] for place in kept], [values[place] for place in kept]
 
 
+def advice(store: RunStore, run: Run) -> list[dict[str, Any]]:
+    """What is wrong in a run: code, message, hint, the change that would cure it or {}, and that change in words.
+
+    The warnings, the newest of each that names a change, and last the error that the run failed with.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    warnings = [one for one in store.curve(run.id) if one["type"] == "Warned" and one["code"].startswith("W_")]
+    for record in [*warnings, run.error] if run.error and not run.active else warnings:
+        said = {name: record.get(name) or "" for name in ("code", "message", "hint")}
+        change = dict(record.get("change") or {})
+        found[said["code"] if change else said["message"]] = {**said, "change": change, "again": in_words(change)}
+    return list(found.values())
+
+
+def in_words(change: Mapping[str, Any]) -> str:
+    """learning rate 0.0005, steps 40; empty for no change."""
+    labels = knobs(TrainConfig)
+    parts = [
+        f"{labels[name].label.lower()} {value:g}"
+        if isinstance(value, float)
+        else f"{labels[name].label.lower()} {value}"
+        for name, value in change.items()
+        if name in labels
+    ]
+    return ", ".join(parts)
+
+
 def _news(store: RunStore, run: str, start: int) -> dict[str, Any]:
+    """whole: these records are all that hold, since an attempt said anew what the caller has seen."""
     view = store.get(_id(run))
-    records = store.events(view.id, start)
+    records: Sequence[Mapping[str, Any]] = store.events(view.id, start)
+    seen = start + len(records)
+    whole = start > 0 and any(one["type"] == "Started" and one.get("attempt", 1) > 1 for one in records)
+    if whole or start == 0:
+        everything = store.events(view.id)
+        records, seen = standing(everything), len(everything)
     news: dict[str, Any] = {
-        "next": start + len(records),
+        "next": seen,
+        "whole": whole,
         "state": view.status,
         "step": view.step,
         "steps": view.steps,
@@ -125,12 +204,26 @@ def _news(store: RunStore, run: str, start: int) -> dict[str, Any]:
             if record["type"] == "Sample"
         ],
         "saved": [record["step"] for record in records if record["type"] == "Saved"][-1:],
+        "probe": [
+            {name: _rounded(record[name]) for name in ("seconds", "memory_bytes", "accumulate", "batch_fits")}
+            for record in records
+            if record["type"] == "Probed"
+        ][-1:],
     }
+    if start == 0 or any(record["type"] == "Warned" for record in records) or not view.active:
+        news["findings"] = advice(store, view)
     if start == 0:
         news["about"] = _about(view)
     if not view.active:
         news |= {"error": view.error, "summary": {name: _rounded(value) for name, value in view.summary.items()}}
+        news["resumable"] = view.resumable and not _would_repeat(view)
     return news
+
+
+def _would_repeat(run: Run) -> bool:
+    """Whether a resumed run would only fail in the same way, at the same step; memory may be free by then."""
+    error = run.error or {}
+    return bool(error.get("change")) and error["code"] != "E_MEMORY"
 
 
 def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float | None]]:
@@ -142,13 +235,20 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
     return [step for step, _ in points], [_rounded(value) for _, value in points]
 
 
-def _about(run: Run) -> dict[str, str]:
+def _about(run: Run) -> dict[str, Any]:
     config = run.config
     base = config.model.rstrip("/").rsplit("/", 1)[-1]
     parts = [base, config.dataset.name, _words(config.method)]
     if run.labels:
         parts.append(f"{len(run.labels)} labels")
-    return {"name": run.name or run.id[:8], "line": " · ".join(parts)}
+    return {"name": run.name or run.id[:8], "line": " · ".join(parts), "estimate": _estimate(run)}
+
+
+def _estimate(run: Run) -> dict[str, float]:
+    """What was forecast before launch; {} where nothing was."""
+    known = run.facts.get("estimate") or {}
+    figures = {"seconds": known.get("seconds"), "memory_bytes": (known.get("memory_bytes") or {}).get("peak")}
+    return {name: _rounded(value) for name, value in figures.items() if value}
 
 
 def _words(method: Method) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 
 from lora_studio.core.spec import PRESETS
+from lora_studio.study import short as short
 
 OWN = "My own"  # the preset's name when the choice is none of PRESETS
 ALL = ("all-linear",)
@@ -73,12 +74,6 @@ def preset(picked: Mapping[str, Any] | None) -> str:
         if chosen == set(wanted) or (wanted != ALL and chosen == set(ALL) and set(wanted) == linear):
             return name
     return OWN
-
-
-def short(chosen: Iterable[str]) -> str:
-    """The roles for a run's name: q+v, or all."""
-    names = [role.rsplit(".", 1)[-1] for role in chosen]
-    return "all" if names == ["all-linear"] else "+".join(names)
 
 
 def _linear(matrices: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -28,6 +28,16 @@ MORE = tuple(name for name in SETTINGS if name not in (*MAIN, "targets"))
 TASKS = [("Write text", "causal"), ("Choose a label", "classify")]
 FIRST_PRESET = next(iter(PRESETS))
 NAME_LENGTH = 80
+PARTS = {  # of estimate.Estimate.memory_bytes
+    "weights": "Weights of the base",
+    "adapter": "What is trained, gradients and optimiser",
+    "activations": "Activations of a step",
+    "head": "Scores over the vocabulary",
+    "runtime": "Python and its libraries",
+}
+STAYS_OPEN = """let open = false;
+element.addEventListener('toggle', event => { open = event.target.open; }, true);
+watch('value', () => { const parts = element.querySelector('details'); if (parts) parts.open = open; });"""
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,10 @@ def build(studio: Studio) -> TrainTab:
                     settings |= _pairs([one for one in MORE if one in OF_LORA])
                 settings |= _pairs([one for one in MORE if one not in OF_LORA])
             line = gr.HTML(
-                "<div class='cost soft'>Loading the model list</div>", apply_default_css=False, elem_id="cost"
+                "<div class='cost soft'>Loading the model list</div>",
+                js_on_load=STAYS_OPEN,
+                apply_default_css=False,
+                elem_id="cost",
             )
             problem = gr.HTML("", apply_default_css=False, elem_id="train-problem")
             start = gr.Button("Start training", variant="primary", elem_id="start")
@@ -219,7 +232,24 @@ def cost_line(plan: Plan, memory_bytes: int) -> str:
         f"about <b{tight}>{_bytes(peak)}</b> of {_bytes(memory_bytes)}",
         f"about <b>{_duration(about.seconds)}</b>",
     )
-    return "<div class='cost'>" + "".join(f"<span>{part}</span>" for part in parts) + "</div>"
+    return (
+        "<div class='cost'>"
+        + "".join(f"<span>{part}</span>" for part in parts)
+        + _by_part(about.memory_bytes)
+        + "</div>"
+    )
+
+
+def _by_part(memory_bytes: Mapping[str, int]) -> str:
+    """What the memory goes to, folded away; the largest first."""
+    parts = sorted(((size, name) for name, size in memory_bytes.items() if name != "peak" and size), reverse=True)
+    bar = "".join(f"<i data-part='{name}' style='flex-grow:{size}'></i>" for size, name in parts)
+    rows = "".join(
+        f"<li><i data-part='{name}'></i><span>{html.escape(PARTS.get(name, name))}</span><b>{_bytes(size)}</b></li>"
+        for size, name in parts
+    )
+    inside = f"<div class='stack'>{bar}</div><ul>{rows}</ul>"
+    return f"<details class='parts'><summary>Memory by part</summary>{inside}</details>"
 
 
 def check_start(

@@ -1,0 +1,80 @@
+"""One measurement in a process of its own: a function of this folder, called by name with JSON, answering with JSON.
+
+    measure("benchmarks.contenders:trained", {...})
+
+The child starts with the asked number of threads and passive waiting, so that its processor time is its own work and
+not its waiting. Processor seconds are user and system time of all its threads, start-up included; the peak is the
+most memory that it ever held. Times of single steps are the function's own affair.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+THREADS = 2
+
+
+class Failed(RuntimeError):
+    """The child did not answer; the message ends with what it said last."""
+
+
+def measure(function: str, spec: Mapping[str, Any], *, threads: int = THREADS) -> dict[str, Any]:
+    """The function's answer, and with it "process_cpu_s", "process_wall_s" and "peak_bytes" of its process."""
+    with tempfile.TemporaryDirectory(prefix="lora-studio-bench-") as temporary:
+        asked, said = Path(temporary, "asked.json"), Path(temporary, "said.json")
+        asked.write_text(json.dumps(spec))
+        start = time.monotonic()
+        with Path(temporary, "log").open("w+b") as log:
+            command = [sys.executable, "-m", "benchmarks.fresh", function, str(asked), str(said)]
+            child = subprocess.Popen(command, env=environment(threads), stdout=log, stderr=log)
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            log.seek(0)
+            last = log.read().decode(errors="replace").strip()[-2000:]
+        if child.returncode or not said.exists():
+            raise Failed(f"{function} ended with {child.returncode}: {last}")
+        found = json.loads(said.read_text())
+        return found | {
+            "process_cpu_s": usage.ru_utime + usage.ru_stime,
+            "process_wall_s": time.monotonic() - start,
+        }
+
+
+def environment(threads: int) -> dict[str, str]:
+    """The child's: ours, with so many threads that sleep when they wait, and no look at the Hub."""
+    quiet = {
+        "OMP_NUM_THREADS": str(threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {**os.environ, **quiet}
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held; getrusage would count what its parent held when it started."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+def main() -> None:
+    function, asked, said = sys.argv[1:]
+    module, name = function.split(":")
+    found = getattr(importlib.import_module(module), name)(json.loads(Path(asked).read_text()))
+    Path(said).write_text(json.dumps({"peak_bytes": peak_bytes(), **found}))
+
+
+if __name__ == "__main__":
+    main()

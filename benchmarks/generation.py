@@ -1,0 +1,199 @@
+"""What answering side by side costs: base and adapted in one batch, unmerged against merged, changing the strength.
+
+    python -m benchmarks.generation                 about six minutes on two cores alone
+    python -m benchmarks.generation --quick         about one
+
+The app's own decoding loop writes the same number of tokens in every way, greedily and past any end mark. The ways
+take turns in one process, so that the machine's drift hits all alike; precisions and threads have a process each. Times
+are processor times of the decoding steps; the ratio for the prompt's pass is said beside them.
+"""
+
+import argparse
+import itertools
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from benchmarks import goals
+from benchmarks.fresh import measure
+from benchmarks.goals import Goal, middle, paired
+from benchmarks.paper import machine
+from benchmarks.verdict import markdown
+from lora_studio.errors import StudioError
+
+log = logging.getLogger("benchmarks")
+
+PROMPT = 50  # tokens
+TOGETHER = 1.9  # two rows in one batch against two runs, bf16
+OVERHEAD = 1.05  # unmerged against merged
+CHANGE_S = 1e-3  # of a new strength
+WAYS = ("base", "adapted", "both", "merged")
+CHANGES = 1000  # of the strength
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """0 when everything was measured, whether goals are met or not; 1 with a reason on stderr otherwise."""
+    options = _options(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%T", stream=sys.stderr)
+    print(f"# Generation\n\n{time.strftime('%F')}, {machine()}.\n", flush=True)
+    found = {}
+    try:
+        for precision in ("bfloat16", "float32"):
+            for threads in (1, 2):
+                spec = {"model": options.model, "precision": precision, "tokens": options.tokens}
+                told = {**spec, "rounds": options.rounds, "seed": options.seed}
+                found[precision, threads] = measure("benchmarks.generation:timed", told, threads=threads)
+                log.info("%s, %d threads: done", precision, threads)
+    except StudioError as error:
+        print(f"{error.code}: {error}", file=sys.stderr)
+        return 1
+    print(f"{in_words(options)}\n\n{table(found)}\n")
+    asked = reached(found)
+    goals.say(asked)
+    figures = {f"{precision}, {threads} threads": one for (precision, threads), one in found.items()}
+    goals.finish(options, asked, figures)
+    return 0
+
+
+def timed(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """In a process of its own: {"decode": {way: ms a step, a value a round}, "prefill": of the prompt, "change_s"}."""
+    import torch
+
+    from lora_studio.core.lora import LoRA
+    from lora_studio.core.spec import LoraSpec
+    from lora_studio.models import ModelLibrary
+    from lora_studio.studio import default_root
+
+    lora = LoRA(ModelLibrary(default_root()).load(spec["model"], precision=spec["precision"], on="cpu"))
+    lora.add("run", LoraSpec(), seed=spec["seed"])
+    torch.manual_seed(spec["seed"])
+    with torch.no_grad():
+        for tensor in lora.parameters("run"):
+            tensor.normal_(0, 0.02)  # a trained adapter has no zeros
+    vocabulary = lora.model.get_input_embeddings().num_embeddings
+    prompt = torch.randint(vocabulary, (PROMPT,)).tolist()
+    decode: dict[str, list[float]] = {way: [] for way in WAYS}
+    prefill: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(spec["rounds"] + 1):  # the first is warm-up
+        first = number % len(WAYS)
+        for way in WAYS[first:] + WAYS[:first]:
+            before, steps = _answered(lora, way, prompt, spec["tokens"])
+            if number:
+                prefill[way].append(1000 * before)
+                decode[way].append(1000 * statistics.median(steps))
+    return {"decode": decode, "prefill": prefill, "change_s": _change(lora)}
+
+
+def _answered(lora: Any, way: str, prompt: Sequence[int], tokens: int) -> tuple[float, list[float]]:
+    """CPU seconds of the prompt's pass and of each decoding step behind it."""
+    from lora_studio.core.merge import merged
+    from lora_studio.generate import stream
+    from lora_studio.settings import Sampling
+
+    @contextmanager
+    def folded() -> Iterator[None]:
+        with merged(lora, "run"), lora.unhooked():
+            yield
+
+    ways: dict[str, Callable[[], AbstractContextManager]] = {
+        "base": lambda: lora.use(None),
+        "adapted": lambda: lora.use("run"),
+        "both": lambda: lora.use(None, "run"),
+        "merged": folded,
+    }
+    prompts = [prompt] * (2 if way == "both" else 1)
+    with ways[way]():
+        laps = [time.process_time()]
+        for _ in stream(lora.model, prompts, Sampling(max_new_tokens=tokens), frozenset()):
+            laps.append(time.process_time())
+    spent = [later - earlier for earlier, later in itertools.pairwise(laps)]
+    return spent[0], spent[1:]
+
+
+def _change(lora: Any) -> float:
+    """Seconds that a change of the strength takes while an adapter is in use: the median of many."""
+    spent = []
+    with lora.use(None, "run"):
+        for number in range(CHANGES):
+            start = time.perf_counter()
+            lora.set_scale("run", number / CHANGES)
+            spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
+
+
+def together(one: Mapping[str, Any], part: str = "decode") -> list[float]:
+    """How many times the two runs' time one batch of both takes less, round by round."""
+    two = [base + adapted for base, adapted in zip(one[part]["base"], one[part]["adapted"], strict=True)]
+    return paired(two, one[part]["both"])
+
+
+def reached(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[Goal]:
+    """What was asked, at every precision and number of threads that it was asked of."""
+    asked = []
+    for (precision, threads), one in found.items():
+        where = f"{precision}, {threads} thread{'s' if threads > 1 else ''}"
+        if precision == "bfloat16":
+            text = f"{where}: two runs / one batch of base and adapted, a decoding step"
+            asked.append(Goal(text=text, values=together(one), least=TOGETHER))
+        for part, what in (("decode", "a decoding step"), ("prefill", f"a pass of {PROMPT} tokens")):
+            slower = paired(one[part]["adapted"], one[part]["merged"])
+            asked.append(Goal(text=f"{where}: unmerged / merged, {what}", values=slower, most=OVERHEAD))
+    changes = [one["change_s"] for one in found.values()]
+    asked.append(Goal(text="changing the strength", values=changes, most=CHANGE_S, unit="seconds"))
+    return asked
+
+
+def table(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
+    """Milliseconds of processor time a decoding step takes in every way, and the ratios of the rounds."""
+    head = ["CPU-ms a step", *WAYS, "two runs / both", "same, the prompt", "unmerged / merged", "same, the prompt"]
+    lines = []
+    for (precision, threads), one in found.items():
+        decode = one["decode"]
+        lines.append(
+            [
+                f"{precision}, {threads} thread{'s' if threads > 1 else ''}",
+                *(middle(decode[way], 1) for way in WAYS),
+                middle(together(one)),
+                middle(together(one, "prefill")),
+                middle(paired(decode["adapted"], decode["merged"]), 3),
+                middle(paired(one["prefill"]["adapted"], one["prefill"]["merged"]), 3),
+            ]
+        )
+    return markdown(head, lines)
+
+
+def in_words(options: argparse.Namespace) -> str:
+    """What was measured, for the reader of the table."""
+    return (
+        f"Model {options.model}, LoRA r=8 on q and v, a prompt of {PROMPT} tokens, {options.tokens} new ones; a round "
+        f"takes the median step of each way, {options.rounds} rounds: median (least–most). Both: row 0 the base, row 1 "
+        "adapted. Merged: folded in, without hooks."
+    )
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    summary, _, usage = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generation",
+        description=summary,
+        epilog=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", default="starter", help="a name or a folder")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens of every answer")
+    parser.add_argument("--rounds", type=int, default=9, help="how often every way is measured")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="few rounds and tokens")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rounds, options.tokens = 3, 10
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

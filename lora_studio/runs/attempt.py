@@ -1,0 +1,315 @@
+"""One attempt at one run: what is written to its folder while it trains, and how it ends.
+
+It takes the events of its training one by one. Whenever all has been said of a step it may save a checkpoint, and
+it looks whether a pause or a stop was asked for; so a checkpoint and the journal always agree, and an attempt that
+goes on from one says neither a step twice nor leaves one out. It does not know the other runs of its worker.
+"""
+
+import logging
+import math
+import os
+import shutil
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lora_studio.doctor import Doctor, remedy
+from lora_studio.errors import StudioError
+from lora_studio.events import Ended, Event, Metric, Probed, Sample, Saved, Started, Warned, to_line
+from lora_studio.fields import build
+from lora_studio.runs import checkpoints
+from lora_studio.runs.config import RunConfig, Status
+from lora_studio.runs.store import Journal, earlier_logs, read_json, standing, write_json
+
+log = logging.getLogger(__name__)
+SAVE_S, SAVE_SHARE = 30.0, 20.0  # between checkpoints: at least this long, and this many times what one takes
+PROBE = {"probe_seconds": "seconds", "probe_memory_bytes": "memory_bytes"}  # the summary's name: the event's
+
+
+class Attempt:
+    """Begun with the lock of the run held, which is let go at the end."""
+
+    def __init__(self, path: Path, lock: BinaryIO | None = None) -> None:
+        record = read_json(path / "run.json") or {}
+        self.path, self._lock = path, lock
+        self.config: RunConfig = build(RunConfig, record["config"])
+        self.labels: Sequence[str] = record["facts"].get("labels", ())
+        self.base_name = record["facts"].get("repo") or self.config.model  # which a loader of the adapter looks for
+        self.number = 1 + len(earlier_logs(path))
+        self.ended = self.terminated = False
+        self.step = self.steps = 0
+        self.best: tuple[float, int] = (math.inf, 0)  # held-out loss, step
+        self.judged = 0  # the last step whose adapter was kept or found worse
+        self.latest: dict[str, float] = {}
+        self.base: dict[str, float] = {}  # what was measured before the first step
+        self.accuracy: float | None = None  # of the adapter that is kept, where labels are chosen
+        self.probed: dict[str, float] = {}
+        self._measured_at: frozenset[int] = frozenset()
+        self._measures = False  # whether there are held-out rows
+        self._doctor: Doctor | None = None
+        self._seconds = 0.0  # of earlier attempts
+        self._begun = self._saved = time.monotonic()
+        self._save_takes = 0.0
+        self._warned_of_disk = False
+        self._found: checkpoints.Checkpoint | None = None
+        self._said = Journal(path / "events.jsonl").refresh().records  # by earlier attempts
+        self._journal = os.open(path / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._journal).st_size
+        if size and os.pread(self._journal, 1, size - 1) != b"\n":  # torn by a power cut
+            os.write(self._journal, b"\n")
+
+    def append(self, event: Event) -> None:
+        """One write per line: a reader never sees half of one, and a kill loses none."""
+        line = to_line(event, time=time.time(), attempt=self.number)
+        os.write(self._journal, line.encode() + b"\n")
+
+    def asked(self) -> Status | None:
+        """What the run is to become: "stopped", "paused", or None while it may go on."""
+        control = read_json(self.path / "control.json") or {}
+        return "stopped" if self.terminated or control.get("stop") else "paused" if control.get("pause") else None
+
+    # ---- going on from a checkpoint ----------------------------------------------------------------------------------
+
+    def recall(self) -> None:
+        """Put the run's folder where its newest whole checkpoint was, or to its beginning when there are none.
+
+        Raises E_CHECKPOINT when there are some and none is whole.
+        """
+        path, damaged = checkpoints.newest(self.path)
+        if damaged:
+            instead = f"going on from {path.name}" if path else "none is left"
+            message = f"The checkpoint {damaged[0].name} is damaged; {instead}."
+            self.append(Warned(step=0, code="W_CHECKPOINT", message=message))
+        if path is None:
+            if damaged:
+                raise StudioError("E_CHECKPOINT", "All checkpoints are damaged.", "Start the run again.")
+            shutil.rmtree(self.path / "adapter", ignore_errors=True)  # of an attempt that was lost without one
+            return
+        self._found = found = checkpoints.load(path)
+        notes, self.step = found.notes, found.step
+        self.best = (math.inf if notes["best"][0] is None else notes["best"][0], notes["best"][1])
+        self.judged, self.accuracy, self._seconds = notes["judged"], notes["accuracy"], notes["seconds"]
+        self.latest, self.base, self.probed = dict(notes["latest"]), dict(notes["base"]), dict(notes["probed"])
+        if found.best:
+            self._place(found.best)
+        else:
+            shutil.rmtree(self.path / "adapter", ignore_errors=True)
+        for one in damaged:
+            shutil.rmtree(one)
+
+    def restore(self, job: Any) -> None:
+        """Let a fresh job go on from what `recall` found, if anything. Raises E_CHECKPOINT when it is of another."""
+        if self._found:
+            job.restore(self._found.state)
+            self._found = None
+
+    def _save(self, job: Any) -> bool:
+        """Save a checkpoint; False, and a warning once, when the disk does not take it."""
+        start = time.monotonic()
+        notes = {
+            "best": [self.best[0] if math.isfinite(self.best[0]) else None, self.best[1]],
+            "judged": self.judged,
+            "accuracy": self.accuracy,
+            "seconds": self._seconds + start - self._begun,
+            "latest": {name: value for name, value in self.latest.items() if math.isfinite(value)},
+            "base": self.base,
+            "probed": self.probed,
+        }
+        kept = self.path / "adapter"
+        try:
+            os.fsync(self._journal)  # first: what the checkpoint goes on from has been told
+            checkpoints.save(self.path, job.state(), notes, best=kept if kept.is_dir() else None)
+        except OSError as error:
+            if not self._warned_of_disk:
+                self._warned_of_disk = True
+                message, hint = f"No checkpoint could be saved: {error.strerror or error}.", "Make room on the disk."
+                self.append(Warned(step=self.step, code="W_CHECKPOINT", message=message, hint=hint))
+            return False
+        finally:
+            self._saved = time.monotonic()
+            self._save_takes = self._saved - start
+        return True
+
+    # ---- events ------------------------------------------------------------------------------------------------------
+
+    def take(self, job: Any, event: Event) -> None:
+        """Write down an event of the run's training and do what it calls for; the job leaves when it is to end."""
+        if job.error:
+            return  # the event says so, and so does the run's end
+        self.append(event)
+        self.step = max(self.step, event.step)
+        if isinstance(event, Started):
+            self._begin(event)
+        if isinstance(event, Probed):
+            self.probed = {name: getattr(event, field) for name, field in PROBE.items()}
+        if self._doctor:
+            for finding in self._doctor.see(event):
+                self.append(finding)
+        if isinstance(event, Metric):
+            if not all(map(math.isfinite, event.values.values())):
+                return  # what the job raises next
+            self._judge(job, event)
+        if event.step == 0 or self._is_told(job, event):
+            self._look_up(job)
+
+    def _begin(self, event: Started) -> None:
+        from lora_studio.train import measured_steps
+
+        config = self.config.train
+        self.steps, self._measures = event.steps, event.heldout_rows > 0
+        self._measured_at = measured_steps(config, event.steps)
+        self._doctor = Doctor(config, config.usual_rate(event.total, getattr(self.config.method, "kind", "lora")))
+        told = (one for one in standing(self._said) if one["step"] <= event.step or one["type"] == "Warned")
+        self._doctor.recall(told)  # each finding once in a run
+
+    def _is_told(self, job: Any, event: Event) -> bool:
+        """Whether this is the last event of its step: the training metric, then the held-out loss, then the samples."""
+        measured = event.step in self._measured_at
+        if isinstance(event, Sample):
+            return event.index == len(job.samples) - 1
+        if not isinstance(event, Metric):
+            return False
+        if "train_loss" in event.values:
+            return not measured or not (self._measures or job.samples)
+        return not job.samples
+
+    def _look_up(self, job: Any) -> None:
+        """Between two steps: end when asked to, else save when it is time."""
+        if job.step >= self.steps or 0 < self.config.train.patience <= job.stale:
+            return  # as good as done
+        asked = self.asked()
+        if asked and job.step == 0:
+            job.leave()
+            self.end(asked)
+        elif asked:
+            if self._save(job) or asked == "stopped":  # a pause that could not be saved would be a loss
+                self.finish(job, asked)
+        elif job.step and (job.step in self._measured_at or self._is_time(job.step)):
+            self._save(job)
+
+    def _is_time(self, step: int) -> bool:
+        every = self.config.train.save_every
+        if every:
+            return step % every == 0
+        return time.monotonic() - self._saved > max(SAVE_S, SAVE_SHARE * self._save_takes)
+
+    def _judge(self, job: Any, event: Metric) -> None:
+        """Take in a metric, and keep the adapter when this one says that it is the best yet."""
+        self.latest.update(event.values)
+        unmeasured = not self._measures and event.step in self._measured_at
+        if event.step == 0:
+            self.base = {name: event.values[name] for name in ("heldout_loss", "accuracy") if name in event.values}
+        elif "heldout_loss" in event.values or unmeasured:
+            self._keep_if_better(job, event.values)
+
+    def _keep_if_better(self, job: Any, found: Mapping[str, float]) -> None:
+        """Keep the adapter when its held-out loss is the lowest yet; without held-out rows the last one counts."""
+        self.judged, loss = self.step, found.get("heldout_loss")
+        if loss is not None and not loss < self.best[0]:
+            return
+        from lora_studio.adapters import save
+
+        fresh = self.path / "adapter.tmp"
+        save(job.lora, job.adapter, fresh, self.base_name)
+        self._place(fresh)
+        shutil.rmtree(fresh)
+        self.best = (math.inf if loss is None else loss, self.step)
+        self.accuracy = found.get("accuracy")
+        self.append(Saved(step=self.step, heldout_loss=loss))
+
+    def _place(self, folder: Path) -> None:
+        """Make the files in `folder` the run's adapter, each in one step."""
+        kept = self.path / "adapter"
+        kept.mkdir(exist_ok=True)
+        for file in folder.iterdir():
+            copy = kept.with_name(f"{file.name}.tmp")
+            shutil.copyfile(file, copy)
+            copy.replace(kept / file.name)
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def finish(self, job: Any, status: Status) -> None:
+        """End a run that has trained: done or stopped with what it learnt, which must be sound; or paused."""
+        job.leave()
+        if status == "paused":
+            return self.end(status)
+        if self.step and self.judged != self.step:  # between two evaluations
+            from lora_studio.train import heldout_figures
+
+            found = heldout_figures(job)
+            if found:
+                self.append(Metric(step=self.step, values=found))
+            self._keep_if_better(job, found)
+        if self.step or status == "done":
+            check_update(job)
+        self.end(status)
+
+    def fail(self, error: Exception) -> None:
+        """End with a reason in plain words, and with settings that would cure it where there are some."""
+        if not isinstance(error, StudioError):
+            log.error("%s", "".join(traceback.format_exception(error)))
+        reason: dict[str, Any] = in_plain_words(error)
+        change = remedy(reason["code"], self.config.train)
+        self.end("failed", reason | ({"change": change} if change else {}))
+
+    def end(self, status: Status, error: Mapping[str, Any] | None = None) -> None:
+        """Leave exit.json; the run is free then. Once is enough."""
+        if self.ended:
+            return
+        self.ended, values = True, self._summary()
+        self.append(Ended(step=self.step, run=self.path.name, status=status, error=error, values=values))
+        os.close(self._journal)
+        write_json(
+            self.path / "exit.json",
+            {"status": status, "step": self.step, "error": error, "values": values, "time": time.time()},
+        )
+        if status == "done":
+            checkpoints.forget(self.path)
+        if self._lock:
+            self._lock.close()
+
+    def _summary(self) -> dict[str, float]:
+        figures: dict[str, float | None] = {
+            "seconds": self._seconds + time.monotonic() - self._begun,
+            "base_loss": self.base.get("heldout_loss"),
+            "best_loss": self.best[0],
+            "best_step": self.best[1],
+            "base_accuracy": self.base.get("accuracy"),
+            "best_accuracy": self.accuracy,
+            "train_loss": self.latest.get("train_loss"),
+            "tokens_per_s": self.latest.get("tokens_per_s"),
+            "memory_bytes": self.latest.get("memory_bytes"),
+            **self.probed,
+        }
+        return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
+
+
+def check_update(job: Any) -> None:
+    """A run is done only when it took a step and the adapter is finite and not zero."""
+    if not job.step:
+        raise StudioError("E_NO_UPDATE", "No step was trained.", "Give at least one step.")
+    if not job.lora.finite(job.adapter):
+        raise StudioError("E_NOT_FINITE", "The adapter holds values that are not finite.", "Lower the learning rate.")
+    if not job.lora.changed(job.adapter):
+        raise StudioError("E_NO_UPDATE", "Training changed nothing.", "Raise the learning rate or the steps.")
+
+
+def in_plain_words(error: Exception) -> dict[str, str]:
+    """code, message and hint of whatever broke a run off."""
+    from lora_studio.step import is_shortage
+
+    if isinstance(error, StudioError):
+        return {"code": error.code, "message": error.message, "hint": error.hint}
+    if is_shortage(error):
+        return {
+            "code": "E_MEMORY",
+            "message": "The machine ran out of memory.",
+            "hint": "Halve the batch, shorten the length limit, or choose a smaller model.",
+        }
+    return {
+        "code": "E_CRASH",
+        "message": f"Training broke off: {type(error).__name__}: {str(error)[:200]}",
+        "hint": "The log has the details; please report it.",
+    }
