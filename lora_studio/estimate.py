@@ -125,7 +125,10 @@ def _kept_elements(model: Any, pieces: Sequence[Piece]) -> int:
     roles = {piece.role for piece in pieces}
     gated = any(target.role == "mlp.gate" for target in matrices(model))
     kept = 2 * hidden + 2 * heads * head_dim + 2 * keys + (2 if gated else PLAIN_ACTIVATION) * inner
-    whole = not any(role.startswith(("attn.", "mlp.")) for role in roles)
+    trained = sum(piece.parameters for piece in pieces if piece.layer >= 0)
+    layers = {piece.layer for piece in pieces if piece.layer >= 0}
+    body = sum(tensor.numel() for tensor in blocks(model)[1].parameters()) * len(layers) / text.num_hidden_layers
+    whole = trained > body / 2  # the weights themselves are trained
     kept += hidden if whole or roles & {"attn.q", "attn.k", "attn.v"} else 0
     kept += hidden if whole or roles & {"mlp.gate", "mlp.up"} else 0
     return kept + (inner if whole or "mlp.down" in roles else 0)

@@ -15,7 +15,9 @@ from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
 from lora_studio.data.batches import encode_label, prompt_ids
 from lora_studio.data.formats import Example
+from lora_studio.errors import StudioError
 from lora_studio.generate import answer
+from lora_studio.models import memory
 from lora_studio.settings import Sampling
 
 HELDOUT_TOKENS = 2_048  # of held-out text measured at each evaluation
@@ -25,8 +27,20 @@ SAMPLE_TOKENS = 48  # longest answer in the sample timeline
 @torch.no_grad()
 def figures(lora: LoRA, rows: Sequence[lean.Tokens], budget: int = 4096) -> dict[str, float]:
     """Of rows under the adapter in use: "loss", the mean cross-entropy per supervised token or per label, and for
-    labels "accuracy", the share of rows whose likeliest label is theirs. `budget`: tokens in a pass.
+    labels "accuracy", the share of rows whose likeliest label is theirs.
+
+    budget: tokens in a pass; it is halved where the memory does not take them.
     """
+    while True:
+        try:
+            return _figures(lora, rows, budget)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error) or budget < max(len(tokens.ids) for tokens in rows):
+                raise
+        budget //= 2
+
+
+def _figures(lora: LoRA, rows: Sequence[lean.Tokens], budget: int) -> dict[str, float]:
     total, right = 0.0, 0
     for batch in _passes(sorted(rows, key=lambda tokens: len(tokens.ids)), budget):  # alike lengths pad little
         if batch[0].label is None:
@@ -96,6 +110,27 @@ def within(rows: Sequence[lean.Tokens], budget: int) -> list[lean.Tokens]:
             break
         kept.append(tokens)
     return kept
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: on the GPU, or where the system refuses it to torch or Python."""
+    words = str(error)
+    shortage = "out of memory" in words or "can't allocate memory" in words or "not enough memory" in words
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or shortage
+
+
+def shortage(device: torch.device, tokens: int) -> StudioError:
+    """E_MEMORY, with figures: a pass of so many tokens did not fit."""
+    used, free = memory_in_use(device), free_memory(device)
+    message = f"A pass of {tokens} tokens needs more than the {free / 1e9:.1f} GB that are free"
+    hint = "Shorten the length limit, adapt fewer layers, or choose a smaller model."
+    return StudioError("E_MEMORY", f"{message}; {used / 1e9:.1f} GB are used.", hint)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that tensors may still take; what torch holds of the GPU without using it counts too."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    return memory()[0] + kept
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -15,9 +15,17 @@ import torch
 
 from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
-from lora_studio.errors import StudioError
-from lora_studio.measure import forget_peak, leanly, losses, memory_in_use, packs, peak_memory
-from lora_studio.models import memory
+from lora_studio.measure import (
+    forget_peak,
+    free_memory,
+    is_shortage,
+    leanly,
+    losses,
+    memory_in_use,
+    packs,
+    peak_memory,
+    shortage,
+)
 
 HALVINGS = 3
 MARGIN = 0.9  # of the free memory may be used
@@ -34,6 +42,7 @@ class Share:
     room: int  # tokens in a pass
     recompute: bool = field(init=False)  # activations, in the backward
     halvings: int = field(init=False, default=0)
+    alone: bool = field(init=False, default=False)  # it shares no pass with others any more
     notes: list[str] = field(init=False, default_factory=list)
 
     def __post_init__(self) -> None:
@@ -50,8 +59,8 @@ class Share:
 
     def joins(self, lora: LoRA, batch: Batch) -> bool:
         """Whether it may share a pass with other adapters: sequences that can be laid end to end, in one piece."""
-        whole = self.accumulate == 1 and not self.recompute and batch[0].label is None
-        return whole and packs(lora, [self.adapter])
+        whole = self.accumulate == 1 and not (self.recompute or self.alone) and batch[0].label is None
+        return whole and packs(lora, [self.adapter]) and lora.shares(self.adapter)
 
     def give_way(self, lora: LoRA, batch: Batch) -> None:
         """Take less memory from here on. Raises E_MEMORY when nothing is left to try."""
@@ -64,21 +73,21 @@ class Share:
             self.recompute = True
             self.notes.append("Memory ran out; activations are now computed twice instead of being kept.")
         else:
-            device = next(lora.model.parameters()).device
             tokens = max(sum(len(one.ids) for one in part) for part in parts)
-            used, free = memory_in_use(device), memory()[0]
-            message = f"A pass of {tokens} tokens needs more than the {free / 1e9:.1f} GB that are free"
-            hint = "Shorten the length limit, adapt fewer layers, or choose a smaller model."
-            raise StudioError("E_MEMORY", f"{message}; {used / 1e9:.1f} GB are used.", hint)
+            raise shortage(next(lora.model.parameters()).device, tokens)
+
+
+class Crowded(Exception):
+    """Memory ran out in a pass of several adapters; from here on they do not share any."""
 
 
 def careful(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
-    """The gradients of one step of each adapter, in shared passes when there are several; the loss of each.
+    """The gradients of one step of each adapter, in a shared pass when there are several; the loss of each.
 
-    Raises E_MEMORY when no way to cut the step fits.
+    Raises E_MEMORY when no way to cut the step of one fits, Crowded when that of several does not.
     """
     device = next(lora.model.parameters()).device
-    before = _random_states(device)
+    before = random_states(device)
     while True:
         try:
             return _gradients(lora, work)
@@ -91,9 +100,12 @@ def careful(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
                 tensor.grad = None
         if device.type == "cuda":
             torch.cuda.empty_cache()
-        _restore(device, before)
+        restore_random(device, before)
         if len(work) > 1:
-            return [loss for one in work for loss in careful(lora, [one])]
+            for share, _ in work:
+                share.alone = True
+                share.notes.append("Memory ran out; the adapters of this study now take turns.")
+            raise Crowded
         share, batch = work[0]
         share.give_way(lora, batch)
 
@@ -115,7 +127,7 @@ def probe(lora: LoRA, share: Share, batch: Batch) -> Found:
     before it is tried. Weights and random states stay as they were.
     """
     device = next(lora.model.parameters()).device
-    states = _random_states(device)
+    states = random_states(device)
     longest = max(batch, key=lambda tokens: len(tokens.ids))
     with torch.no_grad(), lora.use(share.adapter):
         losses(lora, [lean.Tokens(longest.ids[:2], (False, True), longest.label)])  # what is used first, is made first
@@ -132,7 +144,7 @@ def probe(lora: LoRA, share: Share, batch: Batch) -> Found:
     seconds = time.monotonic() - start
     for tensor in lora.parameters(share.adapter):
         tensor.grad = None
-    _restore(device, states)
+    restore_random(device, states)
     return Found(seconds=seconds, seconds_token=seconds_token, memory_bytes=peak_memory(device), batch_fits=fits)
 
 
@@ -140,7 +152,7 @@ def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, de
     """Raise `accumulate` until a pass fits, going by what the longest row alone took; how many such rows fit."""
     measurable, before = forget_peak(device), memory_in_use(device)
     careful(lora, [(share, [longest])])
-    took, free = peak_memory(device) - before, MARGIN * memory()[0]
+    took, free = peak_memory(device) - before, MARGIN * free_memory(device)
     if not measurable or took <= 0:
         return None
     per_token = took / len(longest.ids)
@@ -156,13 +168,6 @@ def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, de
         f"The batch would not fit the memory; a step is {share.accumulate} passes, with the same result."
     )
     return max(1, int(free / took))
-
-
-def is_shortage(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: on the GPU, or where the system refuses it to torch or Python."""
-    words = str(error)
-    shortage = "out of memory" in words or "can't allocate memory" in words or "not enough memory" in words
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or shortage
 
 
 def _gradients(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
@@ -192,12 +197,12 @@ def _alone(lora: LoRA, share: Share, batch: Batch) -> float:
     return total
 
 
-def _random_states(device: torch.device) -> list[torch.Tensor]:
+def random_states(device: torch.device) -> list[torch.Tensor]:
     """Of the CPU and, where it is used, the GPU: dropout's."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _restore(device: torch.device, states: Sequence[torch.Tensor]) -> None:
+def restore_random(device: torch.device, states: Sequence[torch.Tensor]) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)

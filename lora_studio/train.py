@@ -24,10 +24,19 @@ from lora_studio.data.batches import Encoded
 from lora_studio.data.formats import Example
 from lora_studio.errors import StudioError
 from lora_studio.events import Event, Metric, Probed, Sample, Started, Warned
-from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_TOKENS, figures, peak_memory, sampled, within
+from lora_studio.measure import (
+    HELDOUT_TOKENS,
+    SAMPLE_TOKENS,
+    figures,
+    is_shortage,
+    peak_memory,
+    sampled,
+    shortage,
+    within,
+)
 from lora_studio.models import parameter_count
 from lora_studio.settings import QUANTISED, TrainConfig
-from lora_studio.step import Share, careful, probe
+from lora_studio.step import Crowded, Share, careful, probe, random_states, restore_random
 
 PROBED = 1_000  # steps ahead among which the longest batch is looked for
 
@@ -65,7 +74,7 @@ class Job:
     stale: int = field(init=False, default=0)  # evaluations since the best
     over: bool = field(init=False, default=False)
     error: StudioError | None = field(init=False, default=None)
-    random: torch.Tensor | None = field(init=False, default=None)  # the random state to go on from
+    random: list[torch.Tensor] = field(init=False)  # its own states, so that others' draws do not reach it
 
     def __post_init__(self) -> None:
         config = self.config
@@ -79,6 +88,10 @@ class Job:
             checkpointing=config.checkpointing,
             room=lean.PASS[self.device.type],
         )
+        kept = random_states(self.device)
+        torch.manual_seed(config.seed)  # dropout's
+        self.random = random_states(self.device)
+        restore_random(self.device, kept)
 
     @property
     def device(self) -> torch.device:
@@ -99,9 +112,7 @@ class Job:
             for number, tensor in enumerate(self.parameters)
             for name, value in self.optimizer.state[tensor].items()
         }
-        moments["random"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            moments["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        moments |= {f"random.{number}": state for number, state in enumerate(self.random)}
         return State(
             adapter={str(number): _plain(tensor) for number, tensor in enumerate(self.parameters)},
             optimizer={name: _plain(tensor) for name, tensor in moments.items()},
@@ -128,9 +139,7 @@ class Job:
             self.optimizer.state[tensor] = {
                 name: state.optimizer[f"{number}.{name}"].clone().to(tensor.device) for name in names
             }
-        self.random = state.optimizer["random"]
-        if "random.cuda" in state.optimizer and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state.optimizer["random.cuda"], self.device)
+        self.random = [state.optimizer[f"random.{number}"] for number in range(len(self.random))]
         self.step, self.measured, self.stale = progress["step"], progress["measured"], progress["stale"]
         self.best = math.inf if progress["best"] is None else progress["best"]
         self.share.accumulate, self.share.recompute = progress["accumulate"], progress["recompute"]
@@ -158,10 +167,6 @@ def train_together(jobs: Sequence[Job]) -> Iterator[tuple[int, Event]]:
     courses = {job: _Course(number, job) for number, job in enumerate(jobs)}
     for course in courses.values():
         yield from course.guarded(course.begin())
-    torch.manual_seed(jobs[0].config.seed)  # dropout's
-    for job in jobs:
-        if job.random is not None:
-            torch.set_rng_state(job.random)
     yield from _probe(lora, [course for course in courses.values() if not course.job.over])
     yield from _measure([course for course in courses.values() if course.due])
     while live := [course for course in courses.values() if not course.job.over]:
@@ -236,7 +241,8 @@ class _Course:
     def due(self) -> bool:
         """Whether the held-out loss is to be measured now; step 0 is the base model."""
         job = self.job
-        return (not job.over and job.measured < job.step and job.step in self.measured_at) or job.measured < 0
+        new = job.measured < 0 or (job.measured < job.step and job.step in self.measured_at)
+        return new and not job.over
 
     @property
     def has_no_patience(self) -> bool:
@@ -313,13 +319,21 @@ def _groups(lora: LoRA, live: Sequence[_Course]) -> list[list[_Course]]:
 
 
 def _step(lora: LoRA, group: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
-    """One optimizer step of each of these jobs, whose passes are shared."""
+    """One optimizer step of each of these jobs, which share a pass when there are several."""
+    alone = group[0].job if len(group) == 1 else None
+    if alone:  # only then are random numbers drawn
+        restore_random(alone.device, alone.random)
     try:
         losses = careful(lora, [(course.job.share, course.batch) for course in group])
-    except StudioError as error:  # no way to cut this step fits the memory
+    except Crowded:
         for course in group:
-            yield course.number, course.failed(error)
+            yield from _step(lora, [course])
         return
+    except StudioError as error:  # no way to cut this step fits the memory
+        yield group[0].number, group[0].failed(error)
+        return
+    if alone:
+        alone.random = random_states(alone.device)
     for course, loss in zip(group, losses, strict=True):
         yield from _notes(course)
         yield from course.guarded(course.update(loss))
@@ -335,13 +349,14 @@ def _notes(course: _Course) -> Iterator[tuple[int, Event]]:
 def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
     """One forward and backward on each job's longest batch before anything is trained: what it takes is measured."""
     for course in courses:
+        course.floor = peak_memory(course.job.device)
+    for course in courses:
         job, config = course.job, course.job.config
         ahead = list(itertools.islice(_batches(course.rows, config, course.steps), job.step, job.step + PROBED))
         if not ahead:
             continue
         sizes = [sum(len(tokens.ids) for tokens in batch) for batch in ahead]
         longest = ahead[sizes.index(max(sizes))]
-        course.floor = peak_memory(job.device)
         try:
             found = probe(lora, job.share, longest)
         except StudioError as error:
@@ -378,7 +393,14 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
     for course in courses:
         job = course.job
         key = None if job.step else tuple(id(one) for one in job.heldout)
-        found = base[key] if key in base else heldout_figures(job, base=not job.step)
+        try:
+            found = base[key] if key in base else heldout_figures(job, base=not job.step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_shortage(error):
+                raise
+            most = max(len(tokens.ids) for tokens in _measured(job))
+            events.append((course, course.failed(shortage(job.device, most))))
+            continue
         if key is not None:
             base[key] = found
         if found:
@@ -388,6 +410,7 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
             events.append((course, Warned(step=0, code="W_NO_HELDOUT", message=message)))
         course.judge(found.get("heldout_loss"))
         job.measured = job.step
+    courses = [course for course in courses if not course.job.over]
     for course, texts in zip(courses, _sampled([course.job for course in courses]), strict=True):
         for index, (example, text) in enumerate(zip(course.job.samples, texts, strict=True)):
             prompt = example.prompt[-1].content

@@ -354,3 +354,13 @@ def test_attention_by_sequence_is_attention_with_a_block_mask(lengths: tuple[int
         torch.autograd.grad(ours, (q, k, v), outer), torch.autograd.grad(plain, (q, k, v), outer), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_heads_of_another_size_for_values_take_the_plain_attention() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 8, size, requires_grad=True) for size in (6, 6, 10))
+    ours, _ = lean._attend(torch.nn.Identity(), q, k, v, None, sequence_lengths=(8,))
+    plain = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+    torch.testing.assert_close(ours, plain)
+    ours.sum().backward()
+    assert v.grad is not None

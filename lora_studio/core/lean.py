@@ -4,7 +4,7 @@ A step's sequences are laid end to end in one row with their own position ids. A
 through transformers' attention interface, so no sequence sees another and no quadratic mask is built. The
 head is applied to supervised positions alone, a chunk at a time, and its gradient is made in the forward, so
 the logits of a step are never in memory together. Both give the loss of the plain padded path, which
-`padded_loss` keeps for models and methods that they do not fit.
+`padded_losses` keeps for models and methods that they do not fit.
 
 A model that chooses a label instead of writing text gets its rows padded on the right: `class_logits`.
 """
@@ -108,7 +108,7 @@ def recomputing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)] if wanted else []
     for layer in layers:
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
+        layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -266,10 +266,11 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed sequence; query (1, heads, T, head_dim) -> (1, T, heads, head_dim)."""
     assert query.shape[2] == sum(sequence_lengths), "the forward was called without its sequence lengths"
-    reaches = sliding_window is None or max(sequence_lengths) <= sliding_window
-    if reaches and not dropout and query.device.type == "cpu":
+    plain = sliding_window is None or max(sequence_lengths) <= sliding_window
+    plain = plain and not dropout and query.shape[-1] == value.shape[-1]
+    if plain and query.device.type == "cpu":
         return functions.CausalAttention.apply(query, key, value, sequence_lengths, scaling), None  # type: ignore
-    if reaches and not dropout and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+    if plain and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
         return _variable_length(query, key, value, sequence_lengths, scaling), None
     grouped = query.shape[1] != key.shape[1]  # fewer key and value heads than query heads
     outputs = []
@@ -292,7 +293,9 @@ def _variable_length(
     ends = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32, device=query.device)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, heads, head_dim)
     most, grouped = max(lengths), q.shape[1] != k.shape[1]
-    return varlen_attn(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)[None]
+    attended = varlen_attn(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
+    assert isinstance(attended, torch.Tensor)
+    return attended[None]
 
 
 def _window(length: int, window: int, like: torch.Tensor) -> torch.Tensor:

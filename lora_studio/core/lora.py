@@ -138,6 +138,18 @@ class LoRA:
         """Whether sequences may be laid end to end under it; virtual tokens want a row per sequence."""
         return not any(isinstance(part, Before) for _, part in self.parts(name))
 
+    def shares(self, name: str) -> bool:
+        """Whether it may train on a span of a row (`use_spans`) and end as if alone: it packs, each of its layers sees
+        every token, and nothing in it or in the model draws random numbers.
+        """
+        head = getattr(self.model, "get_output_embeddings", lambda: None)()
+        draws = any(isinstance(module, nn.Dropout) and module.p for module in self.model.modules())
+        config = getattr(self.model, "config", None)
+        draws = draws or bool(getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0))
+        parts = [(self.model.get_submodule(layer), part) for layer, part in self.parts(name)]
+        dropped = any(isinstance(part, LowRank) and part.dropout for _, part in parts)
+        return self.packs(name) and not draws and not dropped and not any(layer is head for layer, _ in parts)
+
     # ---- adding and removing -------------------------------------------------------------------------------------
 
     def add(self, name: str, spec: LoraSpec, seed: int = 0) -> list[Target]:
@@ -226,7 +238,7 @@ class LoRA:
     def use_spans(self, spans: Mapping[str, int]) -> Iterator[None]:
         """Route one row of sequences end to end: the first spans[name] tokens run the first name, and so on.
 
-        For training several adapters in one pass; every adapter must be one that packs.
+        For training several adapters in one pass; every adapter must be one that `shares`.
         """
         assert spans.keys() <= self.specs.keys() and all(map(self.packs, spans)), f"cannot be joined: {list(spans)}"
         with self._routed(tuple(spans), [[1.0] * len(spans)], False, tuple(spans.values())):

@@ -50,23 +50,22 @@ class Route:
         self.strength = torch.empty(0)
         self.whole = False
         self.spans: tuple[int, ...] = ()
-        self._kept: dict[tuple, Gates] = {}  # while nothing above changes
+        self._kept: dict[tuple, Gates | None] = {}  # while nothing above changes
 
     def gates(self, x: torch.Tensor, output: torch.Tensor, training: bool) -> "Gates | None":
         """The gates for a layer with this input and output; None for all ones."""
-        compiling = torch.compiler.is_compiling()
-        kind = (
-            None if compiling else (x.shape[0], output.dim(), output.dtype, training, torch.is_inference_mode_enabled())
-        )
-        if kind in self._kept:
-            return self._kept[kind]
+        if torch.compiler.is_compiling():
+            return self._made(x, output, training)
+        kind = x.shape[0], output.dim(), output.dtype, training, torch.is_inference_mode_enabled()
+        if kind not in self._kept:
+            self._kept[kind] = self._made(x, output, training)
+        return self._kept[kind]
+
+    def _made(self, x: torch.Tensor, output: torch.Tensor, training: bool) -> "Gates | None":
         gate = self.gate(x.shape[0], training)
         if gate is None:
             return None
-        gates = Gates(gate.view(gate.shape[0], *[1] * (output.dim() - 2), -1).to(output.dtype))
-        if not compiling:
-            self._kept[kind] = gates
-        return gates
+        return Gates(gate.view(gate.shape[0], *[1] * (output.dim() - 2), -1).to(output.dtype))
 
     def change(self) -> None:
         """To be called after any of the above was written."""
@@ -320,8 +319,11 @@ class Slot:
         if not inputs or not isinstance(output, torch.Tensor):
             raise _not_by_row(layer)
         if spans:
-            assert output.shape[:2] == (1, sum(spans)), "the spans are not those of this batch"
-            return self._by_span(layer, inputs[0], output)
+            flat = output.shape[0] == sum(spans)  # some blocks fold the batch into the tokens
+            x, whole = (inputs[0][None], output[None]) if flat else (inputs[0], output)
+            assert whole.shape[:2] == (1, sum(spans)), "the spans are not those of this batch"
+            changed = self._by_span(layer, x, whole)
+            return changed[0] if flat else changed
         gates = self.route.gates(inputs[0], output, layer.training)
         if gates is not None and inputs[0].shape[0] == 1 < len(gates) and not isinstance(layer, nn.Embedding):
             raise _not_by_row(layer)
@@ -498,7 +500,9 @@ class Product(torch.autograd.Function):
         B = B.to(x.dtype)
         if y is None:
             return F.linear(hidden, B)
-        return torch.addmm(y.flatten(0, -2), hidden.flatten(0, -2), B.T).view_as(y)
+        changed = y.clone(memory_format=torch.contiguous_format)  # no view: some blocks add to it in place
+        changed.flatten(0, -2).addmm_(hidden.flatten(0, -2), B.T)
+        return changed
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
