@@ -336,6 +336,24 @@ class Studio:
         self.supervisor.tick()
         return self.runs.get(resumed.id)
 
+    def resume_study(self, study: str) -> list[Run]:
+        """Put all paused and lost runs of a study back into the queue, so that one worker may take them together.
+
+        One that cannot go on does not keep the others back; then its error is raised, as `resume` does.
+        """
+        wanted = [cell.run for cell in self.study(study).every if cell.resumable]
+        resumed, problem = [], None
+        with self.supervisor.hold():
+            for run in wanted:
+                try:
+                    resumed.append(self.runs.requeue(run))
+                except StudioError as error:
+                    problem = problem or error
+        self.supervisor.tick()
+        if problem:
+            raise problem
+        return [self.runs.get(run.id) for run in resumed]
+
     def restart(self, run: str, change: Mapping[str, Any]) -> Run:
         """Start a run anew with some settings of its TrainConfig changed. Raises E_CONFIG, and as `start` does."""
         config = self.runs.get(run).config
@@ -343,8 +361,10 @@ class Studio:
         return self.start(replace(config, name=self._free_name(config.name), train=train, study=""))
 
     def _free_name(self, name: str) -> str:
-        """The name with the lowest number behind it that no run has: orders, orders (2), orders (3)."""
+        """The name with the lowest number behind it that no run has: orders, orders (2); none stays none."""
         stem = re.sub(r" \(\d+\)$", "", name)
+        if not stem:
+            return ""
         taken = {run.name for run in self.runs.list()}
         return next(free for number in itertools.count(2) if (free := f"{stem} ({number})") not in taken)
 

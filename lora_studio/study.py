@@ -19,11 +19,12 @@ from typing import Any
 from lora_studio.core.spec import PRESETS, LoraSpec
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import check
-from lora_studio.runs.config import Run, RunConfig
+from lora_studio.runs.config import ACTIVE, Run, RunConfig
 
 MOST = 24  # runs of one study
 KEPT = 0.99  # of the best cell's fall, by the recommended cell
-WAITING, FINAL = ("queued", "running"), ("done", "stopped")  # what may still change, and what counts
+OVER, FINAL = ("done", "stopped", "failed"), ("done", "stopped")  # what has ended for good, and what of it counts
+BROKEN = ("paused", "lost")  # what nobody trains, but what can go on
 SAME = 1.25  # the largest ratio of parameters within one budget: less than between two ranks that double
 MATRICES: dict[str, tuple[str, ...]] = {"Attention q": ("attn.q",), **PRESETS}  # rows that a form offers
 READING = (
@@ -135,6 +136,7 @@ class Cell:
     loss: float | None
     accuracy: float | None  # where labels are chosen
     adapter: bool  # whether there is one to compare and export
+    resumable: bool  # paused or lost, and able to go on
     error: str
 
     @property
@@ -152,7 +154,7 @@ class Budget:
     @property
     def best(self) -> Cell | None:
         """The lowest loss, once all of those that can still say theirs have said it, and two have."""
-        if any(cell.status in WAITING for cell in self.cells):
+        if any(cell.status not in OVER for cell in self.cells):
             return None
         said = [cell for cell in self.cells if cell.loss is not None]
         return min(said, key=_loss) if len(said) > 1 else None
@@ -194,7 +196,12 @@ class Table:
 
     @property
     def active(self) -> bool:
-        return any(cell.status in WAITING for cell in self.every)
+        return any(cell.status in ACTIVE for cell in self.every)
+
+    @property
+    def unfinished(self) -> list[Cell]:
+        """What has not ended for good: waiting, running, paused or lost."""
+        return [cell for cell in self.every if cell.status not in OVER]
 
     @property
     def best(self) -> Cell | None:
@@ -204,6 +211,11 @@ class Table:
 
     @property
     def recommended(self) -> Cell | None:
+        """The cell in front, once every run has ended."""
+        return None if self.unfinished else self.front
+
+    @property
+    def front(self) -> Cell | None:
         """The fewest parameters that keep 99 % of the best cell's fall; None while no cell is below the base."""
         best, base = self.best, self.base_loss
         if best is None or base is None or not _loss(best) < base:
@@ -229,18 +241,20 @@ class Table:
     @property
     def verdict(self) -> str:
         """What the table says so far, in one or two sentences; empty until a run has ended."""
-        best, chosen, base = self.best, self.recommended, self.base_loss
+        best, chosen, base, left = self.best, self.front, self.base_loss, len(self.unfinished)
+        waiting = f"{left} of {len(self.every)} runs {'has' if left == 1 else 'have'} not finished."
         if best is None or base is None:
-            return "" if self.active else "No run has ended with a held-out loss, so there is nothing to compare."
+            if left:
+                return "" if self.active else waiting
+            return "No run has ended with a held-out loss, so there is nothing to compare."
         if chosen is None:
-            far = "So far no" if self.active else "No"
+            far = f"{waiting} So far no" if left else "No"
             return f"{far} cell has a lower held-out loss than the base model ({_figure(base)})."
         rate = f", learning rate {chosen.rate:g}" if len(self.rates) > 1 else ""
         place = f"{chosen.place}{rate}. Held-out loss"
         won = f"{_figure(base)} to {_figure(chosen.loss)} with {chosen.parameters:,} parameters"
-        if self.active:
-            ended = sum(cell.status not in WAITING for cell in self.every)
-            return f"{ended} of {len(self.every)} runs have ended. In front: {place} {won}."
+        if left:
+            return f"{waiting} In front: {place} {won}."
         if chosen == best:
             return f"Recommended: {place} {won}, the lowest of all; no smaller cell keeps 99 % of its fall."
         kept = 100 * (base - _loss(chosen)) / (base - _loss(best))
@@ -265,6 +279,7 @@ class Table:
             "name": self.name,
             "model": self.model,
             "active": self.active,
+            "unfinished": len(self.unfinished),
             "base_loss": self.base_loss,
             "base_accuracy": self.base_accuracy,
             "ranks": list(self.ranks),
@@ -283,6 +298,7 @@ class Table:
                 for budget in self.budgets
             ],
             "best": self.best.run if self.best else None,
+            "front": self.front.run if self.front else None,
             "recommended": self.recommended.run if self.recommended else None,
             "verdict": self.verdict,
             "reading": [*READING, RULE],
@@ -365,6 +381,7 @@ def _cell(run: Run) -> Cell:
         loss=summary.get("best_loss") if run.status in FINAL else None,
         accuracy=summary.get("best_accuracy") if run.status in FINAL else None,
         adapter=run.has_adapter,
+        resumable=run.status in BROKEN and run.resumable,
         error=(run.error or {}).get("message", ""),
     )
 

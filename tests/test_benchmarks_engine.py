@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import contenders, cuda, forecast, fresh, generation, goals, pairs, parity, study, training, work
 from benchmarks.goals import Goal, paired
+from lora_studio.core.functions import CHUNK
 from lora_studio.core.lora import LoRA
 from lora_studio.errors import StudioError
 from lora_studio.models import ModelLibrary
@@ -112,6 +113,7 @@ def test_useful_work_is_that_of_the_products_attention_and_factors(family: str) 
     supervised = tokens - len(batch)
     products = sum(2 * t * i * o * count for (t, i, o), count in work.shapes_of(net, tokens, supervised).items())
     attention = 6 * sizes["width"] * sizes["layers"] * (7**2 + 5**2)
+    assert {t for t, _, _ in work.shapes_of(net, tokens, 1000)} == {tokens, CHUNK}  # the head goes by chunks
     assert work.useful(sizes, batch) == products + attention + 6 * trained * tokens
 
 
@@ -291,6 +293,20 @@ def test_ranks_in_one_pass_learn_what_each_learns_alone() -> None:
 def test_a_step_of_random_rows_has_so_many_tokens(tokens: int) -> None:
     made = study._random_rows(tokens, {"seed": 0})
     assert made["batch"] * len(made["rows"][0][0]) == tokens and len(made["rows"]) >= made["batch"]
+
+
+@pytest.mark.parametrize(("seconds", "met"), [(1.0, True), (1.01, False)])
+def test_one_pass_may_never_be_slower(
+    seconds: float, met: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    point = {"alone": [1.0, 1.02], "together": [seconds, seconds * 1.02]}
+    fast = {"alone": [3.0], "together": [1.0]}
+    curve = [{"tokens": 16, **fast}, {"tokens": study.NEAR, **fast}, {"tokens": 512, **point}]
+    monkeypatch.setattr(study, "measure", lambda *_, **__: {"curve": curve})
+    asked, _ = study.curves(Namespace(quick=True, steps=2, repeats=2, seed=0))
+    assert [goal.met for goal in asked if "slowest" in goal.text] == [met] * len(study.SMALL)
+    assert all("differ by 0.0%" in goal.text for goal in asked if "slowest" in goal.text)
+    capsys.readouterr()
 
 
 def test_processes_are_compared_repetition_by_repetition() -> None:

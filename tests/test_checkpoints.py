@@ -69,6 +69,30 @@ def test_the_two_newest_are_kept(tmp_path: Path) -> None:
     assert not checkpoints.any_saved(tmp_path) and checkpoints.newest(tmp_path) == (None, [])
 
 
+def synced(patch: pytest.MonkeyPatch) -> set[int]:
+    """The files and folders, by inode, that are synced from now on."""
+    found: set[int] = set()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        found.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    patch.setattr(os, "fsync", fsync)
+    return found
+
+
+def test_the_first_one_also_syncs_the_run_which_names_their_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = synced(monkeypatch)
+    for step, first in ((1, True), (2, False)):
+        found.clear()
+        path = checkpoints.save(tmp_path, state(step), NOTES, best(tmp_path, 1))
+        assert {one.stat().st_ino for one in (path.parent, path, *path.rglob("*"))} <= found
+        assert (tmp_path.stat().st_ino in found) == first
+
+
 def one_bit_off(data: bytes) -> bytes:
     """In a manifest, of a sum."""
     at = data.find(b'"sha256": "')

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
 from lora_studio.train import Job, State
 from tests.crash import Crash, break_off
+from tests.test_checkpoints import synced
 from tests.tiny import tiny_encoder, tiny_model
 
 
@@ -493,6 +495,67 @@ def test_a_full_disk_ends_no_run_and_is_said_once(studio: Studio, tiny: Path, mo
     assert studio.runs.get(run.id).status == "done" and len(warned) == 1 and "No space" in warned[0]["message"]
 
 
+def test_an_adapter_is_on_the_disk_before_it_counts(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, fresh = put(store), store.folder / "fresh"
+    fresh.mkdir()
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (fresh / name).write_text(name)
+    found, real = synced(monkeypatch), Path.replace
+
+    def replace(self: Path, target: Path) -> Path:
+        assert self.stat().st_ino in found, "renamed before it was synced"
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    Attempt(run.path)._place(fresh)
+    assert len(list((run.path / "adapter").iterdir())) == 2
+    assert {(run.path / "adapter").stat().st_ino, run.path.stat().st_ino} <= found
+
+
+@pytest.mark.parametrize("status", ["failed", "lost"])
+def test_a_run_whose_end_cannot_be_written_takes_no_other_of_its_worker_with_it(
+    studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch, status: Status
+) -> None:
+    """From a step on, the disk takes nothing into the journal of one run, nor, when it is lost, its exit.json."""
+    full, other = study(studio, tiny, [2, 4])
+    append = Attempt.append
+
+    def appended(self: Attempt, event: Event) -> None:
+        if self.path == full.path and self.step >= 3:
+            raise OSError(28, "No space left on device")
+        append(self, event)
+
+    def written(path: Path, value: Any) -> None:
+        if path.parent == full.path and status == "lost":
+            raise OSError(28, "No space left on device")
+        write_json(path, value)
+
+    monkeypatch.setattr(Attempt, "append", appended)
+    monkeypatch.setattr("lora_studio.runs.attempt.write_json", written)
+    for run in (full, other):
+        (run.path / "worker.log").touch()
+    with claim(full.path) as lock:
+        work([Attempt(full.path, lock), Attempt(other.path)])
+    assert studio.runs.get(full.id).status == status and studio.runs.get(full.id).resumable
+    assert studio.runs.get(other.id).status == "done" and studio.runs.get(other.id).step == 6
+
+
+def test_a_done_run_whose_exit_cannot_be_written_keeps_its_checkpoints(
+    studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = begun(studio, tiny)
+    with monkeypatch.context() as patch:
+        patch.setattr("lora_studio.runs.attempt.write_json", full)
+        attempt(run)
+    assert studio.runs.get(run.id).status == "lost" and checkpoints.any_saved(run.path)
+    studio.runs.requeue(run.id)
+    attempt(run)
+    assert studio.runs.get(run.id).status == "done"
+
+
 def test_time_decides_about_checkpoints_where_no_number_of_steps_does(
     studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -828,6 +891,42 @@ def test_a_stopped_or_claimed_run_is_not_started_and_a_claimed_one_not_stopped_b
     assert not list(store.folder.glob("*/worker.log"))
 
 
+class Child:
+    """A worker that never ends; `during` happens once, while somebody asks whether it has."""
+
+    def __init__(self, during: threading.Thread | None = None) -> None:
+        self.during = during
+
+    def poll(self) -> None:
+        during, self.during = self.during, None
+        if during:
+            during.start()
+            during.join(0.2)  # it may have to wait for whoever asks
+
+
+def test_a_run_that_a_page_looks_at_is_started_all_the_same(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = put(store)
+    (run.path / "worker.lock").touch()
+    look = (run.path / "worker.lock").open("rb")
+    fcntl.flock(look, fcntl.LOCK_SH)
+    monkeypatch.setattr("lora_studio.runs.executors._spawn", lambda *_: Child())
+    monkeypatch.setattr("lora_studio.runs.store.time.sleep", lambda _: look.close())  # the look ends meanwhile
+    assert Local().start([run.path])
+
+
+def test_a_worker_started_while_another_thread_reaps_is_not_forgotten(
+    store: RunStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, one, two = Local(), put(store), put(store)
+    start = threading.Thread(target=lambda: local.start([two.path]))
+    children = iter([Child(during=start), Child()])
+    monkeypatch.setattr("lora_studio.runs.executors._spawn", lambda *_: next(children))
+    assert local.start([one.path])
+    local.reap()
+    start.join()
+    assert local._children.keys() == {one.path, two.path}
+
+
 def test_a_worker_that_does_not_stop_when_asked_is_ended(
     studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -916,6 +1015,7 @@ def test_what_cannot_go_on_says_why(store: RunStore) -> None:
     started = Started(steps=9, trainable=1, total=2, device="cpu", precision="float32", train_rows=1, heldout_rows=1)
     lines = [to_line(event, time=0, attempt=1) for event in (started, Metric(step=3, values={"train_loss": 1.0}))]
     (old.path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    (old.path / "checkpoints/step-00000003.tmp").mkdir(parents=True)  # the only save was broken off
     store = RunStore(store.folder.parent)  # what has ended is not read twice
     with claim(running.path) as lock:
         assert lock

@@ -87,6 +87,15 @@ def test_starting_says_what_is_wrong_and_writes_nothing(
     assert caught.value.code == code and studio.runs.list() == []
 
 
+@pytest.mark.parametrize(("name", "fresh"), [("", ""), (" (2)", ""), ("n", "n (2)"), ("n (2)", "n (3)")])
+def test_a_restarted_run_is_named_after_the_first(
+    studio: Studio, rows: DataChoice, tiny: Path, monkeypatch: pytest.MonkeyPatch, name: str, fresh: str
+) -> None:
+    monkeypatch.setattr(studio.supervisor, "tick", lambda: None)
+    run = studio.start(RunConfig(name=name, model=str(tiny), dataset=rows))
+    assert studio.restart(run.id, {"steps": 3}).name == fresh
+
+
 def test_the_root_is_one_folder_given_by_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LORA_STUDIO_ROOT", str(tmp_path / "here"))
     monkeypatch.delenv("LORA_STUDIO_MODELS", raising=False)

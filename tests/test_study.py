@@ -20,6 +20,7 @@ from lora_studio.core.spec import BaselineSpec, LoraSpec
 from lora_studio.errors import StudioError
 from lora_studio.events import Metric, Started, to_line
 from lora_studio.runs.config import DataChoice, Run, RunConfig, Status
+from lora_studio.runs.supervisor import Supervisor, together
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
 from lora_studio.study import KEPT, MOST, SAME, Table, grid, in_words, parse_ranks, parse_rates, parse_targets, table
@@ -213,16 +214,29 @@ def test_only_what_has_ended_well_counts() -> None:
     running = ended(QV, 1, 10, 0.1, status="running")
     failed = ended(QV, 2, 15, 0.1, status="failed")
     told = table([*PAPER[:4], running, failed])
-    assert told.active and told.recommended and told.recommended.targets == Q
+    assert told.active and told.front and told.front.targets == Q
     assert (
         told.verdict
-        == "5 of 6 runs have ended. In front: q at rank 8. Held-out loss 2.000 to 0.900 with 160 parameters."
+        == "1 of 6 runs has not finished. In front: q at rank 8. Held-out loss 2.000 to 0.900 with 160 parameters."
     )
     shown = {cell.rank: cell for cell in told.every if cell.targets == QV}
     assert shown[1].loss is shown[2].loss is None
     assert table([replace(PAPER[0], status="queued", summary={}, latest={})]).verdict == ""
     nothing = table([ended(Q, 1, 20, None, base=None, status="failed")])
     assert nothing.recommended is None and "nothing to compare" in nothing.verdict
+
+
+@pytest.mark.parametrize("status", ["queued", "running", "paused", "lost"])
+def test_nothing_is_recommended_before_every_run_has_ended_for_good(status: Status) -> None:
+    told = table([*PAPER[:4], ended(QV, 1, 10, 0.1, status=status), ended(QV, 2, 15, None, status="failed")])
+    assert told.active == (status in ("queued", "running"))
+    assert told.recommended is None and "Recommended" not in told.verdict and "1 of 6 runs" in told.verdict
+    shown = told.as_json()
+    assert shown["recommended"] is None and shown["front"] == PAPER[3].id and shown["unfinished"] == 1
+    alone = table([ended(Q, 1, 20, None, status=status)])
+    assert alone.verdict == ("" if alone.active else "1 of 1 runs has not finished.")
+    pair = table([ended(Q, 2, 40, 1.0), ended(QV, 1, 40, None, status=status), ended(ALL, 1, 40, 2.0)])
+    assert pair.budgets[0].best is None
 
 
 def test_the_table_is_plain_json_and_text() -> None:
@@ -304,6 +318,54 @@ def test_a_study_is_its_runs(studio: Studio, rows: str, tiny: Path, monkeypatch:
     with pytest.raises(StudioError) as caught:
         studio.study("nowhere")
     assert caught.value.code == "E_STUDY_NOT_FOUND"
+
+
+def test_all_that_can_go_on_is_resumed_in_one_look_at_the_queue(
+    studio: Studio, rows: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studio.supervisor, "tick", lambda: None)
+    choice = DataChoice(id=studio.data.add_text(rows).id, name="rows")
+    runs = studio.sweep(RunConfig(model=str(tiny), dataset=choice), [1, 2], [Q, QV])
+    for run in runs[:2]:
+        studio.pause(run.id)
+    (runs[2].path / "worker.log").touch()  # and no worker holds it
+    studio.stop(runs[3].id)
+    study = runs[0].config.study
+
+    def standing() -> list[str]:
+        return [cell.status for cell in studio.study(study).every]
+
+    assert standing() == ["paused", "paused", "lost", "stopped"]
+    assert [cell.resumable for cell in studio.study(study).every] == [True, True, True, False]
+    looks = []
+    requeue = studio.runs.requeue
+
+    def watched(run: str) -> Run:
+        looks.append(Supervisor(studio.runs).tick())  # another one cannot start a part of them meanwhile
+        return requeue(run)
+
+    monkeypatch.setattr(studio.runs, "requeue", watched)
+    assert study_tab.resume_all(studio, {"study": study}) == {"problem": "", "run": [run.id for run in runs[:3]]}
+    assert standing() == ["queued", "queued", "queued", "stopped"] and looks == [False] * 3
+    assert [run.id for run in together(studio.runs.list()[::-1][:3])] == [run.id for run in runs[:3]]
+    assert studio.resume_study(study) == []
+    for wrong in ({}, {"study": 7}, {"study": "f" * 32}):
+        assert "There is no study" in study_tab.resume_all(studio, wrong)["problem"]
+
+
+def test_a_run_that_cannot_go_on_keeps_no_other_back(
+    studio: Studio, rows: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studio.supervisor, "tick", lambda: None)
+    choice = DataChoice(id=studio.data.add_text(rows).id, name="rows")
+    runs = studio.sweep(RunConfig(model=str(tiny), dataset=choice), [1, 2], [Q])
+    for run in runs:
+        studio.pause(run.id)
+    (runs[0].path / "checkpoints" / "step-00000004").mkdir(parents=True)  # without its files
+    with pytest.raises(StudioError) as caught:
+        studio.resume_study(runs[0].config.study)
+    assert caught.value.code == "E_CHECKPOINT"
+    assert [studio.runs.get(run.id).status for run in runs] == ["paused", "queued"]
 
 
 @pytest.fixture(scope="module")
@@ -446,3 +508,5 @@ def test_a_study_in_the_address_is_shown_when_it_is_here(swept: tuple[Path, list
 def test_a_label_of_a_study_says_how_it_stands() -> None:
     told: Table = table(PAPER)
     assert study_tab._label(told) == "rows · starter · 8 runs · q + v at rank 2"
+    paused = table([*PAPER[:7], replace(PAPER[7], status="paused", summary={})])
+    assert study_tab._label(paused) == "rows · starter · 8 runs · unfinished"

@@ -409,6 +409,15 @@ def test_findings_become_cards_and_one_click_starts_again(
     assert desk.studio.runs.get(run.id).status == "stopped"  # it was still waiting
 
 
+def test_a_run_that_patience_ended_says_so(desk: Desk, tiny: Path, choice: dict) -> None:
+    run = desk.studio.runs.create(RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice)), {})
+    why = Warned(step=4, code="I_PATIENCE", message="training ends at step 4")
+    write_journal(run, [Started(steps=25, **FACTS), *steps_of(1, 4, 1.0), why])
+    end(run, "done")
+    (told,) = live.answer(desk.studio, {"run": run.id, "start": 0})["findings"]
+    assert (told["message"], told["again"]) == ("training ends at step 4", "")
+
+
 def test_a_failed_run_offers_its_cure_and_resuming_only_where_that_helps(desk: Desk, tiny: Path, choice: dict) -> None:
     config = RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice))
 

@@ -220,13 +220,16 @@ class Attempt:
         self.append(Saved(step=self.step, heldout_loss=loss))
 
     def _place(self, folder: Path) -> None:
-        """Make the files in `folder` the run's adapter, each in one step."""
+        """Make the files in `folder` the run's adapter, each in one step; a power cut leaves them whole."""
         kept = self.path / "adapter"
         kept.mkdir(exist_ok=True)
         for file in folder.iterdir():
             copy = kept.with_name(f"{file.name}.tmp")
             shutil.copyfile(file, copy)
+            checkpoints.sync(copy)
             copy.replace(kept / file.name)
+        for directory in (kept, self.path):
+            checkpoints.sync(directory)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -247,7 +250,7 @@ class Attempt:
         self.end(status)
 
     def fail(self, error: Exception) -> None:
-        """End with a reason in plain words, and with settings that would cure it where there are some."""
+        """End with a reason in plain words, and with settings that would cure it where there are some. Never raises."""
         if not isinstance(error, StudioError):
             log.error("%s", "".join(traceback.format_exception(error)))
         reason: dict[str, Any] = in_plain_words(error)
@@ -255,18 +258,29 @@ class Attempt:
         self.end("failed", reason | ({"change": change} if change else {}))
 
     def end(self, status: Status, error: Mapping[str, Any] | None = None) -> None:
-        """Leave exit.json; the run is free then. Once is enough."""
+        """Leave exit.json; the run is free then. Once is enough.
+
+        A disk that does not take it leaves a lost run with its checkpoints, and the other runs of the worker alone.
+        """
         if self.ended:
             return
-        self.ended, values = True, self._summary()
-        self.append(Ended(step=self.step, run=self.path.name, status=status, error=error, values=values))
+        values = self._summary()
+        try:
+            self.append(Ended(step=self.step, run=self.path.name, status=status, error=error, values=values))
+        except OSError:
+            log.exception("The end of %s is missing in its journal", self.path.name)
+        try:
+            write_json(
+                self.path / "exit.json",
+                {"status": status, "step": self.step, "error": error, "values": values, "time": time.time()},
+            )
+        except OSError:
+            log.exception("%s has ended as %s, but exit.json could not be written", self.path.name, status)
+        else:
+            if status == "done":
+                checkpoints.forget(self.path)
+        self.ended = True
         os.close(self._journal)
-        write_json(
-            self.path / "exit.json",
-            {"status": status, "step": self.step, "error": error, "values": values, "time": time.time()},
-        )
-        if status == "done":
-            checkpoints.forget(self.path)
         if self._lock:
             self._lock.close()
 
@@ -298,7 +312,7 @@ def check_update(job: Any) -> None:
 
 def in_plain_words(error: Exception) -> dict[str, str]:
     """code, message and hint of whatever broke a run off."""
-    from lora_studio.step import is_shortage
+    from lora_studio.measure import is_shortage
 
     if isinstance(error, StudioError):
         return {"code": error.code, "message": error.message, "hint": error.hint}

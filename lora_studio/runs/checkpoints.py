@@ -14,7 +14,6 @@ are kept, so one that is damaged has another before it. This file knows no model
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,13 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lora_studio.errors import StudioError
+from lora_studio.runs.config import CHECKPOINT
 
 if TYPE_CHECKING:  # the page asks about checkpoints before torch is imported
     from lora_studio.train import State
 
 FOLDER, MANIFEST, BEST = "checkpoints", "MANIFEST.json", "best"
 KEPT = 2
-NAME = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,10 @@ def save(run: Path, state: "State", notes: Mapping[str, Any], best: Path | None 
     folder = run / FOLDER
     kept, fresh = folder / f"step-{step:08d}", folder / f"step-{step:08d}.tmp"
     shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        sync(run)
+    fresh.mkdir()
     save_file(dict(state.adapter), fresh / "adapter.safetensors")
     save_file(dict(state.optimizer), fresh / "optimizer.safetensors")
     order = {"adapter": [*state.adapter], "optimizer": [*state.optimizer]}  # a file sorts its tensors
@@ -133,7 +135,8 @@ def sync(path: Path) -> None:
 
 def _folders(run: Path) -> list[Path]:
     """Checkpoints that were renamed into place, newest first."""
-    found = [(int(match[1]), path) for path in (run / FOLDER).glob("step-*") if (match := NAME.fullmatch(path.name))]
+    names = ((CHECKPOINT.fullmatch(path.name), path) for path in (run / FOLDER).glob("step-*"))
+    found = [(int(match[1]), path) for match, path in names if match]
     return [path for _, path in sorted(found, reverse=True)]
 
 

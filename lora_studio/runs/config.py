@@ -1,5 +1,6 @@
 """What a run is: RunConfig is frozen and written once, Run is what anyone can read of it at this moment."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from lora_studio.settings import QUANTISED, TrainConfig
 Status = Literal["queued", "running", "paused", "done", "stopped", "failed", "lost"]
 ACTIVE: tuple[Status, ...] = ("queued", "running")
 TASKS = ("causal", "classify")
+CHECKPOINT = re.compile(r"step-(\d{8,})")  # a folder's name once it is whole; before, it ends otherwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +78,8 @@ class Run:
         """Whether it can go on: it has a checkpoint, was lost before the first one, or had not begun to train."""
         if self.active or self.status == "done":
             return False
-        return any((self.path / "checkpoints").glob("step-*")) or self.status == "lost" or self.step == 0
+        saved = any(CHECKPOINT.fullmatch(path.name) for path in (self.path / "checkpoints").glob("step-*"))
+        return saved or self.status == "lost" or self.step == 0
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ class Local:
     def __init__(self) -> None:
         self._children: dict[Path, subprocess.Popen] = {}
         self._spare: _Spare | None = None
-        self._one_at_a_time = threading.Lock()  # around the spare
+        self._one_at_a_time = threading.Lock()  # around the children and the spare
 
     def start(self, paths: Sequence[Path]) -> bool:
         """The locks are taken here and inherited, so that there is no moment in which a run looks unclaimed."""
@@ -66,7 +66,7 @@ class Local:
         with ExitStack() as stack:
             locks: dict[Path, BinaryIO] = {}
             for path in paths[:TOGETHER]:
-                lock = stack.enter_context(claim(path))
+                lock = stack.enter_context(claim(path, patience_s=0.1))  # a page may look at its status
                 if lock and not (path / "worker.log").exists() and not (path / "exit.json").exists():
                     locks[path] = lock  # otherwise somebody else started, stopped or deletes it at this moment
             if not locks:
@@ -74,9 +74,9 @@ class Local:
             printed = stack.enter_context(_one_log(list(locks)))
             with self._one_at_a_time:
                 spare, self._spare = self._spare, None
-            child = spare.take(locks, printed) if spare else None
-            child = child or _spawn(_arguments(locks), [lock.fileno() for lock in locks.values()], printed)
-            self._children |= dict.fromkeys(locks, child)
+                child = spare.take(locks, printed) if spare else None
+                child = child or _spawn(_arguments(locks), [lock.fileno() for lock in locks.values()], printed)
+                self._children |= dict.fromkeys(locks, child)
         return True
 
     def alive(self, path: Path) -> bool:
@@ -85,7 +85,8 @@ class Local:
 
     def kill(self, path: Path) -> None:
         """The process group is the worker and whatever it started."""
-        process, child = read_json(path / "worker.json"), self._children.get(path)
+        with self._one_at_a_time:
+            process, child = read_json(path / "worker.json"), self._children.get(path)
         leader = process["pid"] if process else child.pid if child else None
         if leader and self.alive(path):
             with suppress(ProcessLookupError):  # it ended in between
@@ -93,7 +94,8 @@ class Local:
         self.reap()
 
     def reap(self) -> None:
-        self._children = {path: child for path, child in self._children.items() if child.poll() is None}
+        with self._one_at_a_time:
+            self._children = {path: child for path, child in self._children.items() if child.poll() is None}
 
     def prepare(self) -> None:
         with self._one_at_a_time:
@@ -172,6 +174,8 @@ def environment() -> dict[str, str]:
     kept |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     # Every step has a length of its own, and torch keeps a compiled matrix product for each: 15 MB more a step.
     kept |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+    # Memory of one step is there for the next: giving it back costs a page fault for every 4 kB.
+    kept |= {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
     return kept
 
 

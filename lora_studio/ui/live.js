@@ -121,7 +121,9 @@ $('.on').addEventListener('click', () => scrub(+slider.value + 1));
 function say(place, text) { place.textContent = text; place.hidden = !text; }
 
 function figures(news) {
-  const share = news.steps ? Math.round(100 * news.step / news.steps) : 0, active = ACTIVE.includes(news.state);
+  const active = ACTIVE.includes(news.state);
+  const share = news.state === 'done' ? 100  // patience may end a run before its last step
+    : news.steps ? Math.round(100 * news.step / news.steps) : 0;
   if (news.state !== state) trouble = '';
   state = news.state;
   element.dataset.state = state;
@@ -156,9 +158,11 @@ const ASKED = { stop: 'Stopping after the current step; the adapter is kept.',
   pause: 'Pausing after the current step; it can be resumed from there.', resume: 'Going back into the queue.',
   again: 'Starting again.' };
 
+function may(wanted) { return !asked || (asked === 'pause' && wanted === 'stop'); }  // who paused may still stop
+
 function buttons(shown) {  // where the one with the focus goes, the next one takes it
   const all = [...element.querySelectorAll('[data-ask]')], focused = all.find(one => one === document.activeElement);
-  for (const one of all) { one.hidden = !shown[one.dataset.ask]; one.setAttribute('aria-disabled', !!asked); }
+  for (const one of all) { one.hidden = !shown[one.dataset.ask]; one.setAttribute('aria-disabled', !may(one.dataset.ask)); }
   if (focused?.hidden) all.find(one => !one.hidden)?.focus();
 }
 
@@ -205,7 +209,7 @@ function advise(fresh, active) {  // one card a finding; the error has its own p
     hint.textContent = one.hint;
     text.append(hint);
     card.append(text);
-    card.className = one.code.startsWith('E_') ? 'bad' : '';
+    card.className = { E: 'bad', I: 'plain' }[one.code[0]] || '';
     if (one.again) {
       const again = document.createElement('button');
       again.type = 'button';
@@ -272,11 +276,11 @@ $('nav').addEventListener('click', event => {
 $('.compare').addEventListener('click', () => trigger('compare'));
 $('.controls').addEventListener('click', async event => {
   const wanted = event.target.closest('button')?.dataset.ask, whose = run;
-  if (!wanted || asked) return;
+  if (!wanted || !may(wanted)) return;
   [asked, trouble] = [wanted, ''];
   say($('.note'), ASKED[asked]);
   const { problem } = await done(() => server[wanted]({ run: whose }));
-  if (whose !== run) return;
+  if (whose !== run || (asked && asked !== wanted)) return;
   trouble = problem;
   if (problem || wanted === 'resume') asked = '';
   tick();

@@ -19,7 +19,7 @@ from lora_studio.runs.config import Run, width_in_words
 from lora_studio.runs.store import ID, RunStore, standing
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
-from lora_studio.ui.picker import short
+from lora_studio.study import short
 
 HERE = Path(__file__).parent
 PLOTLY = Path(importlib.util.find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"  # type: ignore
@@ -89,17 +89,17 @@ def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
 
 def stop_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """Ask a run to end and keep its adapter."""
-    return _do(lambda: studio.stop(_id(ask.get("run"))))
+    return said_of(lambda: studio.stop(_id(ask.get("run"))))
 
 
 def pause_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """Ask a run to end so that it can be resumed."""
-    return _do(lambda: studio.pause(_id(ask.get("run"))))
+    return said_of(lambda: studio.pause(_id(ask.get("run"))))
 
 
 def resume_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """Put a run back into the queue."""
-    return _do(lambda: studio.resume(_id(ask.get("run"))))
+    return said_of(lambda: studio.resume(_id(ask.get("run"))))
 
 
 def restart_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,10 +119,10 @@ def restart_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
             studio.stop(view.id)
         return fresh.id
 
-    return _do(act)
+    return said_of(act)
 
 
-def _do(act: Callable[[], Any]) -> dict[str, Any]:
+def said_of(act: Callable[[], Any]) -> dict[str, Any]:
     """What the page asked for, and what it must say when that cannot be done."""
     try:
         return {"problem": "", "run": act()}
@@ -154,10 +154,11 @@ def thin(steps: Sequence[int], values: Sequence[float | None], limit: int = POIN
 def advice(store: RunStore, run: Run) -> list[dict[str, Any]]:
     """What is wrong in a run: code, message, hint, the change that would cure it or {}, and that change in words.
 
-    The warnings, the newest of each that names a change, and last the error that the run failed with.
+    The warnings, the newest of each that names a change, and last why the run ended early or failed.
     """
     found: dict[str, dict[str, Any]] = {}
-    warnings = [one for one in store.curve(run.id) if one["type"] == "Warned" and one["code"].startswith("W_")]
+    told = [one for one in store.curve(run.id) if one["type"] == "Warned"]
+    warnings = [one for one in told if one["code"].startswith("W_") or one["code"] == "I_PATIENCE"]
     for record in [*warnings, run.error] if run.error and not run.active else warnings:
         said = {name: record.get(name) or "" for name in ("code", "message", "hint")}
         change = dict(record.get("change") or {})

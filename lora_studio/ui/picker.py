@@ -11,7 +11,6 @@ from typing import Any
 import gradio as gr
 
 from lora_studio.core.spec import PRESETS
-from lora_studio.study import short as short
 
 OWN = "My own"  # the preset's name when the choice is none of PRESETS
 ALL = ("all-linear",)

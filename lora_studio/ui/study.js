@@ -2,7 +2,7 @@
 // Everything a person wrote goes into the page as textContent.
 const $ = name => element.querySelector(name);
 const plot = $('.plot'), sizes = $('.sizes .figure'), choice = $('.studies');
-const ACTIVE = ['queued', 'running'];
+const ACTIVE = ['queued', 'running'], OVER = ['done', 'stopped', 'failed'];  // what is paused or lost is neither
 const WORDS = { queued: 'waiting', running: 'running', paused: 'paused', done: 'done', stopped: 'dropped', failed: 'failed',
   lost: 'broken off' };
 const EAGER = location.hostname.endsWith('.hf.space') ? 2500 : 900, IDLE = 10000;
@@ -139,12 +139,12 @@ function entry(cell) {
   if (cell.accuracy != null) shown.append(made('span', `accuracy ${Math.round(100 * cell.accuracy)} %`));
   shown.append(made('span', `${big(cell.parameters)} params`));
   if (status !== 'done') shown.append(made('span', standing(cell.run), `standing ${status}`));
-  const best = cell.run === told.best && !told.active, mark = cell.run === told.recommended;
-  if (mark) shown.append(made('em', told.active ? 'leads' : 'recommended'));
+  const best = cell.run === told.best && !told.unfinished, mark = cell.run === told.front;
+  if (mark) shown.append(made('em', told.unfinished ? 'leads' : 'recommended'));
   else if (best) shown.append(made('span', 'lowest loss', 'lowest'));
   shown.setAttribute('aria-pressed', cell.run === picked);
   shown.setAttribute('aria-label', `${place(cell)}: held-out loss ${loss(cell.loss)}, ${big(cell.parameters)} parameters`
-    + `${cell.budget ? `, budget ${cell.budget}` : ''}, ${WORDS[status]}${mark ? ', recommended' : ''}`);
+    + `${cell.budget ? `, budget ${cell.budget}` : ''}, ${WORDS[status]}${mark ? told.unfinished ? ', leads' : ', recommended' : ''}`);
   box.classList.toggle('chosen', mark);
   box.append(shown);
   const going = [cell, ...cell.others].filter(one => ACTIVE.includes(runs.get(one.run)?.state || one.status));
@@ -220,6 +220,14 @@ $('.outcome').addEventListener('click', async event => {
     tick();
   } else if (does) trigger(does, { run });
 });
+$('.resume').addEventListener('click', async event => {
+  event.target.disabled = true;
+  let problem = 'The app does not answer; try again.';
+  try { ({ problem } = await server.resume({ study })); } catch { }
+  event.target.disabled = false;
+  say($('.note'), problem);
+  tick();
+});
 for (const kind of ['pointerover', 'focusin']) $('.outcome').addEventListener(kind, event => light(event.target.closest('.cell')?.dataset.run));
 for (const kind of ['pointerleave', 'focusout']) $('.outcome').addEventListener(kind, () => light());
 function light(run) {
@@ -235,16 +243,17 @@ function say(box, text) { box.textContent = text; box.hidden = !text; }
 
 function pace() {
   const all = [...runs.values()], count = (...states) => all.filter(one => states.includes(one.state)).length;
-  const step = all.reduce((sum, one) => sum + (ACTIVE.includes(one.state) ? one.step : one.steps), 0);
+  const step = all.reduce((sum, one) => sum + (OVER.includes(one.state) ? one.steps : one.step), 0);
   const share = Math.round(100 * step / Math.max(1, all.reduce((sum, one) => sum + one.steps, 0)));
-  const parts = [`${all.length - count(...ACTIVE)} of ${all.length} runs ended`];
+  const parts = [`${count(...OVER)} of ${all.length} runs ended`], broken = count('paused', 'lost');
   if (count('running')) parts.push(`${count('running')} training`);
   if (count('queued')) parts.push(`${count('queued')} waiting`);
-  if (count('failed', 'lost')) parts.push(`${count('failed', 'lost')} failed`);
+  for (const one of ['paused', 'lost', 'failed']) if (count(one)) parts.push(`${count(one)} ${WORDS[one]}`);
   $('.pace').hidden = false;
   const line = parts.join(' · ');
   if ($('.state').textContent !== line) $('.state').textContent = line;
-  $('.state').dataset.state = state === 'active' ? 'running' : count('failed', 'lost') ? 'failed' : 'done';
+  $('.state').dataset.state = state === 'active' ? 'running' : count('failed', 'lost') ? 'failed' : broken ? 'paused' : 'done';
+  $('.resume').hidden = !broken || !cells().some(one => one.resumable);
   $('.bar i').style.width = `${share}%`;
   $('.bar').setAttribute('aria-valuenow', share);
   element.dataset.state = state;

@@ -87,12 +87,15 @@ def _view(studio: Studio) -> gr.HTML:
     def drop(ask: dict) -> dict:
         return live.stop_run(studio, ask)
 
+    def resume(ask: dict) -> dict:
+        return resume_all(studio, ask)
+
     return gr.HTML(
         "",
         html_template=(HERE / "study.html").read_text(encoding="utf-8"),
         js_on_load=(HERE / "study.js").read_text(encoding="utf-8"),
         head=f"<script src='gradio_api/file={live.PLOTLY}'></script>",
-        server_functions=[poll, drop],
+        server_functions=[poll, drop, resume],
         apply_default_css=False,
         elem_id="study",
     )
@@ -213,6 +216,12 @@ def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     return said
 
 
+def resume_all(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the paused and lost runs of a study back into the queue."""
+    study = ask.get("study")
+    return live.said_of(lambda: [run.id for run in studio.resume_study(study if isinstance(study, str) else "")])
+
+
 def _news(studio: Studio, run: Run, seen: Any, limit: int) -> dict[str, Any]:
     """The points of one run that the caller has not seen; all of them once it went on behind an earlier step."""
     start = seen if type(seen) is int and seen >= 0 else 0
@@ -251,7 +260,9 @@ def _label(told: Table) -> str:
     """A study in the list: its rows, its model, how many runs, how it stands."""
     model = told.model.rstrip("/").rsplit("/", 1)[-1]
     count = len(told.every)
-    state = "running" if told.active else f"{told.recommended.place}" if told.recommended else "over"
+    state = "running" if told.active else "unfinished" if told.unfinished else "over"
+    if told.recommended:
+        state = told.recommended.place
     return f"{told.name} · {model} · {count} {'run' if count == 1 else 'runs'} · {state}"
 
 

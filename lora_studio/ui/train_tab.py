@@ -17,6 +17,7 @@ from lora_studio.models import CATALOGUE, STARTER, fit
 from lora_studio.runs.config import DataChoice, RunConfig, short
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Plan, Studio
+from lora_studio.study import short as matrices_in_short
 from lora_studio.ui import form, live, picker
 from lora_studio.ui.boundary import problem_instead, problem_last
 from lora_studio.ui.desk import Desk
@@ -311,7 +312,7 @@ def unique(name: str, taken: set[str]) -> str:
 
 
 def _short(method: Method) -> str:
-    return f"{short(method)} {picker.short(method.targets)}" if isinstance(method, LoraSpec) else short(method)
+    return f"{short(method)} {matrices_in_short(method.targets)}" if isinstance(method, LoraSpec) else short(method)
 
 
 def _count(number: int) -> str:
