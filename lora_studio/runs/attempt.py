@@ -278,6 +278,7 @@ class Attempt:
             log.exception("%s has ended as %s, but exit.json could not be written", self.path.name, status)
         else:
             if status == "done":
+                checkpoints.sync(self.path)  # the end stands before what it makes needless goes
                 checkpoints.forget(self.path)
         self.ended = True
         os.close(self._journal)
