@@ -258,9 +258,10 @@ def in_words(spec: Mapping[str, Any], options: argparse.Namespace) -> str:
     real = [sum(len(ids) for ids, _ in batch) for batch in timed]
     padded = [len(batch) * max(len(ids) for ids, _ in batch) for batch in timed]
     supervised = [sum(sum(marks[1:]) for _, marks in batch) for batch in timed]
-    from importlib.metadata import version
+    from importlib.metadata import distributions
 
-    names = ("peft", "trl", "accelerate")
+    installed = {one.name: one.version for one in distributions()}
+    versions = ", ".join(f"{name} {installed.get(name, 'not installed')}" for name in ("peft", "trl", "accelerate"))
     return (
         f"Model {options.model}, LoRA r=8 alpha=16 on q and v, AdamW at a constant 2e-4 (full fine-tuning 2e-5), "
         f"batches of {options.batch} rows of {options.shortest} to {options.longest} tokens from {options.data.name}: "
@@ -269,7 +270,7 @@ def in_words(spec: Mapping[str, Any], options: argparse.Namespace) -> str:
         "repetitions in turn; s are CPU seconds of 2 threads; median (least–most). SFTTrainer: "
         "gradient_checkpointing=False and bf16=False as for Trainer (its defaults are True), packing up to 1024 "
         "tokens, two packed rows a step, all else its defaults. "
-        f"{', '.join(f'{name} {version(name)}' for name in names)}."
+        f"{versions}."
     )
 
 
