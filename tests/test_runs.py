@@ -627,7 +627,7 @@ def test_a_spare_worker_trains_what_a_cold_one_trains_and_ends_with_whoever_keep
     assert ends(studio, run) == unbroken and "Loading" in studio.runs.log(run.id)
 
     keep = "from lora_studio.runs.executors import Local; one = Local(); one.prepare()"
-    code = f"import time; {keep}; print(one._spare._child.pid, flush=True); time.sleep(600)"
+    code = f"import signal; {keep}; print(one._spare._child.pid, flush=True); signal.pause()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment()) as keeper:
         assert keeper.stdout
         pid = int(keeper.stdout.readline())
