@@ -5,6 +5,7 @@ comparing. Everything durable lies under `root`; two Studios on one root see the
 """
 
 import contextlib
+import copy
 import itertools
 import logging
 import math
@@ -23,7 +24,9 @@ from lora_studio.core.spec import VIRTUAL, BaselineSpec, Method
 from lora_studio.data.library import DataLibrary, Dataset, split
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import build, check
+from lora_studio.limits import Limits, limits_here
 from lora_studio.models import CATALOGUE, ModelLibrary
+from lora_studio.owners import NOBODY, home
 from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, base_precision
 from lora_studio.runs.store import RunStore
 from lora_studio.runs.supervisor import Supervisor
@@ -120,19 +123,38 @@ class _Loaded:
     tokenizer: Any
 
 
+class _Kept:
+    """What all owners share: one base model in memory, and one forward at a time on it."""
+
+    def __init__(self) -> None:
+        self.loaded: _Loaded | None = None
+        self.busy = threading.Lock()
+
+
 class Studio:
     """All work of the app, without a page."""
 
-    def __init__(self, root: Path | str | None = None) -> None:
+    def __init__(self, root: Path | str | None = None, limits: Limits | None = None) -> None:
         self.root = (Path(root) if root else default_root()).expanduser().absolute()
         self.root.mkdir(parents=True, exist_ok=True)
+        self.limits = limits or limits_here()
         self.exports = self.root / "exports"  # downloads, each in a folder of its own
         self.models = ModelLibrary(self.root)
-        self.data = DataLibrary(self.root)
         self.runs = RunStore(self.root)
         self.supervisor = Supervisor(self.runs)
-        self._loaded: _Loaded | None = None
-        self._busy = threading.Lock()  # one forward at a time on the loaded model
+        self._kept = _Kept()
+        self._belong(NOBODY)
+
+    def of(self, owner: str) -> "Studio":
+        """The same Studio as one owner sees it: with the runs and datasets of that owner, and no others."""
+        scoped = copy.copy(self)
+        scoped.runs = self.runs.of(owner)
+        scoped._belong(owner)
+        return scoped
+
+    def _belong(self, owner: str) -> None:
+        self.owner = owner
+        self.data = DataLibrary(home(self.root, owner), self.limits)
         self._read: tuple[Any, Any] = (None, None)  # the rows looked at last, by their choice
         self._measured: tuple[Any, Any] = (None, None)  # their lengths, by choice, model and limit
         self._report: tuple[Any, Any] = (None, None)  # what was seen inside last, by the adapters looked into
@@ -396,7 +418,7 @@ class Studio:
         if strength not in (0, 1) and any(getattr(view.config.method, "kind", "") in VIRTUAL for view in views):
             message = f"Virtual tokens are there or not; the strength is {quote(strength)}."
             raise StudioError("E_STRENGTH", message, "Set it to 1, or to 0 for the base model.")
-        with self._busy:
+        with self._kept.busy:
             loaded = self._with_adapters(views)
             ids = self._prompt_ids(views[0], loaded.tokenizer, prompt)
             most = context(loaded.lora.model)
@@ -425,7 +447,7 @@ class Studio:
             choice, examples = config.dataset, self.heldout(run, limit)
         else:
             examples = self._examples(choice)[0][:limit]
-        with self._busy:
+        with self._kept.busy:
             loaded = self._with_adapters([view])
             return evaluate(
                 loaded.lora,
@@ -447,7 +469,7 @@ class Studio:
         views = [self.runs.get(one) for one in (run, other) if one]
         key, kept = [_stamp(view) for view in views], self._report
         if key != kept[0]:
-            with self._busy:
+            with self._kept.busy:
                 loaded = self._with_adapters(views)
                 kept = key, report(loaded.lora, *(view.id for view in views))
             self._report = kept
@@ -466,7 +488,7 @@ class Studio:
         if not rows:
             message = f"{quote(view.name)} has no held-out rows to measure on."
             raise StudioError("E_NO_HELDOUT", message, "Train with a share of the rows held out.")
-        with self._busy:
+        with self._kept.busy:
             loaded = self._with_adapters([view])
             yield from rank_curve(loaded.lora, view.id, within(rows, HELDOUT_TOKENS))
 
@@ -479,7 +501,7 @@ class Studio:
 
         view, to = self.runs.get(run), to.expanduser().resolve()
         check_folder(to, sort_of(view, merged=False))
-        with self._busy:
+        with self._kept.busy:
             loaded = self._with_adapters([view])
             return Exported(files=export_smaller(view, loaded.lora, rank, to))
 
@@ -500,7 +522,7 @@ class Studio:
             done = Exported(files=export_adapter(view, to))
         else:
             rows = self._heldout_ids(view)
-            with self._busy:
+            with self._kept.busy:
                 usual = self._precision(view)
                 loaded = self._with_adapters([view], self._exact(view))
                 files, rounding = export_merged(
@@ -523,7 +545,7 @@ class Studio:
             raise StudioError("E_WEIGHTS", message, "Give each run once, and a number for each.")
         if views:
             check_folder(to, sort_of(views[0], merged=False))
-        with self._busy:
+        with self._kept.busy:
             loaded = self._with_adapters(views)
             return Exported(files=export_combined(views, weights, loaded.lora, to, rank=rank))
 
@@ -616,11 +638,11 @@ class Studio:
 
         model, labels = view.config.model, view.labels
         key = model, labels, precision
-        if self._loaded is None or self._loaded.key != key:
-            self._loaded = None  # free the old one first
+        if self._kept.loaded is None or self._kept.loaded.key != key:
+            self._kept.loaded = None  # free the old one first
             lora = LoRA(self.models.load(model, precision=precision, on=device(), labels=len(labels)))
-            self._loaded = _Loaded(key, lora, self.models.tokenizer(model))
-        return self._loaded
+            self._kept.loaded = _Loaded(key, lora, self.models.tokenizer(model))
+        return self._kept.loaded
 
     def _precision(self, view: Run) -> str:
         """In which the base of a run is loaded for comparing."""

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lora_studio"
 # Each row may import the rows above it, and the lines above it in its own row.
 HOUSE = [
-    ["errors", "fields", "events", "hub"],
+    ["errors", "fields", "events", "hub", "limits", "owners"],
     ["core.spec", "core.layout", "core.slot", "core.lora"],
     ["core.baselines", "core.analysis", "core.merge", "core.functions", "core.lean"],
     ["settings"],

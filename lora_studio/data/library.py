@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from lora_studio.data.formats import Example, columns_for, convert, guess
-from lora_studio.data.readers import EXTENSIONS, LAPTOP, Limits, Table, open_file, read, read_path, text_kind
+from lora_studio.data.readers import EXTENSIONS, Table, open_file, read, read_path, text_kind
 from lora_studio.errors import StudioError, quote
 from lora_studio.hub import is_hub_id
+from lora_studio.limits import LAPTOP, Limits
 
 log = logging.getLogger(__name__)
 

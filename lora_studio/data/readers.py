@@ -23,8 +23,8 @@ from pathlib import Path, PurePath
 from typing import Any, BinaryIO, NoReturn
 
 from lora_studio.errors import StudioError, quote
+from lora_studio.limits import LAPTOP, MIB, Limits
 
-MIB = 2**20
 HEAD_BYTES = 64 * 1024  # as much of a file as is looked at before it is parsed
 CHUNK_BYTES = MIB
 PARQUET_BATCH_ROWS = 64  # few, because a page of some kilobytes may hold megabytes per row
@@ -56,19 +56,6 @@ BYTE_ORDER_MARKS = (  # UTF-32 before UTF-16, whose mark is the beginning of the
 
 
 @dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much one dataset may ask for; the defaults suit a laptop."""
-
-    file_bytes: int = 2048 * MIB
-    text_bytes: int = 256 * MIB  # of a txt file, which is held whole
-    decoded_bytes: int = 1024 * MIB  # of all values together, about as Python holds them
-    rows: int = 5_000_000
-    row_bytes: int = 16 * MIB
-    columns: int = 256
-    depth: int = 64
-
-
-@dataclass(frozen=True, kw_only=True)
 class Table:
     """The rows of one file; every row has every column."""
 
@@ -82,7 +69,6 @@ Row = dict[str, Any]
 LINE_END, PARAGRAPH_END = re.compile(r"\n"), re.compile(r"\n(?:[^\S\n]*\n)+")
 WHITE_SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
 Notes = Counter[str]  # what was repaired -> how often; 0 for a remark without a number
-LAPTOP = Limits()
 
 
 def read(source: BinaryIO, name: str, limits: Limits = LAPTOP) -> Table:

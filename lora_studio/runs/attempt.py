@@ -19,6 +19,7 @@ from lora_studio.doctor import Doctor, remedy
 from lora_studio.errors import StudioError
 from lora_studio.events import Ended, Event, Metric, Probed, Sample, Saved, Started, Warned, to_line
 from lora_studio.fields import build
+from lora_studio.owners import NOBODY
 from lora_studio.runs import checkpoints
 from lora_studio.runs.config import RunConfig, Status
 from lora_studio.runs.store import Journal, earlier_logs, read_json, standing, write_json
@@ -35,6 +36,7 @@ class Attempt:
         record = read_json(path / "run.json") or {}
         self.path, self._lock = path, lock
         self.config: RunConfig = build(RunConfig, record["config"])
+        self.owner: str = record.get("owner", NOBODY)
         self.labels: Sequence[str] = record["facts"].get("labels", ())
         self.base_name = record["facts"].get("repo") or self.config.model  # which a loader of the adapter looks for
         self.number = 1 + len(earlier_logs(path))

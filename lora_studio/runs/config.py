@@ -9,6 +9,7 @@ from typing import Any, Literal
 from lora_studio.core.spec import BASELINES, METHODS, BaselineSpec, LoraSpec, Method
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import build, knob
+from lora_studio.owners import NOBODY
 from lora_studio.settings import QUANTISED, TrainConfig
 
 Status = Literal["queued", "running", "paused", "done", "stopped", "failed", "lost"]
@@ -60,6 +61,8 @@ class Run:
     note: str = ""  # the newest message for the reader, such as what is being fetched
     error: Mapping[str, Any] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # model revision, estimate before launch
+    owner: str = NOBODY
+    shared: bool = False  # whether others may see its figures and its config, never its rows or what it wrote
 
     @property
     def name(self) -> str:

@@ -9,10 +9,12 @@
     checkpoints/   what an attempt goes on from
     adapter/       the best adapter so far, PEFT layout
     exit.json      how the run ended, or that it is paused
+    shared         there when its owner lets others see its figures
 
 Status is derived from these files on every look and never stored.
 """
 
+import copy
 import fcntl
 import json
 import os
@@ -23,13 +25,14 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_studio.errors import StudioError, quote
 from lora_studio.events import from_line
 from lora_studio.fields import build
+from lora_studio.owners import NOBODY
 from lora_studio.runs.checkpoints import any_saved, newest
 from lora_studio.runs.config import Run, RunConfig, Status
 
@@ -161,28 +164,66 @@ class Journal:
 
 
 class RunStore:
-    """All runs under root/runs. Ids are random and are looked up, never joined to a path unchecked."""
+    """All runs under root/runs. Ids are random and are looked up, never joined to a path unchecked.
+
+    One that is `of` an owner knows no others: to it, a run of somebody else is one that does not exist.
+    """
 
     def __init__(self, root: Path) -> None:
         self.folder = root / "runs"
+        self.owner: str | None = None  # None: everybody's
         self._journals: dict[str, Journal] = {}
         self._ended: dict[str, tuple[Any, Run]] = {}  # with the stamp of its exit.json; none changes without it
+
+    def of(self, owner: str) -> "RunStore":
+        """The runs of one owner alone; whoever is handed this cannot reach another's."""
+        scoped = copy.copy(self)  # with the same journals and caches
+        scoped.owner = owner
+        return scoped
 
     def create(self, config: RunConfig, facts: Mapping[str, Any]) -> Run:
         """A new queued run. `facts` are what was known before launch: model revision, data fingerprint, estimate."""
         run = uuid.uuid4().hex
         path = self.folder / run
         path.mkdir(parents=True)
-        write_json(path / "run.json", {"created": time.time(), "config": asdict(config), "facts": dict(facts)})
+        record = {"created": time.time(), "owner": self.owner or NOBODY, "config": asdict(config), "facts": dict(facts)}
+        write_json(path / "run.json", record)
         return self.get(run)
 
     def get(self, run: str) -> Run:
-        """The run with this id, or with a unique beginning of it. Raises E_RUN_NOT_FOUND, E_RUN_DAMAGED."""
+        """The run with this id, or with a unique beginning of it. Raises E_RUN_NOT_FOUND, E_RUN_DAMAGED.
+
+        Another owner's is not found, whether it exists or not.
+        """
+        view = self.look(run)
+        if not self._owns(view):
+            raise _not_found(run)
+        return view
+
+    def look(self, run: str) -> Run:
+        """As `get`, but another's run is there, too, if it is shared; its figures and config alone are to be shown."""
         full = run if ID.fullmatch(run) else self._complete(run)
         path = self.folder / full
         if not path.is_dir():
-            raise StudioError("E_RUN_NOT_FOUND", f"There is no run {quote(run)}.", "The run list shows the ids.")
-        return self._view(full, path)
+            raise _not_found(run)
+        try:
+            view = self._view(full, path)
+        except StudioError as error:
+            raise (error if self.owner is None else _not_found(run)) from None
+        if not self._owns(view) and not view.shared:
+            raise _not_found(run)
+        return view
+
+    def share(self, run: str, on: bool = True) -> None:
+        """Let others see a run's figures and config, or no longer."""
+        marker = self.get(run).path / "shared"
+        if on:
+            marker.touch()
+        else:
+            marker.unlink(missing_ok=True)
+
+    def _owns(self, run: Run) -> bool:
+        return self.owner is None or run.owner == self.owner
 
     def events(self, run: str, start: int = 0) -> list[dict[str, Any]]:
         """The run's events from number `start` on, oldest first."""
@@ -271,14 +312,20 @@ class RunStore:
         found = [
             path.name for path in self.folder.glob("*") if ID.fullmatch(path.name) and path.name.startswith(beginning)
         ]
+        if self.owner is not None:
+            found = [run.id for run in self.list() if run.id.startswith(beginning)]
         if len(beginning) < 4 or len(found) != 1:
-            raise StudioError("E_RUN_NOT_FOUND", f"There is no run {quote(beginning)}.", "The run list shows the ids.")
+            raise _not_found(beginning)
         return found[0]
 
     def _journal(self, run: str, path: Path) -> Journal:
         return self._journals.setdefault(run, Journal(path / "events.jsonl"))
 
     def _view(self, run: str, path: Path) -> Run:
+        view, shared = self._view_of_its_end(run, path), (path / "shared").exists()
+        return view if view.shared == shared else replace(view, shared=shared)
+
+    def _view_of_its_end(self, run: str, path: Path) -> Run:
         stamp = _stamp(path / "exit.json")  # before the look, so that a newer end is never taken for this one
         kept = self._ended.get(run)
         if stamp and kept and kept[0] == stamp:
@@ -311,6 +358,7 @@ class RunStore:
             note=journal.note,
             error=end.get("error"),
             facts=record.get("facts", {}),
+            owner=str(record.get("owner", NOBODY)),
         )
 
     def _status(self, path: Path) -> tuple[Status, Mapping[str, Any]]:
@@ -324,15 +372,21 @@ class RunStore:
         return end["status"], end
 
     def list(self) -> list[Run]:  # the last method: behind it, `list` is no longer the built-in one
-        """Every readable run, newest first."""
+        """Every readable run of the owner, newest first."""
         runs = []
         for path in self.folder.glob("*"):
             if ID.fullmatch(path.name):
                 try:
-                    runs.append(self._view(path.name, path))
+                    view = self._view(path.name, path)
                 except StudioError:
                     continue
+                if self._owns(view):
+                    runs.append(view)
         return sorted(runs, key=lambda run: (run.created, run.id), reverse=True)
+
+
+def _not_found(run: str) -> StudioError:
+    return StudioError("E_RUN_NOT_FOUND", f"There is no run {quote(run)}.", "The run list shows the ids.")
 
 
 def _end(path: Path) -> dict[str, Any] | None:

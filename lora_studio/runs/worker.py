@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_studio.events import Warned
+from lora_studio.limits import limits_here
+from lora_studio.owners import home
 from lora_studio.runs.attempt import Attempt
 from lora_studio.runs.config import base_precision
 from lora_studio.runs.store import claim, write_json
@@ -94,9 +96,8 @@ def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
     for attempt in attempts:
         with _own_failure(attempt):
             attempt.recall()
-    examples, warnings = DataLibrary(root).examples(
-        config.dataset.id, config.dataset.format, config.dataset.columns or None
-    )
+    data = DataLibrary(home(root, first.owner), limits_here())
+    examples, warnings = data.examples(config.dataset.id, config.dataset.format, config.dataset.columns or None)
     for attempt in _live(attempts):
         for warning in warnings if attempt.number == 1 else ():
             attempt.append(Warned(step=0, code="W_DATA", message=warning))

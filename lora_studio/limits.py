@@ -1,0 +1,94 @@
+"""Limits: how much one visitor, one file and one folder may ask for. Every bound of the app stands here.
+
+A laptop has one person on it, who may fill it; a Space has strangers, who share two cores and a disk that is lost.
+"""
+
+import math
+import os
+from dataclasses import dataclass
+
+MIB, GIB = 2**20, 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The defaults are a laptop's; `math.inf` stands for no bound."""
+
+    # one dataset
+    file_bytes: int = 2048 * MIB
+    text_bytes: int = 256 * MIB  # of a txt file, which is held whole
+    decoded_bytes: int = 1024 * MIB  # of all values together, about as Python holds them
+    rows: int = 5_000_000
+    row_bytes: int = 16 * MIB
+    columns: int = 256
+    depth: int = 64
+
+    # a process that reads what a stranger wrote: rows, chat templates, token counts
+    reading_s: float = 300
+    reading_cpu_s: float = 60
+    reading_bytes: int = 4 * GIB  # of memory
+
+    # runs; of one owner, unless it says otherwise
+    running: float = math.inf  # the device's queue is a bound already
+    queued: float = 200
+    queued_by_all: float = 1000
+    steps: float = math.inf
+    minutes: float = math.inf  # of training, measured by the worker
+    tokens: float = math.inf  # per row
+    rank: float = 1024
+    parameters: float = math.inf  # of a base model
+
+    # the disk; of one owner, unless it says otherwise
+    kept_runs: float = math.inf
+    kept_bytes: float = math.inf
+    kept_bytes_by_all: float = math.inf
+    reserve_bytes: int = 512 * MIB  # that stay free: with less, nothing new begins
+    idle_hours: float = math.inf  # after which what has ended is deleted
+
+    # answers
+    prompt_characters: int = 32_000
+    answer_tokens: int = 2048
+
+    # a page asks at most this often; others wait for nobody who asks more
+    calls_a_minute: float = math.inf
+    starts_a_minute: float = math.inf
+
+    local_paths: bool = True  # whether files and folders of this machine may be named
+
+
+LAPTOP = Limits()
+SPACE = Limits(
+    file_bytes=50 * MIB,
+    text_bytes=50 * MIB,
+    decoded_bytes=500 * MIB,
+    rows=200_000,
+    row_bytes=MIB,
+    columns=64,
+    depth=32,
+    reading_s=60,
+    reading_cpu_s=30,
+    reading_bytes=2 * GIB,
+    running=1,
+    queued=2,
+    queued_by_all=20,
+    steps=2_000,
+    minutes=30,
+    tokens=1_024,
+    rank=64,
+    parameters=600e6,
+    kept_runs=10,
+    kept_bytes=GIB,
+    kept_bytes_by_all=20 * GIB,
+    reserve_bytes=2 * GIB,
+    idle_hours=24,
+    prompt_characters=8_000,
+    answer_tokens=256,
+    calls_a_minute=600,
+    starts_a_minute=6,
+    local_paths=False,
+)
+
+
+def limits_here() -> Limits:
+    """SPACE on a Hugging Face Space, else LAPTOP."""
+    return SPACE if os.environ.get("SPACE_ID") else LAPTOP
