@@ -78,17 +78,69 @@ SHAPES: dict[str, tuple[str, dict[str, int]]] = {
         },
     ),
     "gpt2, 125 M": ("gpt2", {"n_embd": 768, "n_layer": 12, "n_head": 12}),
+    "llama, 160 M": (
+        "llama",
+        {
+            "hidden_size": 640,
+            "intermediate_size": 2304,
+            "num_hidden_layers": 18,
+            "num_attention_heads": 10,
+            "num_key_value_heads": 5,
+        },
+    ),
+    "qwen3, 110 M": (
+        "qwen3",
+        {
+            "hidden_size": 576,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 14,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "head_dim": 64,
+        },
+    ),
+    "gpt_neox, 130 M": (
+        "gpt_neox",
+        {"hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 14, "num_attention_heads": 10},
+    ),
+    "mistral, 210 M": (
+        "mistral",
+        {
+            "hidden_size": 896,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 14,
+            "num_attention_heads": 14,
+            "num_key_value_heads": 7,
+        },
+    ),
+    "gpt2, 90 M": ("gpt2", {"n_embd": 640, "n_layer": 12, "n_head": 10}),
 }
 
-SETTINGS = (
+FITTED = (  # the settings that the constants of estimate.py were chosen on
+    Setting(precision="bfloat16", batch=8),
+    Setting(precision="float32", batch=8),
+    Setting(precision="bfloat16", batch=4, lora={"targets": ("all-linear",)}),
     Setting(precision="bfloat16", batch=16),
     Setting(precision="float32", batch=3, lora={"rank": 64}),
     Setting(precision="bfloat16", batch=12, longest=160, lora={"rank": 16, "targets": ("all-linear",)}),
     Setting(precision="float32", batch=8, lora={"rank": 4, "layers": tuple(range(20, 30))}),
+    Setting(model="llama, 70 M", precision="bfloat16", batch=8),
     Setting(model="llama, 70 M", precision="float32", batch=6),
     Setting(model="llama, 300 M", precision="bfloat16", batch=4, lora={"rank": 16, "targets": ("all-linear",)}),
+    Setting(model="qwen2, 190 M", precision="float32", batch=2),
     Setting(model="qwen2, 190 M", precision="bfloat16", batch=10, longest=256, lora={"rank": 2}),
+    Setting(model="gpt2, 125 M", precision="bfloat16", batch=8),
     Setting(model="gpt2, 125 M", precision="float32", batch=5, lora={"targets": ("attn.q", "attn.k", "attn.v")}),
+)
+SETTINGS = (  # others
+    Setting(precision="bfloat16", batch=6, lora={"rank": 32, "targets": ("attn.q", "attn.k", "attn.v", "attn.o")}),
+    Setting(precision="float32", batch=12, longest=200),
+    Setting(precision="bfloat16", batch=24, lora={"rank": 4, "layers": tuple(range(15, 30))}),
+    Setting(model="llama, 160 M", precision="bfloat16", batch=10),
+    Setting(model="qwen3, 110 M", precision="float32", batch=4, lora={"targets": ("all-linear",)}),
+    Setting(model="gpt_neox, 130 M", precision="bfloat16", batch=6),
+    Setting(model="mistral, 210 M", precision="float32", batch=6, longest=300),
+    Setting(model="gpt2, 90 M", precision="bfloat16", batch=12),
 )
 
 

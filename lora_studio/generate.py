@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from lora_studio.core.layout import heads
-from lora_studio.core.lean import Tokens, class_logits
+from lora_studio.core.lean import Tokens, class_logits, stepwise_attention
 from lora_studio.core.lora import LoRA, Row
 from lora_studio.models import context
 from lora_studio.settings import Sampling
@@ -49,15 +49,17 @@ def stream(
     draws = torch.Generator().manual_seed(sampling.seed)
     running = [True] * len(prompts)
     padded = bool((mask == 0).any())
+    last = torch.tensor([-1], device=device)  # as an index: of a slice, a CPU's head would be copied for every row
     for _ in range(min(sampling.max_new_tokens, room - width)):
-        output = model(
-            input_ids=ids,
-            attention_mask=mask if padded else None,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with stepwise_attention(model):
+            output = model(
+                input_ids=ids,
+                attention_mask=mask if padded else None,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=last,
+            )
         chosen = _pick(output.logits[:, -1].float(), sampling, draws)
         tokens = chosen.tolist()
         running = [alive and token not in stop for alive, token in zip(running, tokens, strict=True)]

@@ -25,13 +25,14 @@ def tokens(
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_greedy_rows_of_a_left_padded_batch_are_transformers_own(family: str) -> None:
+    """And so is each row alone, where nothing is masked and attention goes step by step."""
     model = causal(family)
     ours = tokens(model, PROMPTS, Sampling(max_new_tokens=9))
     for prompt, row in zip(PROMPTS, ours, strict=True):
         theirs = model.generate(
             torch.tensor([prompt]), max_new_tokens=9, min_new_tokens=9, do_sample=False, eos_token_id=None
         )
-        assert row == theirs[0, len(prompt) :].tolist()
+        assert row == theirs[0, len(prompt) :].tolist() == tokens(model, [prompt], Sampling(max_new_tokens=9))[0]
 
 
 def with_adapter(strength: float = 0.5) -> LoRA:

@@ -78,6 +78,34 @@ def test_strength_zero_is_the_base_and_two_is_twice_the_update_of_one_layer() ->
         torch.testing.assert_close(layer(x), two)
 
 
+@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("length", [2, 11], ids=["few tokens", "many"])
+@pytest.mark.parametrize("rows", [("x",), (None, "x", {"x": -0.5}), ({"x": 0.3, "y": 2.0},), ("y", None, "x")])
+def test_what_is_prepared_for_answering_is_what_training_computes(family: str, length: int, rows: tuple) -> None:
+    """Without a gradient a slot keeps its factors ready; a slider and a write to a factor are seen all the same."""
+    lora = adapted(family)
+    lora.add("y", LoraSpec(rank=2, alpha=3.0, targets=("attn.v", "mlp.down")))
+    disturb(lora, "y", 2)
+    ids = IDS[:, :length]
+
+    def same() -> torch.Tensor:
+        found = logits(lora.model, ids)
+        taught = lora.model(input_ids=ids, use_cache=False).logits
+        assert taught.requires_grad
+        torch.testing.assert_close(found, taught.detach(), rtol=1e-4, atol=1e-4)
+        return found
+
+    with lora.use(*rows):
+        first = same()
+        assert torch.equal(first, same())
+        with torch.no_grad():
+            lora.parameters("x")[0].add_(1.0)
+            lora.parameters("y")[0].add_(1.0)
+        written = same()
+        lora.set_scale("y" if rows[0] == "y" else "x", 0.4)
+        assert not torch.equal(first, written) and not torch.equal(written, same())
+
+
 def test_blends_add_up() -> None:
     lora = LoRA(toy())
     for seed, name in enumerate("uv"):

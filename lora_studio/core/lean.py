@@ -11,7 +11,7 @@ A model that chooses a label instead of writing text gets its rows padded on the
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lora_studio.core import functions
 from lora_studio.core.layout import ENCODERS
@@ -31,7 +32,7 @@ from lora_studio.core.layout import ENCODERS
 IGNORED = -100  # label of a position that is not supervised
 # Tokens in a pass: as many as keep the matrix products busy. More would only take memory.
 PASS = {"cpu": 1024, "mps": 4096, "cuda": 16_384}
-PACKED = "lora_studio_packed"
+PACKED, STEPWISE = "lora_studio_packed", "lora_studio_stepwise"
 DEAF = ("nemotron",)  # their blocks take keyword arguments and do not hand them to the attention
 
 
@@ -78,19 +79,39 @@ def packable(model: nn.Module) -> bool:
     """Whether the packed path computes what this model means: plain softmax attention that sdpa covers."""
     config: Any = model.config
     text = config.get_text_config()
-    # Only models that call the attention interface can be packed; falcon and stablelm have sdpa code of their own.
-    through_interface = getattr(model, "_supports_sdpa", False) and getattr(model, "_supports_attention_backend", False)
     plain = text.model_type not in DEAF and not getattr(text, "attn_logit_softcapping", None)
-    return bool(through_interface) and plain
+    return _through_interface(model) and plain
+
+
+def _through_interface(model: nn.Module) -> bool:
+    """Whether its attention is what the interface says; falcon and stablelm have sdpa code of their own."""
+    return bool(getattr(model, "_supports_sdpa", False) and getattr(model, "_supports_attention_backend", False))
 
 
 @contextmanager
 def packed_attention(model: nn.Module) -> Iterator[None]:
     """Inside, the model attends per packed sequence and expects `sequence_lengths` in its forward."""
+    with _attending(model, PACKED):
+        yield
+
+
+@contextmanager
+def stepwise_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, a model with fewer key heads than query heads answers faster on a CPU, token by token."""
+    config: Any = model.config
+    text = config.get_text_config()
+    grouped = getattr(text, "num_key_value_heads", None) not in (None, getattr(text, "num_attention_heads", None))
+    plain = text._attn_implementation == "sdpa" and _through_interface(model)
+    with _attending(model, STEPWISE) if grouped and plain else nullcontext():
+        yield
+
+
+@contextmanager
+def _attending(model: nn.Module, how: str) -> Iterator[None]:
     config: Any = model.config
     text = config.get_text_config()
     before = text._attn_implementation
-    text._attn_implementation = PACKED
+    text._attn_implementation = how
     try:
         yield
     finally:
@@ -284,6 +305,31 @@ def _attend(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
+def _attend_stepwise(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **more: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """transformers' own, but one new token's queries that share a key head stand as rows under it.
+
+    query (rows, heads, 1, head_dim) -> (rows, 1, heads, head_dim). torch's kernel takes a quarter of the time so, in
+    bf16 on a CPU, for the same result.
+    """
+    rows, heads, length, _ = query.shape
+    if length != 1 or attention_mask is not None or query.device.type != "cpu" or any(map(more.get, _BIASES)):
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, scaling=scaling, **more)
+    grouped = query.reshape(rows, key.shape[1], -1, query.shape[-1])
+    attended = F.scaled_dot_product_attention(grouped, key, value, scale=scaling)
+    return attended.reshape(rows, 1, heads, -1), None
+
+
+_BIASES = ("softcap", "position_bias", "cache")  # what else an attention may be told
+
+
 def _variable_length(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scaling: float | None
 ) -> torch.Tensor:
@@ -306,3 +352,5 @@ def _window(length: int, window: int, like: torch.Tensor) -> torch.Tensor:
 
 AttentionInterface.register(PACKED, _attend)
 AttentionMaskInterface.register(PACKED, lambda *args, **kwargs: None)
+AttentionInterface.register(STEPWISE, _attend_stepwise)
+AttentionMaskInterface.register(STEPWISE, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

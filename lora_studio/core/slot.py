@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from lora_studio.core.layout import Target, embedding_scale
 from lora_studio.errors import StudioError
 
-FEW = 16  # tokens in an answering pass up to which a CPU is faster with the fp32 masters than with casts of them
+FEW = 64  # tokens of a pass up to which a CPU is faster with the fp32 masters than with casts of them
 
 
 class Route:
@@ -50,7 +50,8 @@ class Route:
         self.strength = torch.empty(0)
         self.whole = False
         self.spans: tuple[int, ...] = ()
-        self._kept: dict[tuple, Gates | None] = {}  # while nothing above changes
+        self.ready: dict[Slot, Ready] = {}  # while nothing above changes
+        self._kept: dict[tuple, Gates | None] = {}  # the same
 
     def gates(self, x: torch.Tensor, output: torch.Tensor, training: bool) -> "Gates | None":
         """The gates for a layer with this input and output; None for all ones."""
@@ -69,6 +70,7 @@ class Route:
 
     def change(self) -> None:
         """To be called after any of the above was written."""
+        self.ready.clear()
         self._kept.clear()
 
     def gate(self, batch: int, training: bool) -> torch.Tensor | None:
@@ -307,6 +309,10 @@ class Slot:
         self._handle = None
 
     def _add(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        answering = not (layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        ready = self.route.ready.get(self) if answering else None
+        if ready and ready.fits(inputs[0]):
+            return ready.add(inputs[0], output)
         names, spans = self.route.names, self.route.spans
         live = [
             (column, part)
@@ -327,6 +333,10 @@ class Slot:
         gates = self.route.gates(inputs[0], output, layer.training)
         if gates is not None and inputs[0].shape[0] == 1 < len(gates) and not isinstance(layer, nn.Embedding):
             raise _not_by_row(layer)
+        parts = [(column, part) for column, part in live if isinstance(part, LowRank) and part.stacks]
+        if answering and len(parts) == len(live) and not isinstance(layer, nn.Embedding):
+            self.route.ready[self] = ready = Ready(parts, gates, output)
+            return ready.add(inputs[0], output)
         return _changed(layer, inputs[0], output, live, gates)
 
     def _by_span(self, layer: nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -344,6 +354,47 @@ class Slot:
         return torch.cat(
             [_changed(layer, one, own, [(0, part) for part in parts]) for parts, one, own in pieces], dim=1
         )
+
+
+class Ready:
+    """What a slot adds while its model answers, made once and used until the route or a factor changes.
+
+    A (in, R) and B (R, out) of all parts, with the scale in B, and the weights, too, where all rows have the same;
+    else columns (rows, 1, R) holds them. In the dtype of the layer, and in fp32 for a pass of few tokens on a CPU.
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, LowRank]], gates: Gates | None, output: torch.Tensor) -> None:
+        self._factors = [factor for _, part in parts for factor in (part.A, part.B)]
+        self._as_of = self._versions()
+        A, B, scale = _stack([part for _, part in parts], output.shape[-1])
+        A, B = A.detach().T, scale * B.detach().T
+        columns = None if gates is None else gates.columns(tuple((column, part.rank) for column, part in parts))
+        if columns is not None and len(columns) == 1:
+            B, columns = columns.flatten()[:, None].to(B.dtype) * B, None
+        self._columns, self._batch = columns, None if columns is None else (output.shape[0], output.dim())
+        self._few = FEW * len(A) if output.device.type == "cpu" else 0
+        self._wide, self._dtype = (A, B.contiguous()), output.dtype
+        self._cast: tuple[torch.Tensor, ...] | None = None
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """Whether it is for a batch like that of x, and nobody has written to a factor since."""
+        return self._batch in (None, (x.shape[0], x.dim())) and self._as_of == self._versions()
+
+    def add(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        """output + ((x A) ⊙ columns) B; `output` may be written to, being the layer's own and nobody else's yet."""
+        few = x.numel() <= self._few
+        if not few and self._cast is None:
+            self._cast = tuple(factor.to(self._dtype) for factor in self._wide)
+        A, B = self._wide if few or self._cast is None else self._cast
+        hidden = torch.matmul(x.to(A.dtype), A)  # (batch, ..., R)
+        if self._columns is not None:
+            hidden.mul_(self._columns)
+        if few:
+            return output.add_(torch.matmul(hidden, B))
+        return torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), B).view(output.shape)
+
+    def _versions(self) -> int:
+        return sum(factor._version for factor in self._factors)
 
 
 def _changed(
@@ -452,9 +503,6 @@ def _stacked(
     A, B, scale = _stack([part for _, part in parts], out)
     if isinstance(layer, nn.Embedding):
         return output + _product(layer, x, A, B, scale, columns)
-    if x.device.type == "cpu" and x.numel() <= FEW * x.shape[-1] and not torch.is_grad_enabled():
-        hidden = F.linear(x.to(A.dtype), A).mul_(scale)
-        return output + F.linear(hidden if columns is None else hidden.mul_(columns), B).to(output.dtype)
     return Product.apply(x, A, B, scale, columns, output)  # type: ignore[return-value]
 
 
