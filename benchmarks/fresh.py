@@ -18,22 +18,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lora_studio.runs.executors import environment as worker
+
 THREADS = 2
+ALLOCATOR = {name: value for name, value in worker().items() if name.startswith(("MALLOC_", "ONEDNN_", "LRU_"))}
 
 
 class Failed(RuntimeError):
     """The child did not answer; the message ends with what it said last."""
 
 
-def measure(function: str, spec: Mapping[str, Any], *, threads: int = THREADS) -> dict[str, Any]:
-    """The function's answer, and with it "process_cpu_s", "process_wall_s" and "peak_bytes" of its process."""
+def measure(
+    function: str, spec: Mapping[str, Any], *, threads: int = THREADS, as_worker: bool = False
+) -> dict[str, Any]:
+    """The function's answer, and with it "process_cpu_s", "process_wall_s" and "peak_bytes" of its process.
+
+    as_worker: with the app's own settings of the allocator, as a run has them.
+    """
     with tempfile.TemporaryDirectory(prefix="lora-studio-bench-") as temporary:
         asked, said = Path(temporary, "asked.json"), Path(temporary, "said.json")
         asked.write_text(json.dumps(spec))
         start = time.monotonic()
         with Path(temporary, "log").open("w+b") as log:
             command = [sys.executable, "-m", "benchmarks.fresh", function, str(asked), str(said)]
-            child = subprocess.Popen(command, env=environment(threads), stdout=log, stderr=log)
+            child = subprocess.Popen(
+                command, env=environment(threads) | (ALLOCATOR if as_worker else {}), stdout=log, stderr=log
+            )
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
             log.seek(0)

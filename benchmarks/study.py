@@ -6,7 +6,8 @@
 
 Three things are measured, in processor seconds: steps on small models of random weights, from few tokens per adapter
 and pass to many; whole processes on the starter model with short rows, start-up included, one for all ranks against one
-for each; and in these whether losses and memory are what they should be. Rows are real text from a file given by path;
+for each, both with a worker's settings of the allocator; and in these whether losses and memory are what they should
+be. Rows are real text from a file given by path;
 for the small models they are random tokens.
 """
 
@@ -35,6 +36,7 @@ WHOLE = 1.5  # start-up included
 SLOWEST = 1.0  # at any point: training in one pass is never slower
 NEAR = 64  # tokens per adapter and pass
 TOKENS = (16, 32, NEAR, 128, 256, 512, 1024, 2048)
+ENOUGH, FEWEST = 4096, 6  # tokens, and steps, that are timed for a point of the curve
 ROW = 64  # tokens of a random row, at most
 RATE = 1e-3
 SMALL = {  # 0.3 and 6 million parameters
@@ -71,7 +73,7 @@ def curves(options: argparse.Namespace) -> tuple[list[Goal], dict[str, Any]]:
     for name, shape in SMALL.items():
         spec = {"shape": {**shape, "vocab_size": VOCABULARY}, "tokens": tokens, "steps": options.steps}
         told = {**spec, "repeats": options.repeats, "seed": options.seed}
-        found[name] = measure("benchmarks.study:stepped", told, threads=1)["curve"]
+        found[name] = measure("benchmarks.study:stepped", told, threads=1, as_worker=True)["curve"]
         log.info("%s: done", name)
     lines = [
         [f"{name}: {what}", *(cell(one) for one in curve)]
@@ -106,9 +108,10 @@ def stepped(spec: Mapping[str, Any]) -> dict[str, Any]:
     curve = []
     for tokens in spec["tokens"]:
         one: dict[str, Any] = {"tokens": tokens, "alone": [], "together": []}
+        told = {**spec, "steps": min(spec["steps"], max(FEWEST, ENOUGH // tokens))}
         for _ in range(spec["repeats"]):
             for way in ("alone", "together"):
-                one[way].append(_race(lora, _random_rows(tokens, spec), way == "together", spec)["step_s"])
+                one[way].append(_race(lora, _random_rows(tokens, spec), way == "together", told)["step_s"])
         curve.append(one)
     return {"curve": curve}
 
@@ -142,8 +145,9 @@ def whole(options: argparse.Namespace) -> tuple[list[Goal], dict[str, Any]]:
         together, alone = [], []
         for _ in range(options.repeats):
             told = {**spec, "precision": precision}
-            together.append(measure("benchmarks.study:raced", {**told, "ranks": RANKS}))
-            alone.append([measure("benchmarks.study:raced", {**told, "ranks": [rank]}) for rank in RANKS])
+            together.append(measure("benchmarks.study:raced", {**told, "ranks": RANKS}, as_worker=True))
+            ones = [{**told, "ranks": [rank]} for rank in RANKS]
+            alone.append([measure("benchmarks.study:raced", one, as_worker=True) for one in ones])
             log.info("%s: %.0f CPU-s in one", precision, together[-1]["process_cpu_s"])
         one = _processes(together, alone)
         figures[precision] = one

@@ -44,6 +44,7 @@ class Share:
     halvings: int = field(init=False, default=0)
     alone: bool = field(init=False, default=False)  # it shares no pass with others any more
     notes: list[str] = field(init=False, default_factory=list)
+    _may_join: bool | None = field(init=False, default=None)  # once it was asked
 
     def __post_init__(self) -> None:
         self.recompute = self.checkpointing == "on"
@@ -59,8 +60,11 @@ class Share:
 
     def joins(self, lora: LoRA, batch: Batch) -> bool:
         """Whether it may share a pass with other adapters: sequences that can be laid end to end, in one piece."""
-        whole = self.accumulate == 1 and not (self.recompute or self.alone) and batch[0].label is None
-        return whole and packs(lora, [self.adapter]) and lora.shares(self.adapter)
+        if self.accumulate > 1 or self.recompute or self.alone or batch[0].label is not None:
+            return False
+        if self._may_join is None:  # the model is asked once, not at every step
+            self._may_join = packs(lora, [self.adapter]) and lora.shares(self.adapter)
+        return self._may_join
 
     def give_way(self, lora: LoRA, batch: Batch) -> None:
         """Take less memory from here on. Raises E_MEMORY when nothing is left to try."""
