@@ -43,13 +43,14 @@ def save(lora: LoRA, name: str, folder: Path, base_model: str) -> None:
 
 
 def load(lora: LoRA, folder: Path, name: str) -> Method:
-    """Attach the adapter in `folder`. Raises E_ADAPTER_FILES, E_KEYS, E_SHAPE, E_NOT_FINITE, E_METHOD and PEFT's."""
+    """Attach the adapter in `folder`. Raises E_METHOD, E_CONFIG and the codes of peft_format.load."""
     if not (folder / METHOD).is_file():
         return peft_format.load(lora, folder, name)
     try:
+        peft_format.check_size(folder / WEIGHTS)
         spec = build_config(BaselineSpec, json.loads((folder / METHOD).read_bytes())["method"])
         saved = load_file(folder / WEIGHTS)
-    except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError, SafetensorError) as error:
         message = f"{METHOD} or {WEIGHTS} is missing or damaged: {quote(str(error))}."
         raise StudioError("E_ADAPTER_FILES", message, "Copy the adapter again.") from error
     parts = build(lora.model, spec)

@@ -1,4 +1,8 @@
-"""The one exception whose text is written for the person at the screen."""
+"""The one exception whose text is written for the person at the screen; and what no text may hold."""
+
+import re
+
+SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?i:\bbearer\s+)[\w.~+/=-]{8,}")
 
 
 class StudioError(Exception):
@@ -21,3 +25,8 @@ def quote(value: object, limit: int = 80) -> str:
     """The user's own value inside a message: printable, quoted and at most `limit` characters."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def redacted(text: str) -> str:
+    """The text without tokens, whatever quoted them."""
+    return SECRETS.sub("[token]", text)

@@ -10,8 +10,9 @@ from typing import Any
 
 from lora_studio.core.lean import Tokens
 from lora_studio.core.lora import LoRA
-from lora_studio.data.batches import encode, encode_label, prompt_ids
+from lora_studio.data.batches import encode_all, encode_labels
 from lora_studio.data.formats import Example
+from lora_studio.data.words import prompt_ids, read_texts
 from lora_studio.errors import StudioError
 from lora_studio.generate import Sampling, answers
 from lora_studio.measure import figures
@@ -38,12 +39,13 @@ def evaluate(
     when one has a label that is not among `classes`.
     """
     if classes:
-        labelled = _some([encode_label(tokenizer, example, classes, max_length).tokens for example in examples])
+        labelled = _some([one.tokens for one in encode_labels(tokenizer, examples, classes, max_length)])
         return {"rows": len(labelled), "capped": 0, **_sides(lora, adapter, lambda: figures(lora, labelled))}
-    pairs = [(example, encode(tokenizer, example, max_length).tokens) for example in examples]
+    encoded = encode_all(tokenizer, examples, max_length)
+    pairs = [(example, one.tokens) for example, one in zip(examples, encoded, strict=True)]
     rows = _some([tokens for _, tokens in pairs if tokens.count])
     asked = [example for example, tokens in pairs if tokens.count and example.messages]  # all of them, or plain texts
-    lengths = [len(tokenizer(example.target, add_special_tokens=False)["input_ids"]) for example in asked]
+    lengths = [len(one.ids) for one in read_texts(tokenizer, [example.target for example in asked], around=False)]
 
     def measure() -> dict[str, float]:
         loss = figures(lora, rows)["loss"]

@@ -177,7 +177,12 @@ def _measured(
     first = next(model.parameters())
     again: Any = kind
     again = again.from_pretrained(
-        folder, dtype=first.dtype, use_safetensors=True, local_files_only=True, attn_implementation=_attention(model)
+        folder,
+        dtype=first.dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        attn_implementation=_attention(model),
     )
     again = again.to(first.device).eval()
     with torch.inference_mode():

@@ -5,6 +5,7 @@ This module does not know what any setting means.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from types import UnionType
@@ -15,7 +16,7 @@ from lora_studio.errors import StudioError, quote
 
 @dataclasses.dataclass(frozen=True)
 class Knob:
-    """What a control must know about one field of a config dataclass."""
+    """What a control must know about one field of a config dataclass; of a text, `max` is the longest."""
 
     name: str
     type: type
@@ -43,9 +44,15 @@ def knob(
     return dataclasses.field(default=default, metadata={"knob": about})
 
 
-def knobs(config: type) -> dict[str, Knob]:
+@functools.cache  # a list of a thousand runs builds a thousand configs
+def _hints(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
+
+
+@functools.cache
+def knobs(config: type) -> Mapping[str, Knob]:
     """The knobs of a dataclass by field name, in declaration order."""
-    hints = get_type_hints(config)
+    hints = _hints(config)
     return {
         field.name: Knob(name=field.name, type=hints[field.name], default=_default(field), **field.metadata["knob"])
         for field in dataclasses.fields(config)
@@ -60,9 +67,14 @@ def _default(field: dataclasses.Field) -> Any:
 def check(config: Any) -> Any:
     """Return `config` unchanged, or raise E_CONFIG for the first knob that is outside its bounds."""
     for name, setting in knobs(type(config)).items():
-        value = getattr(config, name)
+        value: Any = getattr(config, name)
         if not _well_typed(value, setting.type):
             raise StudioError("E_CONFIG", f"{setting.label} is {quote(value)}.", f"Give {_wanted(setting)}.")
+        if setting.type is str and setting.max is not None:
+            if len(value) > setting.max:
+                message = f"{setting.label} has {len(value):,} characters: {quote(value, 40)}."
+                raise StudioError("E_CONFIG", message, f"Give at most {setting.max:g}.")
+            continue
         for one in value.values() if isinstance(value, Mapping) else [value]:
             below = setting.min is not None and one < setting.min
             above = setting.max is not None and one > setting.max
@@ -76,7 +88,7 @@ def build(config: type, values: Mapping[str, Any]) -> Any:
 
     Lists become tuples and whole numbers become floats where the field is a float.
     """
-    hints = get_type_hints(config)
+    hints = _hints(config)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise StudioError("E_CONFIG", f"Unknown setting {quote(unknown[0])}.", f"Known: {', '.join(hints)}.")
@@ -85,12 +97,12 @@ def build(config: type, values: Mapping[str, Any]) -> Any:
 
 def _coerce(value: Any, hint: Any) -> Any:
     if isinstance(hint, UnionType) and isinstance(value, Mapping):  # of dataclasses: the first that has these keys
-        hint = next((one for one in get_args(hint) if value.keys() <= get_type_hints(one).keys()), get_args(hint)[0])
+        hint = next((one for one in get_args(hint) if value.keys() <= _hints(one).keys()), get_args(hint)[0])
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
         return build(hint, value)  # type: ignore[arg-type]
     if get_origin(hint) is tuple and isinstance(value, (list, tuple)):
         return tuple(value)
-    if hint is float and type(value) is int:
+    if hint is float and type(value) is int and abs(value) < 2**1023:
         return float(value)
     if hint is int and type(value) is float and value.is_integer():
         return int(value)
@@ -105,7 +117,7 @@ def _well_typed(value: Any, hint: Any) -> bool:
         of = get_args(hint)[1]
         return isinstance(value, Mapping) and all(type(key) is str and _well_typed(value[key], of) for key in value)
     if hint is float:
-        return type(value) in (int, float) and math.isfinite(value)
+        return type(value) in (int, float) and -math.inf < value < math.inf
     return type(value) is hint
 
 

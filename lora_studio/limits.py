@@ -44,6 +44,8 @@ class Limits:
     kept_bytes_by_all: float = math.inf
     reserve_bytes: int = 512 * MIB  # that stay free: with less, nothing new begins
     idle_hours: float = math.inf  # after which what has ended is deleted
+    log_bytes: int = 50 * MIB  # of what a worker prints; the newest half stays
+    journal_bytes: int = GIB  # of a run's events; with more, answers to samples are left out
 
     # answers
     prompt_characters: int = 32_000
@@ -52,8 +54,11 @@ class Limits:
     # a page asks at most this often; others wait for nobody who asks more
     calls_a_minute: float = math.inf
     starts_a_minute: float = math.inf
+    calls_waiting: float = math.inf  # in the page's own queue, which has one room for all
+    call_bytes: int = 64 * MIB  # of one call that is no upload
 
     local_paths: bool = True  # whether files and folders of this machine may be named
+    known_architectures: bool = False  # whether a model must be of a type in core.layout's table
 
 
 LAPTOP = Limits()
@@ -81,11 +86,16 @@ SPACE = Limits(
     kept_bytes_by_all=20 * GIB,
     reserve_bytes=2 * GIB,
     idle_hours=24,
+    log_bytes=5 * MIB,
+    journal_bytes=64 * MIB,
     prompt_characters=8_000,
     answer_tokens=256,
     calls_a_minute=600,
     starts_a_minute=6,
+    calls_waiting=16,
+    call_bytes=8 * MIB,
     local_paths=False,
+    known_architectures=True,
 )
 
 

@@ -13,8 +13,9 @@ import torch
 
 from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
-from lora_studio.data.batches import encode_label, prompt_ids
+from lora_studio.data.batches import encode_labels
 from lora_studio.data.formats import Example
+from lora_studio.data.words import prompt_ids
 from lora_studio.errors import StudioError
 from lora_studio.generate import answer
 from lora_studio.models import memory
@@ -94,7 +95,7 @@ def sampled(lora: LoRA, tokenizer: Any, samples: Sequence[Example], classes: Seq
         prompts = [prompt_ids(tokenizer, example.prompt) for example in samples]
         *_, final = answer(lora.model, tokenizer, prompts, Sampling(max_new_tokens=SAMPLE_TOKENS))
         return [row.text for row in final]
-    rows = [encode_label(tokenizer, example, classes, most).tokens for example in samples]
+    rows = [one.tokens for one in encode_labels(tokenizer, samples, classes, most)]
     with torch.no_grad():
         likeliest = lean.class_logits(lora.model, rows).float().softmax(-1).max(-1)
     pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)

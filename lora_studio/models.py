@@ -1,14 +1,15 @@
 """Base models: the catalogue, fetching and loading, the starter model, device and dtype.
 
 A model is named by "starter", a catalogue name, a Hub id or a local folder. Weights come from safetensors
-files alone, code comes from transformers alone. Everything fetched lies in one folder, so that a second use
-needs no network. A model is loaded to write text, or with a head that chooses among `labels` labels.
+files alone, code comes from transformers alone; what a folder claims is checked by model_files before it is built.
+Everything fetched lies in one folder, so that a second use needs no network. A model is loaded to write text, or with
+a head that chooses among `labels` labels.
 """
 
+import difflib
 import fcntl
 import hashlib
 import importlib
-import json
 import logging
 import os
 import shutil
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ import psutil
 
 from lora_studio.errors import StudioError, quote
 from lora_studio.hub import is_hub_id
+from lora_studio.limits import LAPTOP, MIB, Limits
+from lora_studio.model_files import CONFIG, check_weights, read_config, wants_own_code, weight_files
 from lora_studio.settings import QUANTISED
 
 log = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ STARTER = "starter"
 FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]  # never *.bin, never *.py
 HEAD_SPREAD = 0.02  # standard deviation of a fresh head's weights, as in BERT and GPT-2
 POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")  # their positions begin at pad_token_id + 1
+REMEMBERED = 8  # structures and tokenizers that are kept in memory
 PATIENCE_S = 4  # how long the Hub may take to answer at all
 
 
@@ -246,9 +250,13 @@ def parameter_count(model: Any) -> int:
 
 
 class ModelLibrary:
-    """Models by name, fetched into one folder (LORA_STUDIO_MODELS, else `root`/models)."""
+    """Models by name, fetched into one folder (LORA_STUDIO_MODELS, else `root`/models).
 
-    def __init__(self, root: Path) -> None:
+    guarded: for a process that others depend on; what a tokenizer does to text is then done in the sandbox.
+    """
+
+    def __init__(self, root: Path, limits: Limits = LAPTOP, *, guarded: bool = False) -> None:
+        self._limits, self._guarded = limits, guarded
         self.folder = Path(os.environ.get("LORA_STUDIO_MODELS") or root / "models").expanduser().absolute()
         self._skeletons: dict[tuple[str, int], Any] = {}
         self._tokenizers: dict[str, Any] = {}
@@ -257,6 +265,7 @@ class ModelLibrary:
         """The model's structure without weights (meta device): enough for plans and estimates."""
         key = name, labels
         if key not in self._skeletons:
+            _forget(self._skeletons)
             import torch
 
             config = self._config(self._folder(name, weights=False), labels)
@@ -265,16 +274,27 @@ class ModelLibrary:
                     self._skeletons[key] = _kind(labels).from_config(config, attn_implementation="eager")
             except Exception as error:  # sizes and names in a config.json may be anything
                 raise StudioError(
-                    "E_ARCH", f"config.json of {quote(name)} describes no model: {quote(str(error))}.", "Try another."
+                    "E_CONFIG", f"config.json of {quote(name)} describes no model: {quote(str(error))}.", "Try another."
                 ) from error
+        count, most = parameter_count(self._skeletons[key]), self._limits.parameters
+        if count > most:
+            message = (
+                f"{quote(name)} has {count / 1e6:,.0f} M parameters; at most {most / 1e6:,.0f} M are trained here."
+            )
+            raise StudioError("E_TOO_LARGE", message, "Choose a smaller model.")
         return self._skeletons[key]
 
     def tokenizer(self, name: str) -> Any:
         """The fast tokenizer with its chat template. Raises E_TOKENIZER."""
         if name not in self._tokenizers:
+            _forget(self._tokenizers)
             from transformers import AutoTokenizer
 
+            from lora_studio.data import words
+
             folder = self._folder(name, weights=False)
+            if self._guarded:
+                words.check(folder)
             try:
                 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             except Exception as error:  # the library raises a dozen kinds for a broken folder
@@ -285,6 +305,9 @@ class ModelLibrary:
                 raise StudioError(
                     "E_TOKENIZER", f"{quote(name)} has no tokenizer.json.", "Choose a model that has one."
                 )
+            if self._guarded:
+                _check_vocabulary(tokenizer, read_config(folder))
+                tokenizer = words.Guarded(tokenizer, folder)
             self._tokenizers[name] = tokenizer
         return self._tokenizers[name]
 
@@ -294,12 +317,13 @@ class ModelLibrary:
         """The model with its weights, in evaluation mode; with `labels`, as a classifier that pads on the right.
 
         A head that the files do not hold is drawn, the same each time. Raises the E_ codes of `_folder` and
-        `_config`, E_QUANTISED and E_SAFETENSORS.
+        `_config`, E_QUANTISED, E_PICKLE, E_SAFETENSORS, E_SHAPE and E_NOT_FINITE.
         """
         import torch
 
+        skeleton = self.skeleton(name, labels)  # first, so that what is too large is never fetched
         folder = self._folder(name, weights=True, say=say)
-        skeleton = self.skeleton(name, labels)
+        check_weights(folder)
         if precision in QUANTISED:
             check_quantising(skeleton, precision, on)
         dtype = torch.bfloat16 if precision in QUANTISED else getattr(torch, precision)
@@ -312,7 +336,7 @@ class ModelLibrary:
                 use_safetensors=True,
                 local_files_only=True,
                 attn_implementation=_attention(skeleton),
-                ignore_mismatched_sizes=labels > 0,
+                ignore_mismatched_sizes=True,  # they are looked at below
                 output_loading_info=True,
             )
         except Exception as error:  # torn shards, wrong shapes: whatever the files provoke
@@ -320,12 +344,15 @@ class ModelLibrary:
                 "E_SAFETENSORS", f"The weights of {quote(name)} do not load: {quote(str(error))}.", "Fetch it again."
             ) from error
         model, found = loaded
-        fresh = {*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])}
-        missing = sorted(fresh - set(_head_tensors(model)) if labels else fresh)
-        if missing:  # the library would go on with random values
-            raise StudioError(
-                "E_SAFETENSORS", f"{quote(name)} lacks {len(missing)} tensors: {quote(missing[0])}.", "Fetch it again."
-            )
+        other = {key: shapes for key, *shapes in found["mismatched_keys"]}
+        fresh = {*found["missing_keys"], *other}
+        wrong = sorted(fresh - set(_head_tensors(model)) if labels else fresh)
+        if wrong:  # the library would go on with random values
+            first, hint = wrong[0], "config.json and the weights do not belong together; fetch the model again."
+            what = f"is {' and not '.join(str(tuple(one)) for one in other[first])}" if first in other else "is missing"
+            message = f"{len(wrong)} tensors of {quote(name)} are not as config.json says: {quote(first)} {what}."
+            raise StudioError("E_SHAPE", message, hint)
+        _check_finite(model, name)
         if labels:
             _draw(model, fresh)
             _pad_right(model, self.tokenizer(name))
@@ -341,14 +368,14 @@ class ModelLibrary:
         """Whether the weights are on this machine already; asks no network."""
         if name in WHEELS and (self.folder / name / "config.json").exists():
             return True
-        if _local_folder(name):
+        if self._local(name):
             return True
         entry = CATALOGUE.get(name)
         return self._cached(entry.repo if entry else name) is not None
 
     def lasting_name(self, name: str) -> str:
         """The name as it still means the same elsewhere: a folder by its whole path."""
-        folder = _local_folder(name)
+        folder = self._local(name)
         return str(folder) if folder else name
 
     def revision(self, name: str) -> str:
@@ -358,8 +385,13 @@ class ModelLibrary:
             return folder.name
         return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:12]
 
+    def _local(self, name: str) -> Path | None:
+        """The folder that a name means; None where folders of this machine may not be named."""
+        path = Path(name).expanduser()
+        return path.absolute() if self._limits.local_paths and (path / CONFIG).is_file() else None
+
     def _folder(self, name: str, *, weights: bool, say: Callable[[str], None] = log.info) -> Path:
-        local = _local_folder(name)
+        local = self._local(name)
         if local:
             return local
         if name in WHEELS:
@@ -367,10 +399,14 @@ class ModelLibrary:
         entry = CATALOGUE.get(name)
         repo = entry.repo if entry else name
         if not is_hub_id(repo):
+            if not self._limits.local_paths and name.startswith((".", "/", "~")):
+                message = f"{quote(name)} is a path; folders of this machine are not opened here."
+                raise StudioError("E_PATH", message, "Give a catalogue name or a Hub id.")
+            near = difflib.get_close_matches(name.lower(), CATALOGUE, 1)
             raise StudioError(
                 "E_MODEL_ID",
-                f"{quote(name)} is no catalogue name, no Hub id (owner/name) and no folder with a config.json.",
-                f"The catalogue has {', '.join(CATALOGUE)}.",
+                f"{quote(name, 60)} is no catalogue name, no Hub id (owner/name) and no folder with a config.json.",
+                f"Did you mean {near[0]}?" if near else f"The catalogue has {', '.join(list(CATALOGUE)[:8])} and more.",
             )
         return self._cached(repo) or self._download(repo, weights=weights, say=say)
 
@@ -393,7 +429,10 @@ class ModelLibrary:
 
         wanted = FILES if weights else [pattern for pattern in FILES if "safetensors" not in pattern]
         with _named_hub_errors(repo):
-            HfApi().model_info(repo, timeout=PATIENCE_S)  # one question first: a download waits minutes for a dead Hub
+            # one question first: a download waits minutes for a dead Hub, and does not ask how large it will be
+            about = HfApi().model_info(repo, timeout=PATIENCE_S, files_metadata=weights)
+            if weights:
+                self._check_room(repo, {file.rfilename: file.size or 0 for file in about.siblings or ()})
             say(f"Fetching {repo} from the Hub" if weights else f"Reading the configuration of {repo}")
             folder = Path(
                 snapshot_download(repo, cache_dir=self.folder / "hub", allow_patterns=wanted, etag_timeout=PATIENCE_S)
@@ -406,38 +445,54 @@ class ModelLibrary:
             )
         return folder
 
+    def _check_room(self, repo: str, sizes: Mapping[str, int]) -> None:
+        """Raise E_TOO_LARGE or E_DISK before a download that would be one; files that are here already count too."""
+        from huggingface_hub.utils import filter_repo_objects
+
+        wanted = sum(sizes[name] for name in filter_repo_objects(sizes, allow_patterns=FILES))
+        if wanted > 4 * self._limits.parameters + 256 * MIB:  # in float32, and a tokenizer
+            message = f"The files of {repo} have {wanted / 1e9:,.1f} GB, more than a model that is trained here."
+            raise StudioError("E_TOO_LARGE", message, "Choose a smaller model.")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free
+        if wanted + self._limits.reserve_bytes > free:
+            message = f"{repo} needs {wanted / 1e9:,.1f} GB on the disk; {free / 1e9:,.1f} GB are free."
+            raise StudioError("E_DISK", message, "Delete what you need no more, or choose a smaller model.")
+
     def _config(self, folder: Path, labels: int = 0) -> Any:
-        """The checked configuration. Raises E_REMOTE_CODE and E_ARCH."""
-        from transformers import AutoConfig
+        """The checked configuration. Raises E_REMOTE_CODE, E_ARCH and the codes of model_files.read_config."""
+        from transformers import CONFIG_MAPPING, AutoConfig
         from transformers.models.auto.modeling_auto import (
             MODEL_FOR_CAUSAL_LM_MAPPING,
             MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
         )
 
-        from lora_studio.core.layout import ENCODERS
+        from lora_studio.core.layout import ENCODERS, LAYOUTS
 
+        about = read_config(folder)
+        kind = about.get("model_type")
+        if self._limits.known_architectures and kind not in (*LAYOUTS, *ENCODERS):
+            code = "E_REMOTE_CODE" if wants_own_code(about) else "E_ARCH"
+            raise StudioError(code, f"Models of type {quote(kind)} are not trained here.", "Choose one of the list.")
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:
-            if b'"auto_map"' in (folder / "config.json").read_bytes():
+            if wants_own_code(about):
                 raise StudioError(
                     "E_REMOTE_CODE", "This model wants to run code of its own.", "Such models are not loaded."
                 ) from error
-            raise StudioError(
-                "E_ARCH", f"config.json is not of a model that transformers knows: {quote(str(error))}.", "Try another."
-            ) from error
+            known = isinstance(kind, str) and kind in CONFIG_MAPPING
+            code, what = ("E_CONFIG", "describes no model") if known else ("E_ARCH", "is of no model that is known")
+            raise StudioError(code, f"config.json {what}: {quote(str(error))}.", "Try another.") from error
         encoder = config.model_type in ENCODERS
-        writes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder
+        seq2seq = getattr(config, "is_encoder_decoder", False)
+        writes = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not encoder and not seq2seq
         if not labels and not writes:
             instead = "Choose the task classify, or a" if encoder else "Choose a"
             raise StudioError(
                 "E_ARCH", f"{config.model_type} is not a causal language model.", f"{instead} model that writes text."
             )
-        if labels and not (
-            type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-            and (encoder or writes)
-            and not getattr(config, "is_encoder_decoder", False)
-        ):
+        if labels and not (type(config) in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING and (encoder or writes)):
             raise StudioError(
                 "E_ARCH",
                 f"{config.model_type} has no form that chooses labels.",
@@ -480,21 +535,38 @@ class ModelLibrary:
         return folder
 
 
-def _local_folder(name: str) -> Path | None:
-    path = Path(name).expanduser()
-    return path.absolute() if (path / "config.json").is_file() else None
+def _forget(kept: dict[Any, Any]) -> None:
+    """Make room for one more: strangers may name any number of models."""
+    while len(kept) >= REMEMBERED:
+        kept.pop(next(iter(kept)), None)
 
 
 def _whole(folder: Path) -> bool:
     """Whether all weight files are there; a download that was cut off leaves some of its shards."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return (folder / "model.safetensors").exists()
     try:
-        shards = set(json.loads(index.read_bytes())["weight_map"].values())
-    except (ValueError, KeyError, AttributeError):
+        files = weight_files(folder)
+    except StudioError:
         return False
-    return all((folder / Path(shard).name).exists() for shard in shards)
+    return bool(files) and all(file.is_file() for file in files)
+
+
+def _check_vocabulary(tokenizer: Any, config: Mapping[str, Any]) -> None:
+    """E_TOKENIZER where it gives words for which the model has no embedding: training would fail at the first."""
+    inner = config.get("text_config")
+    rows = config.get("vocab_size") or (inner.get("vocab_size") if isinstance(inner, dict) else None)
+    if rows and tokenizer.vocab_size > rows:
+        message = f"The tokenizer knows {tokenizer.vocab_size:,} tokens, the model {rows:,}."
+        raise StudioError("E_TOKENIZER", message, "They do not belong together; choose another model.")
+
+
+def _check_finite(model: Any, name: str) -> None:
+    """E_NOT_FINITE for weights that are no numbers. A sum tells, but may itself be too large: then all are seen."""
+    import torch
+
+    for key, tensor in model.named_parameters():
+        if not torch.isfinite(tensor.sum()) and not torch.isfinite(tensor).all():
+            message = f"{quote(key)} of {quote(name)} holds values that are not finite."
+            raise StudioError("E_NOT_FINITE", message, "The files are damaged; fetch them again.")
 
 
 def _attention(skeleton: Any) -> str:
@@ -634,9 +706,10 @@ def _convert_gguf(source: Path, to: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-    config = AutoConfig.from_pretrained(source.parent, gguf_file=source.name)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    only_ours: dict[str, Any] = {"gguf_file": source.name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(source.parent, trust_remote_code=False, **only_ours)
+    config = AutoConfig.from_pretrained(source.parent, trust_remote_code=False, **only_ours)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     tensors = load_gguf_checkpoint(str(source), return_tensors=True, model_to_load=model)["tensors"]
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)

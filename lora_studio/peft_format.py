@@ -9,6 +9,8 @@ An adapter on q and v of a fused matrix becomes one dense pair: A stacks the sli
 block-structured. Which slices they were stands in the safetensors header, so that our own files come back as they
 were. One scale, alpha / r, holds for every layer of a file: what differs is folded into B, because some loaders
 look at no pattern.
+
+Only these two files are ever opened, and the base that they name is shown, never loaded.
 """
 
 import json
@@ -32,6 +34,10 @@ from lora_studio.errors import StudioError, quote
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+PICKLE = "adapter_model.bin"
+CONFIG_BYTES, WEIGHTS_BYTES = 2**20, 4 * 2**30
+MOST_RANK = 65_536  # of a sum of adapters, too
+FLOATS = ("F64", "F32", "F16", "BF16")  # what factors are stored in
 KEY = re.compile(r"(?P<layer>.+)\.lora_(?P<kind>A\.weight|B\.weight|embedding_A|embedding_B|magnitude_vector)")
 NAMES = {  # in the file -> which factor
     **{"A.weight": "A", "embedding_A": "A", "B.weight": "B", "embedding_B": "B"},
@@ -79,7 +85,11 @@ def save(lora: LoRA, name: str, folder: Path, base_model: str) -> None:
 
 
 def load(lora: LoRA, folder: Path, name: str) -> LoraSpec:
-    """Attach the adapter in `folder`. Raises E_ADAPTER_FILES, E_PEFT_VARIANT, E_KEYS, E_SHAPE, E_NOT_FINITE."""
+    """Attach the adapter in `folder`, or nothing of it.
+
+    Raises E_ADAPTER_FILES, E_PICKLE, E_TOO_LARGE, E_SAFETENSORS, E_DTYPE, E_PEFT_VARIANT, E_RANK, E_BASE, E_KEYS,
+    E_SHAPE and E_NOT_FINITE.
+    """
     config = _read_config(folder)
     tensors, about = _read_tensors(folder / WEIGHTS)
     layers: dict[str, dict[str, torch.Tensor]] = {}
@@ -98,6 +108,7 @@ def load(lora: LoRA, folder: Path, name: str) -> LoraSpec:
             copies[inner] = tensor.float()
     if not layers:
         raise StudioError("E_KEYS", "The adapter holds no LoRA factors.", "It was saved empty; save it again.")
+    _check_base(lora.model, layers, config)
     factors = []
     for layer, parts in layers.items():
         slices = about.get("slices")
@@ -223,6 +234,25 @@ def _suffixes(lora: LoRA, layers: set[str]) -> list[str]:
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
 
+def _check_base(model: Any, layers: Mapping[str, Mapping[str, torch.Tensor]], config: Mapping[str, Any]) -> None:
+    """Raise E_BASE where nothing of the adapter fits the model; where something does, what does not is named later."""
+    known = dict(model.named_modules())
+
+    def fits(layer: str, parts: Mapping[str, torch.Tensor]) -> bool:
+        module = known.get(layer)
+        if module is None or not is_adaptable(module):
+            return False
+        out, width = dimensions(module)
+        A, B = parts.get("A"), parts.get("B")
+        return A is None or B is None or A.dim() != 2 or (A.shape[1] == width and len(B) == out)
+
+    if not any(fits(layer, parts) for layer, parts in layers.items()):
+        ours = Path(getattr(model.config, "name_or_path", "")).name or model.config.model_type
+        theirs = quote(config.get("base_model_name_or_path"), 60)
+        message = f"No layer of the adapter fits {quote(ours, 60)}; it was made for {theirs}."
+        raise StudioError("E_BASE", message, "Choose the base that it was trained on.")
+
+
 def _factors(
     model: Any, layer: str, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any], slices: Any
 ) -> list[Factors]:
@@ -336,13 +366,18 @@ def _patterned(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> A
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
+    if (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file():
+        message = f"The adapter is in {PICKLE}, which may run code when it is opened."
+        raise StudioError("E_PICKLE", message, f"Save it as {WEIGHTS}, where you trust it.")
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise StudioError(
             "E_ADAPTER_FILES", f"{CONFIG} and {WEIGHTS} must both be there.", "Other formats are not read."
         )
+    if (folder / CONFIG).stat().st_size > CONFIG_BYTES:
+        raise StudioError("E_ADAPTER_FILES", f"{CONFIG} is too large to be one.", "Copy the adapter again.")
     try:
         config = json.loads((folder / CONFIG).read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StudioError("E_ADAPTER_FILES", f"{CONFIG} is not JSON.", "Copy the adapter again.") from error
     if not isinstance(config, dict):
         raise StudioError("E_ADAPTER_FILES", f"{CONFIG} is not an object.", "Copy the adapter again.")
@@ -379,6 +414,9 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
     if wrong:
         message = f"{wrong[0]} in {CONFIG} is {quote(full[wrong[0]])}."
         raise StudioError("E_ADAPTER_FILES", message, "The file was damaged or made by hand; save the adapter again.")
+    rank = max(full["r"], *full["rank_pattern"].values(), 1)
+    if rank > MOST_RANK:
+        raise StudioError("E_RANK", f"The adapter says rank {rank:,}; at most {MOST_RANK:,} is read.", "Save it anew.")
     return full
 
 
@@ -392,14 +430,28 @@ def _is_pattern(value: Any, whole: bool = False) -> bool:
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Every tensor of a file and our header in it; none is read before all are found to be plain numbers."""
+    check_size(path)
     try:
         with safe_open(path, framework="pt") as file:
             about = (file.metadata() or {}).get("lora_studio", "{}")
+            for key in file.keys():  # noqa: SIM118
+                if (kind := file.get_slice(key).get_dtype()) not in FLOATS:
+                    message = f"{quote(key)} is stored as {kind}; expected one of {', '.join(FLOATS)}."
+                    raise StudioError("E_DTYPE", message, "Save the adapter in bfloat16 or float32.")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise StudioError("E_SAFETENSORS", f"{path.name} is damaged: {quote(str(error))}.", "Copy it again.") from error
     try:
         header = json.loads(about)
-    except ValueError:
+    except (ValueError, RecursionError):
         header = {}  # another program's; without it slices come back as whole matrices
     return tensors, header if isinstance(header, dict) else {}
+
+
+def check_size(path: Path) -> None:
+    """Raise E_TOO_LARGE for a file that is larger than any adapter."""
+    size = path.stat().st_size
+    if size > WEIGHTS_BYTES:
+        message = f"{path.name} has {size / 2**30:.1f} GiB; an adapter has at most {WEIGHTS_BYTES / 2**30:.0f}."
+        raise StudioError("E_TOO_LARGE", message, "Give an adapter, not a whole model.")

@@ -1,9 +1,7 @@
-"""Examples -> token ids with a mark on every supervised token, and what their lengths look like.
+"""Examples -> token ids with a mark on every supervised token, cut to what fits, and what their lengths look like.
 
-A conversation is rendered with the tokenizer's own chat template; a model without one gets the plain
-template below. Supervised are the assistant's words and the mark that ends its turn, found by where they lie
-in the rendered text. For a classifier there is no template: the text alone is read, the answer is a label.
-This file does not know where rows come from or how a model is trained.
+How a tokenizer reads a conversation is in data.words. For a classifier there is no template: the text alone is read,
+the answer is a label. This file does not know where rows come from or how a model is trained.
 """
 
 import statistics
@@ -12,10 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora_studio.core.lean import Tokens
-from lora_studio.data.formats import Example, Message
+from lora_studio.data.formats import Example
+from lora_studio.data.words import Reading, read_rows, read_texts
 from lora_studio.errors import StudioError, quote
-
-SPEAKERS = {"system": "System", "user": "User", "assistant": "Assistant"}  # the plain template's
 
 
 @dataclass(frozen=True)
@@ -24,6 +21,7 @@ class Encoded:
 
     tokens: Tokens
     cut: int
+    quoted: int = 0  # control tokens of the model in somebody's words, read as plain letters
 
 
 @dataclass(frozen=True)
@@ -46,36 +44,17 @@ class Lengths:
     total: int  # tokens kept, of all examples
     supervised: int
     histogram: tuple[int, ...]  # 20 equal bins from 0 to `max`
-
-
-def render(tokenizer: Any, messages: Sequence[Message], *, reply: bool = False) -> str:
-    """The conversation as one text; with `reply`, up to where the assistant begins to speak."""
-    turns = [{"role": message.role, "content": message.content} for message in messages]
-    if getattr(tokenizer, "chat_template", None):
-        try:
-            return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply)
-        except Exception as error:  # templates are programs of their own and raise what they like
-            raise StudioError(
-                "E_TEMPLATE", f"The model's chat template refused the row: {quote(str(error))}.", "Try another model."
-            ) from error
-    end = tokenizer.eos_token or ""
-    text = "".join(
-        f"{SPEAKERS[turn['role']]}: {turn['content']}{end if turn['role'] == 'assistant' else ''}\n" for turn in turns
-    )
-    return f"{text}{SPEAKERS['assistant']}:" if reply else text
-
-
-def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
-    """Token ids that a model continues with its answer; the same text that training put before the answer."""
-    templated = bool(getattr(tokenizer, "chat_template", None))
-    return tokenizer(render(tokenizer, messages, reply=True), add_special_tokens=not templated)["input_ids"]
+    quoted: int = 0  # examples with control tokens of the model in their words
 
 
 def encode(tokenizer: Any, example: Example, max_length: int) -> Encoded:
     """Token ids and supervision marks, cut on the right at `max_length` tokens."""
-    ids, supervised, _ = _tokenize(tokenizer, example)
-    cut = max(0, len(ids) - max_length)
-    return Encoded(Tokens(tuple(ids[:max_length]), tuple(supervised[:max_length])), cut)
+    return encode_all(tokenizer, [example], max_length)[0]
+
+
+def encode_all(tokenizer: Any, examples: Sequence[Example], max_length: int) -> list[Encoded]:
+    """As `encode`, for many rows at once, which costs less where the tokenizer is guarded."""
+    return [_cut(reading, max_length) for reading in read_rows(tokenizer, examples)]
 
 
 def encode_label(tokenizer: Any, example: Example, labels: Sequence[str], max_length: int) -> Encoded:
@@ -83,29 +62,36 @@ def encode_label(tokenizer: Any, example: Example, labels: Sequence[str], max_le
 
     Cut inside at `max_length` tokens: the special tokens that close a text stay. Raises E_LABELS.
     """
-    label = example.target.strip()
-    if label not in labels:
-        known = quote(", ".join(labels), 100)
-        raise StudioError(
-            "E_LABELS", f"Row {example.row:,} has the label {quote(label, 40)}; known are {known}.", "Correct the row."
-        )
-    text = example.prompt[-1].content if example.prompt else ""
-    encoding = tokenizer(text, return_special_tokens_mask=True)
-    ids, special = list(encoding["input_ids"]), encoding["special_tokens_mask"]
-    cut = max(0, len(ids) - max_length)
-    if cut:
-        closing = next((number for number, mark in enumerate(reversed(special)) if not mark), 0)
-        ids = ids[: max_length - closing] + ids[len(ids) - closing :]
-    ids = ids or [tokenizer.eos_token_id or 0]  # a model must read something
-    return Encoded(Tokens(tuple(ids), (False,) * len(ids), labels.index(label)), cut)
+    return encode_labels(tokenizer, [example], labels, max_length)[0]
+
+
+def encode_labels(tokenizer: Any, examples: Sequence[Example], labels: Sequence[str], max_length: int) -> list[Encoded]:
+    """As `encode_label`, for many rows at once."""
+    places = {label: number for number, label in enumerate(labels)}
+    for example in examples:
+        if example.target.strip() not in places:
+            label, known = quote(example.target.strip(), 40), quote(", ".join(labels), 100)
+            message = f"Row {example.row:,} has the label {label}; known are {known}."
+            raise StudioError("E_LABELS", message, "Correct the row.")
+    texts = [example.prompt[-1].content if example.prompt else "" for example in examples]
+    encoded = []
+    for example, (ids, around, quoted) in zip(examples, read_texts(tokenizer, texts), strict=True):
+        cut = max(0, len(ids) - max_length)
+        if cut:
+            closing = next((number for number, mark in enumerate(reversed(around)) if not mark), 0)
+            ids = ids[: max_length - closing] + ids[len(ids) - closing :]
+        ids = ids or [tokenizer.eos_token_id or 0]  # a model must read something
+        tokens = Tokens(tuple(ids), (False,) * len(ids), places[example.target.strip()])
+        encoded.append(Encoded(tokens, cut, quoted))
+    return encoded
 
 
 def preview(tokenizer: Any, example: Example, max_length: int) -> list[Piece]:
     """The rendered text token by token: context, trained, or cut off."""
-    _, supervised, texts = _tokenize(tokenizer, example)
-    kinds = ["trained" if mark else "context" for mark in supervised]
+    reading = read_rows(tokenizer, [example], texts=True)[0]
+    kinds = ["trained" if mark else "context" for mark in reading.supervised]
     kinds[max_length:] = ["cut"] * len(kinds[max_length:])
-    return [Piece(text, kind) for text, kind in zip(texts, kinds, strict=True)]
+    return [Piece(text, kind) for text, kind in zip(reading.texts, kinds, strict=True)]
 
 
 def lengths(encoded: Sequence[Encoded]) -> Lengths:
@@ -130,39 +116,10 @@ def lengths(encoded: Sequence[Encoded]) -> Lengths:
         total=sum(len(one.tokens.ids) for one in encoded),
         supervised=sum(supervised),
         histogram=tuple(bins),
+        quoted=sum(one.quoted > 0 for one in encoded),
     )
 
 
-def _tokenize(tokenizer: Any, example: Example) -> tuple[list[int], list[bool], list[str]]:
-    """Ids, supervision marks and the text of each token, uncut."""
-    templated = bool(getattr(tokenizer, "chat_template", None)) and not example.text
-    text, spans = _spans(tokenizer, example)
-    encoding = tokenizer(text, add_special_tokens=not templated, return_offsets_mapping=True)
-    ids, supervised, texts = list(encoding["input_ids"]), [], []
-    for token, (start, end) in zip(ids, encoding["offset_mapping"], strict=True):
-        supervised.append(end > start and any(first <= start < last for first, last in spans))
-        texts.append(text[start:end] if end > start else tokenizer.convert_ids_to_tokens(token))
-    return ids, supervised, texts
-
-
-def _spans(tokenizer: Any, example: Example) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered text and where in it the supervised characters lie."""
-    if example.text:
-        text = example.text + (tokenizer.eos_token or "")
-        return text, [(0, len(text))]
-    text = render(tokenizer, example.messages).rstrip()
-    spans = []
-    for turn, message in enumerate(example.messages):
-        if message.role != "assistant":
-            continue
-        before = render(tokenizer, example.messages[:turn], reply=True)
-        after = render(tokenizer, example.messages[: turn + 1]).rstrip()
-        if text.startswith(before) and text.startswith(after):
-            spans.append((len(before), len(after)))
-    if not spans:
-        raise StudioError(
-            "E_TEMPLATE",
-            f"Row {example.row}: the model's chat template does not show where the answer begins.",
-            "Use another model, or plain text rows.",
-        )
-    return text, spans
+def _cut(reading: Reading, most: int) -> Encoded:
+    tokens = Tokens(reading.ids[:most], reading.supervised[:most])
+    return Encoded(tokens, max(0, len(reading.ids) - most), reading.quoted)

@@ -133,7 +133,7 @@ def convert(table: Table, format: str, columns: Mapping[str, str]) -> tuple[list
         notes["rows left out: nothing to learn in them"] = dropped
     if repeated := len(examples) - len({(example.messages, example.text) for example in examples}):
         notes["rows repeat an earlier row"] = repeated
-    return examples, [f"{count:,} {what}" for what, count in notes.items()]
+    return examples, [f"{count:,} {what}" for what, count in notes.items() if count]
 
 
 def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
@@ -185,7 +185,10 @@ def _from_instruction(cells: Cells, notes: Notes) -> Example:
 
 
 def _from_label(cells: Cells, notes: Notes) -> Example:
-    return _answered(cells, cells.text("text"), cells.text("label"), notes)
+    label = cells.value("label")
+    whole = isinstance(label, float) and label.is_integer()  # a column of numbers with a gap in it, written elsewhere
+    notes["labels such as 1.0 read as 1"] += whole
+    return _answered(cells, cells.text("text"), str(int(label)) if whole else cells.text("label"), notes)
 
 
 def _from_text(cells: Cells, notes: Notes) -> Example:

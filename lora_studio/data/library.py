@@ -1,11 +1,13 @@
 """DataLibrary: datasets kept on disk under content-hash ids, and the split into training and held-out rows.
 
-A dataset is the folder root/datasets/<id> with source.<kind>, the bytes as they came, and dataset.json, what
-was understood of them. It is written elsewhere and renamed into place, so it is there whole or not at all.
+A dataset is the folder root/datasets/<id> with source.<kind>, the bytes as they came, rows.jsonl, what the sandbox
+read in them, and dataset.json, what was understood. It is written elsewhere and renamed into place, so it is there
+whole or not at all. The source is parsed once, in the sandbox; the app and its workers open the rows alone.
 No text of a user becomes a path. This module does not know models, tokens or runs.
 """
 
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -24,16 +26,17 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from lora_studio.data.formats import Example, columns_for, convert, guess
-from lora_studio.data.readers import EXTENSIONS, Table, open_file, read, read_path, text_kind
+from lora_studio.data.readers import EXTENSIONS, Table, open_file, read_normalised, text_kind
 from lora_studio.errors import StudioError, quote
 from lora_studio.hub import is_hub_id
 from lora_studio.limits import LAPTOP, Limits
+from lora_studio.sandbox import Bounds, once
 
 log = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 COPY_BYTES = 2**20
-STREAM_RETRIES = 3  # the client's own default waits for minutes
+ROWS = "rows.jsonl"
 
 
 class Sample(NamedTuple):
@@ -68,6 +71,7 @@ class Dataset:
     warnings: tuple[str, ...]
     created: float  # seconds since 1970
     source: str  # "file" | "text" | "hub" | "sample"
+    digest: str = ""  # sha256 of rows.jsonl
 
 
 class DataLibrary:
@@ -112,11 +116,17 @@ class DataLibrary:
             token = False
         if not is_hub_id(repo):
             raise StudioError("E_HUB_ID", f"{quote(repo)} is no dataset id.", "Write owner/name as on huggingface.co.")
-        rows, chosen = _hub_rows(repo, split, config, token)
-        with tempfile.TemporaryFile() as file:
-            notes = _write_lines(file, rows, max_rows, self.limits)
-            file.seek(0)
-            return self._keep(file, "hub.jsonl", f"{repo} ({chosen})", "hub", notes)
+        with self._incoming() as folder:
+            limits, lines = self.limits, folder / "hub.jsonl"
+            found = once(
+                "lora_studio.data.hub_rows:fetch",
+                *(repo, split, config, token, max_rows, str(lines), limits.file_bytes),
+                bounds=Bounds.of(limits),
+                file_bytes=limits.file_bytes,
+                network=True,
+            )
+            with lines.open("rb") as file:
+                return self._keep(file, lines.name, f"{repo} ({found['split']})", "hub", tuple(found["notes"]))
 
     def find(self, what: str) -> Dataset:
         """A dataset by its id, a sample's name, a file's path or a Hub id, in this order."""
@@ -124,9 +134,13 @@ class DataLibrary:
             return self.get(what)
         if what in SAMPLES:
             return self.add_sample(what)
-        path = Path(what)
-        on_the_hub = is_hub_id(what) and path.suffix.lower() not in EXTENSIONS and not path.exists()
-        return self.add_hub(what) if on_the_hub else self.add(path)
+        path, here = Path(what), self.limits.local_paths
+        if is_hub_id(what) and path.suffix.lower() not in EXTENSIONS and not (here and path.exists()):
+            return self.add_hub(what)
+        if not here:
+            message = f"{quote(what)} is no dataset, no sample and no id on the Hub; paths are not opened here."
+            raise StudioError("E_PATH", message, "Upload the file, or paste its text.")
+        return self.add(path)
 
     def get(self, id: str) -> Dataset:
         """The dataset with this id."""
@@ -139,9 +153,21 @@ class DataLibrary:
             "E_DATASET_NOT_FOUND", f"There is no dataset {quote(id)}.", "Choose one of the list or add it."
         )
 
+    def delete(self, id: str) -> None:
+        """Forget a dataset and its file; runs that were trained on it keep their adapters."""
+        folder = self.get(id).path.parent
+        with self._incoming() as aside:
+            folder.rename(aside / id)  # at once, whoever may be looking
+
     def table(self, id: str) -> Table:
-        """The rows of a dataset."""
-        return read_path(self.get(id).path, limits=self.limits)
+        """The rows of a dataset. Raises E_CHANGED where they are not the ones that were read from its file."""
+        dataset = self.get(id)
+        rows = dataset.path.with_name(ROWS)
+        if not rows.is_file():  # kept by an earlier version
+            with self._incoming() as folder:
+                self._parse(dataset.path, dataset.path.name, folder / ROWS)
+                (folder / ROWS).replace(rows)
+        return _opened(rows, dataset)
 
     def mapping(self, dataset: Dataset, format: str = "") -> dict[str, str]:
         """{role: column} as guessed with the dataset, or for another format."""
@@ -158,11 +184,13 @@ class DataLibrary:
 
     def _keep(self, file: BinaryIO, file_name: str, name: str, source: str, notes: tuple[str, ...] = ()) -> Dataset:
         with self._incoming() as folder:
+            self._check_room()
             with open(folder / "source", "w+b") as copy:
                 digest = _copy(file, copy, self.limits)
-                table = read(copy, file_name, self.limits)
                 os.fsync(copy.fileno())
                 size = copy.seek(0, os.SEEK_END)
+            read = self._parse(folder / "source", file_name, folder / ROWS)
+            table = _opened(folder / ROWS, read)
             format, mapping = guess(table)
             id = self._free_id(digest, table.kind)
             dataset = Dataset(
@@ -177,6 +205,7 @@ class DataLibrary:
                 warnings=(*table.warnings, *notes),
                 created=time.time(),
                 source=source,
+                digest=read.digest,
             )
             (folder / "source").rename(folder / dataset.path.name)
             facts = {key: value for key, value in dataclasses.asdict(dataset).items() if key not in ("id", "path")}
@@ -194,6 +223,31 @@ class DataLibrary:
                     raise
         return self.get(id)  # the first one, if the same bytes were kept before
 
+    def _check_room(self) -> None:
+        """Raise E_DISK or E_LIMIT where one dataset more would be too much."""
+        limits, free = self.limits, shutil.disk_usage(self.folder).free
+        if free < limits.reserve_bytes:
+            raise _disk_full(free)
+        kept = sum(path.stat().st_size for path in self.folder.glob("*/*")) if math.isfinite(limits.kept_bytes) else 0
+        if kept + 2 * limits.file_bytes > limits.kept_bytes:
+            message = f"The datasets here fill {kept / 1e6:,.0f} MB of the {limits.kept_bytes / 1e6:,.0f} MB for you."
+            hint = f"What is not used for {limits.idle_hours:.0f} hours is deleted; until then train on what is there."
+            raise StudioError("E_LIMIT", message, hint)
+
+    def _parse(self, source: Path, name: str, rows: Path) -> "_Read":
+        """Write the rows of a file, in the sandbox, and make sure they are on the disk."""
+        limits = self.limits
+        found = once(
+            "lora_studio.data.readers:normalise",
+            *(str(source), name, str(rows), dataclasses.asdict(limits)),
+            bounds=Bounds.of(limits),
+            file_bytes=limits.decoded_bytes + limits.row_bytes,
+        )
+        with rows.open("rb") as file:
+            os.fsync(file.fileno())
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return _Read(found["kind"], tuple(found["columns"]), tuple(found["warnings"]), digest)
+
     @contextmanager
     def _incoming(self) -> Iterator[Path]:
         """A folder beside the datasets, gone afterwards unless it was renamed."""
@@ -201,6 +255,10 @@ class DataLibrary:
         folder = Path(tempfile.mkdtemp(prefix="incoming-", dir=self.folder))
         try:
             yield folder
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise _disk_full(shutil.disk_usage(self.folder).free) from None
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -232,6 +290,15 @@ class DataLibrary:
             except StudioError:
                 continue  # a copy that is still being written, or a damaged one, which get() has logged
         return sorted(found, key=lambda dataset: (-dataset.created, dataset.id))
+
+
+class _Read(NamedTuple):
+    """What the sandbox says of a file."""
+
+    kind: str
+    columns: tuple[str, ...]
+    warnings: tuple[str, ...]
+    digest: str
 
 
 def split(examples: Iterable[Example], holdout: float = 0.1, seed: int = 0) -> tuple[list[Example], list[Example]]:
@@ -275,97 +342,39 @@ def _split_key(example: Example, seed: int) -> str:
     return hashlib.sha256(json.dumps([seed, said]).encode()).hexdigest()
 
 
+def _disk_full(free: int) -> StudioError:
+    message = f"Only {free / 1e6:,.0f} MB of the disk are free; the dataset was not kept."
+    return StudioError("E_DISK", message, "Make room, for instance by deleting runs.")
+
+
 def _is_id(text: str) -> bool:
     return re.fullmatch(r"[0-9a-f]{32}", text) is not None
+
+
+def _opened(path: Path, about: "_Read | Dataset") -> Table:
+    """The rows in rows.jsonl. Raises E_CHANGED."""
+    digest = hashlib.sha256()
+
+    def lines(file: BinaryIO) -> Iterator[bytes]:
+        for line in file:
+            digest.update(line)
+            yield line
+
+    hint = "Add its file again."
+    try:
+        with path.open("rb") as file:
+            table = read_normalised(lines(file), about.kind, about.columns, about.warnings)
+    except (ValueError, TypeError, OSError) as error:
+        raise StudioError("E_CHANGED", f"The rows of the dataset cannot be read: {quote(str(error))}.", hint) from None
+    if about.digest and digest.hexdigest() != about.digest:
+        raise StudioError("E_CHANGED", "The rows of the dataset were changed since it was added.", hint)
+    return table
 
 
 def _copy(file: BinaryIO, copy: BinaryIO, limits: Limits) -> Any:
     """Copy as much as may be read and return its hash."""
     digest, size = hashlib.sha256(), 0
-    while (chunk := file.read(COPY_BYTES)) and size <= limits.file_bytes:  # one chunk more, for `read` to refuse
+    while (chunk := file.read(COPY_BYTES)) and size <= limits.file_bytes:  # one chunk more, for the reader to refuse
         size += copy.write(chunk)
         digest.update(chunk)
     return digest
-
-
-# The Hugging Face Hub; its address is HF_ENDPOINT of the environment
-
-
-def _hub_rows(
-    repo: str, split: str | None, config: str | None, token: str | bool | None
-) -> tuple[Iterator[dict[str, Any]], str]:
-    """The rows of one split as they arrive, and the split's name."""
-    import datasets
-    import huggingface_hub
-    from datasets import config as client
-
-    client.STREAMING_READ_MAX_RETRIES = client.STREAMING_OPEN_MAX_RETRIES = STREAM_RETRIES
-    client.USE_PARQUET_EXPORT = client.HF_UPDATE_DOWNLOAD_COUNTS = False  # talk to the Hub and to nobody else
-    place = f"hf://datasets/{repo}"  # with the scheme, so that a local folder of that name is never taken
-    with _hub_errors(repo):
-        huggingface_hub.HfApi().auth_check(repo, repo_type="dataset", token=token)
-        try:
-            splits = datasets.load_dataset(place, name=config, streaming=True, token=token)
-        except ValueError:
-            names = datasets.get_dataset_config_names(place, token=token)
-            if config in names or (config is None and len(names) < 2):
-                raise
-            wrong = f"has no configuration {quote(config, 40)}" if config else "has several configurations"
-            hint = f"Give one of: {quote(', '.join(names), 150)}."
-            raise StudioError("E_HUB_CONFIG", f"{repo} {wrong}.", hint) from None
-    names = [str(name) for name in splits]
-    chosen = split or str("train" if "train" in names or not names else names[0])
-    if chosen not in names or (split is None and chosen != "train" and len(names) > 1):
-        message = f"{repo} has no split {quote(chosen, 40)}."
-        raise StudioError("E_HUB_SPLIT", message, f"Give one of: {quote(', '.join(names), 150)}.")
-
-    def rows() -> Iterator[dict[str, Any]]:
-        with _hub_errors(repo):
-            stream = splits[chosen]
-            yield from stream.decode(False) if stream.features else stream  # pictures stay bytes, refused below
-
-    return rows(), chosen
-
-
-@contextmanager
-def _hub_errors(repo: str) -> Iterator[None]:
-    """What the clients of the Hub raise, as errors a person can act on."""
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError:
-        hint = f"Ask for access at huggingface.co/datasets/{repo} and log in with `hf auth login`."
-        raise StudioError("E_HUB_GATED", f"{repo} is open only to those who were granted access.", hint) from None
-    except errors.RepositoryNotFoundError:
-        hint = "Check owner and name; for a private one log in with `hf auth login`."
-        raise StudioError("E_HUB_NOT_FOUND", f"There is no public dataset {repo} on the Hub.", hint) from None
-    except errors.HfHubHTTPError as error:
-        message = f"The Hub answered {error.response.status_code} for {repo}."
-        raise StudioError("E_OFFLINE", message, "Try again later, or give a file.") from None
-    except (DatasetsError, ValueError, RuntimeError, ImportError) as error:
-        message = f"{repo} cannot be read as a table: {quote(str(error), 120)}."
-        raise StudioError("E_HUB_DATA", message, "Download its files and give one of them.") from None
-    except (errors.HTTPError, OSError):  # pyright: ignore[reportPrivateImportUsage]
-        raise StudioError(
-            "E_OFFLINE", f"The Hub does not answer; {repo} was not loaded.", "Check the network."
-        ) from None
-
-
-def _write_lines(file: BinaryIO, rows: Iterator[dict[str, Any]], max_rows: int, limits: Limits) -> tuple[str, ...]:
-    """Write at most `max_rows` rows as JSON lines and return a warning if there were more."""
-
-    def refuse(value: object) -> str:
-        message = f"The dataset holds values of type {type(value).__name__}; expected text and numbers."
-        raise StudioError("E_TYPE", message, "Choose a dataset of texts.")
-
-    size = 0
-    for number, row in enumerate(rows):
-        if number == max_rows:
-            return (f"Only the first {max_rows:,} rows were taken.",)
-        finite = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
-        size += file.write(json.dumps(finite, default=refuse).encode() + b"\n")
-        if size > limits.file_bytes:
-            raise StudioError("E_TOO_LARGE", f"The first {number:,} rows fill {size:,} bytes.", "Take fewer rows.")
-    return ()

@@ -4,6 +4,7 @@ Nothing is guessed behind the user's back: cells of csv and tsv stay the text th
 error, and whatever was repaired or skipped is a warning. Files are read piece by piece and limits hold while
 reading, not afterwards; a txt file alone is held whole, because its last line may decide how the first is read,
 and has a smaller limit for that.
+The app reads in the sandbox (`normalise`) and then only what was written there (`read_normalised`).
 This module does not know what the rows mean, where files are kept, or that a network exists.
 """
 
@@ -16,7 +17,7 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
@@ -73,11 +74,35 @@ Notes = Counter[str]  # what was repaired -> how often; 0 for a remark without a
 
 def read(source: BinaryIO, name: str, limits: Limits = LAPTOP) -> Table:
     """The rows of an open, seekable file; `name` is used for its extension only."""
-    kind = _look(source, name, limits)
-    notes = Notes()
-    rows, columns = _collect(READERS[kind](source, limits, notes), limits)
-    warnings = tuple(f"{count:,} {what}" if count else what for what, count in notes.items())
-    return Table(kind=kind, columns=columns, rows=rows, warnings=warnings)
+    kind, rows, columns, notes = _begin(source, name, limits)
+    kept = tuple(rows)
+    _fill(kept, columns)
+    return Table(kind=kind, columns=tuple(columns), rows=kept, warnings=_warnings(notes))
+
+
+def normalise(source: str, name: str, to: str, bounds: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the rows of a file to a new file `to`, as JSON lines, one row in memory at a time; what is known of them.
+
+    For the sandbox, hence plain values only; bounds: a Limits as a mapping.
+    """
+    limits = Limits(**bounds)
+    encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+    count = size = 0
+    with open_file(Path(source)) as file, open(to, "xb") as out:
+        kind, rows, columns, notes = _begin(file, name, limits)
+        for row in rows:
+            count += 1
+            size += out.write(encode(row).encode() + b"\n")
+            if size > limits.decoded_bytes:
+                raise _too_large_decoded(f"Row {count:,}", limits)
+    return {"kind": kind, "columns": list(columns), "rows": count, "warnings": list(_warnings(notes))}
+
+
+def read_normalised(lines: Iterable[bytes], kind: str, columns: Sequence[str], warnings: Sequence[str] = ()) -> Table:
+    """The table that `normalise` wrote."""
+    rows = tuple(json.loads(line) for line in lines)
+    _fill(rows, columns)
+    return Table(kind=kind, columns=tuple(columns), rows=rows, warnings=tuple(warnings))
 
 
 def read_path(path: Path, name: str = "", limits: Limits = LAPTOP) -> Table:
@@ -189,10 +214,14 @@ def _refuse_binary(head: bytes) -> None:
         raise StudioError("E_NOT_TEXT", message, "Export the data as CSV or JSON lines.")
 
 
-def _collect(rows: Iterable[Row], limits: Limits) -> tuple[tuple[Row, ...], tuple[str, ...]]:
-    """All rows and all their columns in order of appearance; limits hold row by row."""
-    kept: list[Row] = []
-    columns: dict[str, None] = {}
+def _begin(source: BinaryIO, name: str, limits: Limits) -> tuple[str, Iterator[Row], dict[str, None], Notes]:
+    """The kind of a file and its rows; columns and notes are complete once the rows have been taken."""
+    kind, notes, columns = _look(source, name, limits), Notes(), dict[str, None]()
+    return kind, _bounded(READERS[kind](source, limits, notes), limits, columns), columns, notes
+
+
+def _bounded(rows: Iterable[Row], limits: Limits, columns: dict[str, None]) -> Iterator[Row]:
+    """The rows, while `columns` collects their names in order of appearance; limits hold row by row."""
     decoded = 0
     for number, row in enumerate(rows, 1):
         if number > limits.rows:
@@ -203,13 +232,20 @@ def _collect(rows: Iterable[Row], limits: Limits) -> tuple[tuple[Row, ...], tupl
         if not row.keys() <= columns.keys():
             columns.update(dict.fromkeys(row))
             _check_columns(list(columns), limits)
-        kept.append(row)
+        yield row
     if not columns:
         raise StudioError("E_NO_ROWS", "The file has no rows of data.", "Add at least one row.")
-    for row in kept:
-        if len(row) < len(columns):  # JSON leaves out what is missing
+
+
+def _fill(rows: Iterable[Row], columns: Collection[str]) -> None:
+    """Put nothing where JSON has left out a member."""
+    for row in rows:
+        if len(row) < len(columns):
             row.update({name: None for name in columns if name not in row})
-    return tuple(kept), tuple(columns)
+
+
+def _warnings(notes: Notes) -> tuple[str, ...]:
+    return tuple(f"{count:,} {what}" if count else what for what, count in notes.items())
 
 
 def _check_columns(names: list[str], limits: Limits) -> None:
@@ -651,6 +687,8 @@ def _read_parquet(source: BinaryIO, limits: Limits, notes: Notes) -> Iterator[Ro
                 raise _too_large_decoded("The file", limits)
         for batch in file.iter_batches(PARQUET_BATCH_ROWS):
             yield from batch.to_pylist()
+    except MemoryError:  # Arrow's own is one of its exceptions too
+        raise
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _broken_parquet(str(error).splitlines()[0]) from None
 
