@@ -115,6 +115,22 @@ def from_line(line: str | bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
+    return record if _is_event(record) else None
+
+
+def from_lines(data: bytes) -> list[dict[str, Any]]:
+    """The records of many lines, without those that are torn or no events."""
+    lines = data.splitlines()
+    try:
+        records = json.loads(b"[%s]" % b",".join(lines))  # at once, in half the time
+    except ValueError:
+        records = []
+    if len(records) != len(lines):  # some line is no JSON, or is more than one
+        return [record for record in map(from_line, lines) if record]
+    return [record for record in records if _is_event(record)]
+
+
+def _is_event(record: Any) -> bool:
     if not isinstance(record, dict) or record.get("type") not in EVENTS or type(record.get("step")) is not int:
-        return None
-    return record if record["type"] != "Metric" or isinstance(record.get("values"), dict) else None
+        return False
+    return record["type"] != "Metric" or isinstance(record.get("values"), dict)

@@ -27,7 +27,7 @@ from lora_studio.fields import build, check
 from lora_studio.limits import Limits, limits_here
 from lora_studio.models import CATALOGUE, ModelLibrary
 from lora_studio.owners import NOBODY, home
-from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, base_precision
+from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, base_precision, check_limits
 from lora_studio.runs.store import RunStore
 from lora_studio.runs.supervisor import Supervisor
 from lora_studio.settings import QUANTISED, TrainConfig
@@ -139,9 +139,10 @@ class Studio:
         self.root.mkdir(parents=True, exist_ok=True)
         self.limits = limits or limits_here()
         self.exports = self.root / "exports"  # downloads, each in a folder of its own
-        self.models = ModelLibrary(self.root)
-        self.runs = RunStore(self.root)
+        self.models = ModelLibrary(self.root, self.limits, guarded=True)
+        self.runs = RunStore(self.root, self.limits)
         self.supervisor = Supervisor(self.runs)
+        self.operator = ""
         self._kept = _Kept()
         self._belong(NOBODY)
 
@@ -151,6 +152,27 @@ class Studio:
         scoped.runs = self.runs.of(owner)
         scoped._belong(owner)
         return scoped
+
+    def by(self, operator: str) -> "Studio":
+        """The same Studio as an operator has it: with everybody's work, and every change logged under that name."""
+        seen = copy.copy(self)
+        seen.operator = operator
+        return seen
+
+    def fresh_uploads(self) -> Path:
+        """An empty folder for what browsers send; call it while no other app uses this root."""
+        folder = self.root / "uploads"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def _note(self, change: str, what: str) -> None:
+        if self.operator:
+            log.warning("operator %s: %s %s", self.operator, change, what)
+
+    def _of_owner(self, view: Run) -> "Studio":
+        """The Studio that has the rows of a run: an operator may look at a run of somebody else."""
+        return self if view.owner == self.owner else self.of(view.owner)
 
     def _belong(self, owner: str) -> None:
         self.owner = owner
@@ -185,7 +207,7 @@ class Studio:
         self, choice: DataChoice, model: str = "starter", config: TrainConfig = TrainConfig(), task: str = "causal"
     ) -> Inspection:
         """Rows, split, token lengths and warnings of a dataset under a model's tokenizer."""
-        from lora_studio.data.batches import encode, encode_label, lengths
+        from lora_studio.data.batches import encode_all, encode_labels, lengths
 
         dataset = self.data.get(choice.id)
         examples, warnings = self._examples(choice)
@@ -194,9 +216,9 @@ class Studio:
             tokenizer, most = self.models.tokenizer(model), config.max_length
             if task == "classify":
                 labels = self.labels(choice)
-                encoded = [encode_label(tokenizer, example, labels, most) for example in examples]
+                encoded = encode_labels(tokenizer, examples, labels, most)
             else:
-                encoded = [encode(tokenizer, example, most) for example in examples]
+                encoded = encode_all(tokenizer, examples, most)
             kept = key, lengths(encoded)
             self._measured = kept
         measured = kept[1]
@@ -205,6 +227,8 @@ class Studio:
             warnings = [*warnings, f"{measured.cut} of {len(examples)} examples are cut at {config.max_length} tokens"]
         if measured.unsupervised:
             warnings = [*warnings, f"{measured.unsupervised} examples keep no token to learn from and are left out"]
+        if measured.quoted:
+            warnings = [*warnings, f"{measured.quoted} examples quote control tokens of the model; read as plain text"]
         return Inspection(
             dataset=dataset,
             format=self.format(choice),
@@ -285,7 +309,11 @@ class Studio:
 
     def start(self, config: RunConfig) -> Run:
         """Queue a run; everything that can be wrong with it is said here, before anything is written."""
-        run = self.runs.create(*self._checked(config))
+        checked = self._checked(config)
+        with self.supervisor.hold():  # whoever else asks at this moment is counted
+            self.runs.admit()
+            run = self.runs.create(*checked)
+        self._note("start", run.id)
         self.supervisor.tick()
         return self.runs.get(run.id)
 
@@ -298,7 +326,9 @@ class Studio:
         """
         checked = [self._checked(cell) for cell in grid(config, ranks, targets, rates)]
         with self.supervisor.hold():  # one look at the queue sees them all, so that one worker may take them all
+            self.runs.admit(len(checked))
             runs = [self.runs.create(*one) for one in checked]
+        self._note("start the study", runs[0].config.study)
         self.supervisor.tick()
         return [self.runs.get(run.id) for run in runs]
 
@@ -306,11 +336,11 @@ class Studio:
         """The events of a run from number `start` on, as they come, until it has ended; turns the queue's crank."""
         read = start
         while True:
-            active = self.runs.get(run).active
+            view = self.runs.get(run)
             fresh = self.runs.events(run, read)
             yield from fresh
             read += len(fresh)
-            if not active:
+            if not view.active and not self.supervisor.resumes(view):
                 return
             self.supervisor.tick()
             time.sleep(interval_s)
@@ -336,25 +366,40 @@ class Studio:
                 fresh = self.runs.events(view.id, read.get(view.id, 0))
                 yield from ({**event, "run": view.id} for event in fresh)
                 read[view.id] = read.get(view.id, 0) + len(fresh)
-            if not any(view.active for view in views):
+            if not any(view.active or self.supervisor.resumes(view) for view in views):
                 return
             self.supervisor.tick()
             time.sleep(interval_s)
 
     def stop(self, run: str) -> None:
         """Ask a run to end after its current step and keep its adapter."""
+        self._note("stop", run)
         self.runs.request_stop(run)
 
     def pause(self, run: str) -> None:
         """Ask a run to end after its current step, so that it can be resumed exactly there."""
+        self._note("pause", run)
         self.runs.request_pause(run)
+
+    def share(self, run: str, on: bool = True) -> None:
+        """Let others see a run's figures and settings, or no longer."""
+        self._note("share" if on else "no longer share", run)
+        self.runs.share(run, on)
+
+    def delete(self, run: str) -> None:
+        """Forget a run and all its files. Raises E_RUN_ACTIVE while it trains."""
+        self._note("delete", run)
+        self.runs.delete(run)
 
     def resume(self, run: str) -> Run:
         """Put a run that was paused, stopped, lost or failed back into the queue; it goes on where it was saved.
 
         Raises E_RUN_DONE, E_RUN_ACTIVE, E_NO_CHECKPOINT and E_CHECKPOINT.
         """
-        resumed = self.runs.requeue(run)
+        self._note("resume", run)
+        with self.supervisor.hold():
+            self.runs.admit()
+            resumed = self.runs.requeue(run)
         self.supervisor.tick()
         return self.runs.get(resumed.id)
 
@@ -363,9 +408,11 @@ class Studio:
 
         One that cannot go on does not keep the others back; then its error is raised, as `resume` does.
         """
+        self._note("resume the study", study)
         wanted = [cell.run for cell in self.study(study).every if cell.resumable]
         resumed, problem = [], None
         with self.supervisor.hold():
+            self.runs.admit(len(wanted))
             for run in wanted:
                 try:
                     resumed.append(self.runs.requeue(run))
@@ -378,9 +425,11 @@ class Studio:
 
     def restart(self, run: str, change: Mapping[str, Any]) -> Run:
         """Start a run anew with some settings of its TrainConfig changed. Raises E_CONFIG, and as `start` does."""
-        config = self.runs.get(run).config
-        train = build(TrainConfig, asdict(config.train) | dict(change))
-        return self.start(replace(config, name=self._free_name(config.name), train=train, study=""))
+        view = self.runs.get(run)
+        self._note("restart", view.id)
+        train = build(TrainConfig, asdict(view.config.train) | dict(change))
+        config = replace(view.config, name=self._free_name(view.name), train=train, study="")
+        return self._of_owner(view).start(config)
 
     def _free_name(self, name: str) -> str:
         """The name with the lowest number behind it that no run has: orders, orders (2); none stays none."""
@@ -392,9 +441,9 @@ class Studio:
 
     def heldout(self, run: str, limit: int = 5) -> list[Any]:
         """The first held-out examples of a run, which it never trained on."""
-        config = self.runs.get(run).config
-        examples, _ = self._examples(config.dataset)
-        return split(examples, config.train.holdout, config.train.seed)[1][:limit]
+        view = self.runs.get(run)
+        examples, _ = self._of_owner(view)._examples(view.config.dataset)
+        return split(examples, view.config.train.holdout, view.config.train.seed)[1][:limit]
 
     # ---- after a run -------------------------------------------------------------------------------------------------
 
@@ -414,6 +463,12 @@ class Studio:
         if not 0 <= strength <= 4:
             raise StudioError("E_STRENGTH", f"The strength is {quote(strength)}.", "Give a number between 0 and 4.")
         sampling = check(sampling or Sampling())
+        if len(prompt) > self.limits.prompt_characters:
+            message = f"The prompt has {len(prompt):,} characters, at most {self.limits.prompt_characters:,} are taken."
+            raise StudioError("E_LIMIT", message, "Shorten it.")
+        if sampling.max_new_tokens > self.limits.answer_tokens:
+            message = f"An answer of {sampling.max_new_tokens:,} tokens is too long here."
+            raise StudioError("E_LIMIT", message, f"Ask for at most {self.limits.answer_tokens:,}.")
         views = [self.runs.get(run) for run in runs]
         if strength not in (0, 1) and any(getattr(view.config.method, "kind", "") in VIRTUAL for view in views):
             message = f"Virtual tokens are there or not; the strength is {quote(strength)}."
@@ -443,6 +498,7 @@ class Studio:
 
         view = self.runs.get(run)
         config = view.config
+        kept_by = self if choice else self._of_owner(view)
         if choice is None:
             choice, examples = config.dataset, self.heldout(run, limit)
         else:
@@ -455,7 +511,7 @@ class Studio:
                 loaded.tokenizer,
                 examples,
                 max_length=config.train.max_length,
-                labels=self.format(choice) == "text_label",
+                labels=kept_by.format(choice) == "text_label",
                 classes=view.labels,
             )
 
@@ -574,6 +630,7 @@ class Studio:
     def _checked(self, config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
         """The config and the facts that a run is created from, once nothing can be wrong with them any more."""
         check(config)
+        check_limits(config, self.limits)
         config = replace(config, model=self.models.lasting_name(config.model))
         plan = self.plan(config.model, config.method, config.train, config.dataset, config.task)
         config = replace(config, method=plan.method)
@@ -583,6 +640,7 @@ class Studio:
         entry = CATALOGUE.get(config.model)
         if entry:
             facts["repo"] = entry.repo
+        self.runs.check_room(facts)
         return config, facts
 
     def _writes(self, model: str) -> bool:
@@ -662,21 +720,23 @@ class Studio:
 
     def _prompt_ids(self, view: Run, tokenizer: Any, prompt: str) -> list[int]:
         """As the run's training rows began: through the chat template, or as raw text for plain text rows."""
-        from lora_studio.data.batches import encode_label, prompt_ids
+        from lora_studio.data.batches import encode_label
         from lora_studio.data.formats import Example, Message
+        from lora_studio.data.words import prompt_ids, read_texts
 
         said = Message("user", prompt)
         if view.labels:
             example = Example((said, Message("assistant", view.labels[0])))
             return list(encode_label(tokenizer, example, view.labels, sys.maxsize).tokens.ids)
-        if self.format(view.config.dataset) == "text":
-            return tokenizer(prompt)["input_ids"]
+        if self._of_owner(view).format(view.config.dataset) == "text":
+            return read_texts(tokenizer, [prompt])[0].ids
         return prompt_ids(tokenizer, [said])
 
     def _heldout_ids(self, view: Run, limit: int = 8) -> list[Sequence[int]]:
         """Token ids of the first held-out rows of a run, as training saw them; of any rows when none were held out."""
         try:
-            examples = self.heldout(view.id, limit) or self._examples(view.config.dataset)[0][:limit]
+            rows = self._of_owner(view)._examples
+            examples = self.heldout(view.id, limit) or rows(view.config.dataset)[0][:limit]
         except StudioError as error:  # the dataset may be gone; the export is worth more than the figure
             log.warning("no held-out rows to measure on: %s", error)
             return []
@@ -684,12 +744,12 @@ class Studio:
 
     def _tokens(self, view: Run, examples: Sequence[Any]) -> list[Any]:
         """Rows as a run trains on them: core.lean.Tokens."""
-        from lora_studio.data.batches import encode, encode_label
+        from lora_studio.data.batches import encode_all, encode_labels
 
         most, tokenizer = view.config.train.max_length, self.models.tokenizer(view.config.model)
         if view.labels:
-            return [encode_label(tokenizer, example, view.labels, most).tokens for example in examples]
-        return [encode(tokenizer, example, most).tokens for example in examples]
+            return [one.tokens for one in encode_labels(tokenizer, examples, view.labels, most)]
+        return [one.tokens for one in encode_all(tokenizer, examples, most)]
 
 
 def _chosen(chances: Mapping[str, float], most: int = 5) -> Any:

@@ -16,13 +16,24 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_studio.doctor import Doctor, remedy
-from lora_studio.errors import StudioError
-from lora_studio.events import Ended, Event, Metric, Probed, Sample, Saved, Started, Warned, to_line
+from lora_studio.errors import StudioError, redacted
+from lora_studio.events import Ended, Event, Metric, Probed, Sample, Saved, Started, Warned
 from lora_studio.fields import build
+from lora_studio.limits import Limits, limits_here
 from lora_studio.owners import NOBODY
-from lora_studio.runs import checkpoints
-from lora_studio.runs.config import RunConfig, Status
-from lora_studio.runs.store import Journal, earlier_logs, read_json, standing, write_json
+from lora_studio.runs import checkpoints, disk
+from lora_studio.runs.config import OUT_OF_MEMORY, RunConfig, Status, check_limit
+from lora_studio.runs.store import (
+    Journal,
+    checkpoint_bytes,
+    earlier_logs,
+    open_journal,
+    read_json,
+    standing,
+    sweep,
+    tell,
+    write_end,
+)
 
 log = logging.getLogger(__name__)
 SAVE_S, SAVE_SHARE = 30.0, 20.0  # between checkpoints: at least this long, and this many times what one takes
@@ -32,13 +43,16 @@ PROBE = {"probe_seconds": "seconds", "probe_memory_bytes": "memory_bytes"}  # th
 class Attempt:
     """Begun with the lock of the run held, which is let go at the end."""
 
-    def __init__(self, path: Path, lock: BinaryIO | None = None) -> None:
+    def __init__(self, path: Path, lock: BinaryIO | None = None, limits: Limits | None = None) -> None:
+        sweep(path)
         record = read_json(path / "run.json") or {}
         self.path, self._lock = path, lock
+        self._limits = limits or limits_here()
         self.config: RunConfig = build(RunConfig, record["config"])
         self.owner: str = record.get("owner", NOBODY)
         self.labels: Sequence[str] = record["facts"].get("labels", ())
         self.base_name = record["facts"].get("repo") or self.config.model  # which a loader of the adapter looks for
+        self._checkpoint_bytes = checkpoint_bytes(record["facts"])
         self.number = 1 + len(earlier_logs(path))
         self.ended = self.terminated = False
         self.step = self.steps = 0
@@ -54,23 +68,39 @@ class Attempt:
         self._seconds = 0.0  # of earlier attempts
         self._begun = self._saved = time.monotonic()
         self._save_takes = 0.0
-        self._warned_of_disk = False
+        self._warned_of_disk = self._late = False
         self._found: checkpoints.Checkpoint | None = None
         self._said = Journal(path / "events.jsonl").refresh().records  # by earlier attempts
-        self._journal = os.open(path / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        size = os.fstat(self._journal).st_size
-        if size and os.pread(self._journal, 1, size - 1) != b"\n":  # torn by a power cut
-            os.write(self._journal, b"\n")
+        self._journal = open_journal(path)
+        self._silent = False  # about samples, whose texts would make the journal too long
 
     def append(self, event: Event) -> None:
-        """One write per line: a reader never sees half of one, and a kill loses none."""
-        line = to_line(event, time=time.time(), attempt=self.number)
-        os.write(self._journal, line.encode() + b"\n")
+        """Write an event down; of a journal that has become too long the samples are left out. Raises OSError."""
+        if isinstance(event, Sample) and os.fstat(self._journal).st_size > self._limits.journal_bytes:
+            if not self._silent:
+                self._silent = True
+                message = "The answers to samples take too much room and are left out from here on."
+                tell(self._journal, Warned(step=event.step, code="I_SAMPLES", message=message), self.number)
+            return
+        tell(self._journal, event, self.number)
 
     def asked(self) -> Status | None:
         """What the run is to become: "stopped", "paused", or None while it may go on."""
         control = read_json(self.path / "control.json") or {}
-        return "stopped" if self.terminated or control.get("stop") else "paused" if control.get("pause") else None
+        if self.terminated or control.get("stop") or self._is_late():
+            return "stopped"
+        return "paused" if control.get("pause") else None
+
+    def _is_late(self) -> bool:
+        """Whether it has trained as long as it may, by the clock that no change of the date moves; says so once."""
+        minutes = (self._seconds + time.monotonic() - self._begun) / 60
+        if minutes > self._limits.minutes and not self._late:
+            self._late = True
+            message = (
+                f"Training took the {self._limits.minutes:g} minutes that it may take here and ends with what it has."
+            )
+            self.append(Warned(step=self.step, code="W_MINUTES", message=message, hint="Give it fewer steps."))
+        return self._late
 
     # ---- going on from a checkpoint ----------------------------------------------------------------------------------
 
@@ -102,10 +132,14 @@ class Attempt:
             shutil.rmtree(one)
 
     def restore(self, job: Any) -> None:
-        """Let a fresh job go on from what `recall` found, if anything. Raises E_CHECKPOINT when it is of another."""
+        """Let a fresh job go on from what `recall` found, if anything. Raises E_CHECKPOINT when it is of another.
+
+        After the system has ended an earlier attempt for its memory, a pass has half as many examples as in that.
+        """
         if self._found:
             job.restore(self._found.state)
             self._found = None
+        job.share.accumulate = max(job.share.accumulate, _passes(self._said))
 
     def _save(self, job: Any) -> bool:
         """Save a checkpoint; False, and a warning once, when the disk does not take it."""
@@ -124,9 +158,15 @@ class Attempt:
             os.fsync(self._journal)  # first: what the checkpoint goes on from has been told
             checkpoints.save(self.path, job.state(), notes, best=kept if kept.is_dir() else None)
         except OSError as error:
+            needs = self._checkpoint_bytes
+            full = disk.full(self.path, needs).message if disk.is_full(error, self.path, needs) else ""
+            checkpoints.sweep(self.path)  # what was written of it takes the room of the next
             if not self._warned_of_disk:
                 self._warned_of_disk = True
-                message, hint = f"No checkpoint could be saved: {error.strerror or error}.", "Make room on the disk."
+                message, hint = (
+                    f"No checkpoint could be saved. {full or error.strerror or error}",
+                    "Make room on the disk.",
+                )
                 self.append(Warned(step=self.step, code="W_CHECKPOINT", message=message, hint=hint))
             return False
         finally:
@@ -160,6 +200,7 @@ class Attempt:
         from lora_studio.train import measured_steps
 
         config = self.config.train
+        check_limit("number of steps", event.steps, self._limits.steps)
         self.steps, self._measures = event.steps, event.heldout_rows > 0
         self._measured_at = measured_steps(config, event.steps)
         self._doctor = Doctor(config, config.usual_rate(event.total, getattr(self.config.method, "kind", "lora")))
@@ -254,8 +295,8 @@ class Attempt:
     def fail(self, error: Exception) -> None:
         """End with a reason in plain words, and with settings that would cure it where there are some. Never raises."""
         if not isinstance(error, StudioError):
-            log.error("%s", "".join(traceback.format_exception(error)))
-        reason: dict[str, Any] = in_plain_words(error)
+            log.error("%s", redacted("".join(traceback.format_exception(error))))
+        reason: dict[str, Any] = in_plain_words(error, self.path, self._checkpoint_bytes)
         change = remedy(reason["code"], self.config.train)
         self.end("failed", reason | ({"change": change} if change else {}))
 
@@ -267,21 +308,20 @@ class Attempt:
         if self.ended:
             return
         values = self._summary()
+        root = self.path.parent.parent
+        event = Ended(step=self.step, run=self.path.name, status=status, error=error, values=values)
         try:
-            self.append(Ended(step=self.step, run=self.path.name, status=status, error=error, values=values))
+            disk.at_any_rate(root, self.append, event)
         except OSError:
             log.exception("The end of %s is missing in its journal", self.path.name)
         try:
-            write_json(
-                self.path / "exit.json",
-                {"status": status, "step": self.step, "error": error, "values": values, "time": time.time()},
-            )
+            write_end(self.path, status, step=self.step, error=error, values=values)
         except OSError:
             log.exception("%s has ended as %s, but exit.json could not be written", self.path.name, status)
         else:
             if status == "done":
-                checkpoints.sync(self.path)  # the end stands before what it makes needless goes
-                checkpoints.forget(self.path)
+                checkpoints.forget(self.path)  # the end stands before what it makes needless goes
+        sweep(self.path)
         self.ended = True
         os.close(self._journal)
         if self._lock:
@@ -313,10 +353,23 @@ def check_update(job: Any) -> None:
         raise StudioError("E_NO_UPDATE", "Training changed nothing.", "Raise the learning rate or the steps.")
 
 
-def in_plain_words(error: Exception) -> dict[str, str]:
-    """code, message and hint of whatever broke a run off."""
+def _passes(said: Sequence[Mapping[str, Any]]) -> int:
+    """Into how many passes a step is to be cut at least: twice as many as in an attempt that took too much memory."""
+    passes, least = 1, 1
+    for record in said:
+        if record["type"] == "Probed":
+            passes = record["accumulate"]
+        elif record.get("code") == OUT_OF_MEMORY:
+            passes = least = 2 * passes
+    return least
+
+
+def in_plain_words(error: Exception, folder: Path, needs: int) -> dict[str, str]:
+    """code, message and hint of whatever broke a run off that writes to `folder`, `needs` bytes for a checkpoint."""
     from lora_studio.measure import is_shortage
 
+    if disk.is_full(error, folder, needs):
+        error = disk.full(folder, needs)
     if isinstance(error, StudioError):
         return {"code": error.code, "message": error.message, "hint": error.hint}
     if is_shortage(error):
@@ -327,6 +380,6 @@ def in_plain_words(error: Exception) -> dict[str, str]:
         }
     return {
         "code": "E_CRASH",
-        "message": f"Training broke off: {type(error).__name__}: {str(error)[:200]}",
+        "message": f"Training broke off: {type(error).__name__}: {redacted(str(error))[:200]}",
         "hint": "The log has the details; please report it.",
     }

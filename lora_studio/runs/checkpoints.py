@@ -11,6 +11,7 @@ A folder is written aside, synced and renamed, and counts only while it is what 
 are kept, so one that is damaged has another before it. This file knows no model and no events.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import CHECKPOINT
+from lora_studio.runs.disk import is_full, sync
 
 if TYPE_CHECKING:  # the page asks about checkpoints before torch is imported
     from lora_studio.train import State
@@ -46,6 +48,7 @@ def save(run: Path, state: "State", notes: Mapping[str, Any], best: Path | None 
     notes: JSON of the worker's own. best: a folder whose files are kept along, unchanged. Raises OSError, and then
     the checkpoints that were there still are.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     step = state.progress["step"]
@@ -56,8 +59,11 @@ def save(run: Path, state: "State", notes: Mapping[str, Any], best: Path | None 
         folder.mkdir(parents=True)
         sync(run)
     fresh.mkdir()
-    save_file(dict(state.adapter), fresh / "adapter.safetensors")
-    save_file(dict(state.optimizer), fresh / "optimizer.safetensors")
+    try:
+        save_file(dict(state.adapter), fresh / "adapter.safetensors")
+        save_file(dict(state.optimizer), fresh / "optimizer.safetensors")
+    except SafetensorError as error:  # its way to say that it cannot write
+        raise OSError(errno.ENOSPC if is_full(error, run) else errno.EIO, str(error)) from error
     order = {"adapter": [*state.adapter], "optimizer": [*state.optimizer]}  # a file sorts its tensors
     (fresh / "state.json").write_text(
         json.dumps({"training": dict(state.progress), "worker": dict(notes), "order": order}, allow_nan=False)
@@ -119,18 +125,20 @@ def any_saved(run: Path) -> bool:
     return bool(_folders(run))
 
 
+def last_step(run: Path) -> int:
+    """The step of the newest checkpoint, whole or not; 0 without one."""
+    return max((int(path.name.removeprefix("step-")) for path in _folders(run)), default=0)
+
+
+def sweep(run: Path) -> None:
+    """Remove what a save that was broken off has left; only while nobody saves."""
+    for left in (run / FOLDER).glob("*.tmp"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 def forget(run: Path) -> None:
     """Remove all checkpoints of a run."""
     shutil.rmtree(run / FOLDER, ignore_errors=True)
-
-
-def sync(path: Path) -> None:
-    """Let a file or a folder survive a power cut. Raises OSError; what failed once is to be written anew."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _folders(run: Path) -> list[Path]:

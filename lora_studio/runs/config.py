@@ -9,12 +9,14 @@ from typing import Any, Literal
 from lora_studio.core.spec import BASELINES, METHODS, BaselineSpec, LoraSpec, Method
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import build, knob
+from lora_studio.limits import Limits
 from lora_studio.owners import NOBODY
 from lora_studio.settings import QUANTISED, TrainConfig
 
-Status = Literal["queued", "running", "paused", "done", "stopped", "failed", "lost"]
+Status = Literal["queued", "running", "paused", "done", "stopped", "failed", "lost", "damaged"]
 ACTIVE: tuple[Status, ...] = ("queued", "running")
 TASKS = ("causal", "classify")
+OUT_OF_MEMORY = "W_OUT_OF_MEMORY"  # the warning after which a run goes on in smaller passes
 CHECKPOINT = re.compile(r"step-(\d{8,})")  # a folder's name once it is whole; before, it ends otherwise
 
 
@@ -32,7 +34,7 @@ class DataChoice:
 class RunConfig:
     """Everything that repeats a run. It never holds a secret."""
 
-    name: str = knob("", label="Name", help="Shown in the run list")
+    name: str = knob("", max=200, label="Name", help="Shown in the run list")
     model: str = knob("starter", label="Base model", help="starter, a catalogue name, a Hub id or a local folder")
     task: str = knob("causal", choices=TASKS, label="Task", help="What is learnt: to write text, or to choose a label")
     dataset: DataChoice
@@ -46,7 +48,7 @@ class RunConfig:
 class Run:
     """A read view of one run folder; `error` has code, message and hint when the run did not end well.
 
-    It may have `change`, too: settings of TrainConfig that would cure it.
+    It may have `change`, too: settings of TrainConfig that would cure it. A damaged one has an empty config.
     """
 
     id: str
@@ -74,12 +76,12 @@ class Run:
 
     @property
     def has_adapter(self) -> bool:
-        return (self.path / "adapter" / "adapter_model.safetensors").is_file()
+        return self.status != "damaged" and (self.path / "adapter" / "adapter_model.safetensors").is_file()
 
     @property
     def resumable(self) -> bool:
         """Whether it can go on: it has a checkpoint, was lost before the first one, or had not begun to train."""
-        if self.active or self.status == "done":
+        if self.active or self.status in ("done", "damaged"):
             return False
         saved = any(CHECKPOINT.fullmatch(path.name) for path in (self.path / "checkpoints").glob("step-*"))
         return saved or self.status == "lost" or self.step == 0
@@ -88,6 +90,25 @@ class Run:
     def labels(self) -> tuple[str, ...]:
         """What a classifier chooses from, in the order of its outputs; empty for a model that writes text."""
         return tuple(self.facts.get("labels", ()))
+
+
+def check_limits(config: RunConfig, limits: Limits) -> None:
+    """Raise E_LIMIT for the first setting of a run that asks for more than there is for one visitor.
+
+    Epochs are no number of steps yet; the worker counts those.
+    """
+    method, train = config.method, config.train
+    ranks = [method.rank, *method.rank_pattern.values()] if isinstance(method, LoraSpec) else [0]
+    check_limit("rank", max(ranks), limits.rank)
+    check_limit("length limit", train.max_length, limits.tokens)
+    check_limit("number of steps", train.steps, limits.steps)
+
+
+def check_limit(name: str, value: float, most: float) -> None:
+    """Raise E_LIMIT when it is more than there is."""
+    if value > most:
+        message = f"The {name} is {value:,}; here it is at most {most:,.0f}."
+        raise StudioError("E_LIMIT", message, "Ask for less, or run LoRA Studio on a machine of your own.")
 
 
 def method_of(name: str, width: int = 0, lora: Mapping[str, Any] | None = None) -> Method:

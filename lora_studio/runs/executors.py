@@ -43,6 +43,10 @@ class Executor(Protocol):
         """Let the system forget workers that have ended."""
         ...
 
+    def exit_code(self, path: Path) -> int | None:
+        """How the latest worker of a run ended, -9 for a kill; None when that is not known here."""
+        ...
+
     def prepare(self) -> None:
         """Have a spare worker ready, where there can be one."""
         ...
@@ -57,6 +61,7 @@ class Local:
 
     def __init__(self) -> None:
         self._children: dict[Path, subprocess.Popen] = {}
+        self._exit_codes: dict[Path, int] = {}
         self._spare: _Spare | None = None
         self._one_at_a_time = threading.Lock()  # around the children and the spare
 
@@ -77,6 +82,8 @@ class Local:
                 child = spare.take(locks, printed) if spare else None
                 child = child or _spawn(_arguments(locks), [lock.fileno() for lock in locks.values()], printed)
                 self._children |= dict.fromkeys(locks, child)
+                for path in locks:
+                    self._exit_codes.pop(path, None)
         return True
 
     def alive(self, path: Path) -> bool:
@@ -95,7 +102,12 @@ class Local:
 
     def reap(self) -> None:
         with self._one_at_a_time:
-            self._children = {path: child for path, child in self._children.items() if child.poll() is None}
+            codes = {path: child.poll() for path, child in self._children.items()}
+            self._exit_codes |= {path: code for path, code in codes.items() if code is not None}
+            self._children = {path: child for path, child in self._children.items() if codes[path] is None}
+
+    def exit_code(self, path: Path) -> int | None:
+        return self._exit_codes.get(path)
 
     def prepare(self) -> None:
         with self._one_at_a_time:

@@ -8,7 +8,7 @@
     worker.1.log   what it printed at an earlier attempt
     checkpoints/   what an attempt goes on from
     adapter/       the best adapter so far, PEFT layout
-    exit.json      how the run ended, or that it is paused
+    exit.json      how the run ended, or that it is paused; and what its journal says in short
     shared         there when its owner lets others see its figures
 
 Status is derived from these files on every look and never stored.
@@ -16,7 +16,9 @@ Status is derived from these files on every look and never stored.
 
 import copy
 import fcntl
+import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -24,30 +26,40 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_studio.errors import StudioError, quote
-from lora_studio.events import from_line
+from lora_studio.events import Ended, Event, from_lines, to_line
 from lora_studio.fields import build
-from lora_studio.owners import NOBODY
-from lora_studio.runs.checkpoints import any_saved, newest
-from lora_studio.runs.config import Run, RunConfig, Status
+from lora_studio.limits import Limits, limits_here
+from lora_studio.owners import NOBODY, home
+from lora_studio.runs import checkpoints, disk
+from lora_studio.runs.config import DataChoice, Run, RunConfig, Status
 
 ID = re.compile(r"[0-9a-f]{32}")
 REPEATED = ("Metric", "Sample", "Saved")  # what a resumed attempt says anew
+UNKNOWN = "?"  # the owner of a run that does not say so any more; no visitor's name is that
+SEEN = {"step", "steps", "latest", "note"}  # of a journal, by those who list runs
+JOURNALS = 64  # read ones that are kept
+CHECKPOINT_BYTES = 16  # per trained number: itself and its best, in fp32, and two moments
 
 
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` in one step: a reader sees the old text or the new, and so does the next start after a crash."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(value, file, ensure_ascii=False, indent=1, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    disk.sync(path.parent)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -78,12 +90,17 @@ def claim(path: Path, patience_s: float = 0.0) -> Iterator[BinaryIO | None]:
     patience_s: how long to wait for it; whoever asks for a status holds it for an instant.
     """
     try:
-        lock = (path / "worker.lock").open("wb")
+        lock = disk.at_any_rate(path.parent.parent, _to_lock, path / "worker.lock")
     except FileNotFoundError:  # the run was deleted
         yield None
         return
     with lock:
-        yield lock if _held(lock, time.monotonic() + patience_s) else None
+        held = _held(lock, time.monotonic() + patience_s)
+        yield lock if held and _is_still(path / "worker.lock", lock) else None
+
+
+def _to_lock(path: Path) -> BinaryIO:
+    return path.open("wb")
 
 
 def _held(lock: BinaryIO, until: float) -> bool:
@@ -96,6 +113,48 @@ def _held(lock: BinaryIO, until: float) -> bool:
             time.sleep(0.01)
         else:
             return True
+
+
+def open_journal(path: Path) -> int:
+    """The descriptor of a run's journal, to append to; a line that was torn by a power cut is ended."""
+    journal = os.open(path / "events.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    size = os.fstat(journal).st_size
+    if size and os.pread(journal, 1, size - 1) != b"\n":
+        disk.append(journal, b"\n")
+    return journal
+
+
+def tell(journal: int, event: Event, attempt: int) -> None:
+    """Append an event: a reader never sees half of one, and a kill loses none."""
+    disk.append(journal, to_line(event, time=time.time(), attempt=attempt).encode() + b"\n")
+
+
+def write_end(path: Path, status: Status, *, step: int, error: Any = None, values: Any = None) -> None:
+    """Leave exit.json, with what a list of runs shows of the journal, so that nobody has to read that again."""
+    seen = Journal(path / "events.jsonl").refresh().seen
+    end = {"status": status, "step": step, "error": error, "values": values or {}, "seen": seen, "time": time.time()}
+    disk.at_any_rate(path.parent.parent, write_json, path / "exit.json", end)
+
+
+def sweep(path: Path) -> None:
+    """Remove what a worker that was killed has left half written; only while the run's lock is held."""
+    checkpoints.sweep(path)
+    shutil.rmtree(path / "adapter.tmp", ignore_errors=True)
+    for left in path.glob("*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def in_turn(waiting: Iterable[Run], served: Mapping[str, int]) -> list[Run]:
+    """Queued runs in the order in which they start: owners take turns, and within one the oldest is first.
+
+    served: the number of each owner's last turn; whoever has waited longest since is first.
+    """
+    queues: dict[str, list[Run]] = {}
+    for run in sorted(waiting, key=lambda one: (one.created, one.id)):
+        queues.setdefault(run.owner, []).append(run)
+    owners = sorted(queues, key=lambda owner: (served.get(owner, 0), queues[owner][0].created))
+    rounds = itertools.zip_longest(*(queues[owner] for owner in owners))
+    return [run for one in rounds for run in one if run]
 
 
 def earlier_logs(path: Path) -> list[Path]:
@@ -128,6 +187,11 @@ class Journal:
         self._offset = 0
         self._lock = threading.Lock()
 
+    @property
+    def seen(self) -> dict[str, Any]:
+        """What a list of runs shows of it."""
+        return {name: getattr(self, name) for name in SEEN}
+
     def refresh(self) -> "Journal":
         """Read what was appended since the last look."""
         with self._lock:
@@ -139,10 +203,8 @@ class Journal:
                 return self
             whole = chunk[: chunk.rfind(b"\n") + 1]
             self._offset += len(whole)
-            for line in whole.splitlines():
-                record = from_line(line)
-                if record:
-                    self._take(record)
+            for record in from_lines(whole):
+                self._take(record)
         return self
 
     def _take(self, record: dict[str, Any]) -> None:
@@ -160,7 +222,10 @@ class Journal:
 
     def _note_figures(self, record: Mapping[str, Any]) -> None:
         if record["type"] == "Metric":
-            self.latest.update({name: value for name, value in record["values"].items() if value is not None})
+            values = record["values"]
+            if "nan" in record:
+                values = {name: value for name, value in values.items() if value is not None}
+            self.latest.update(values)
 
 
 class RunStore:
@@ -169,10 +234,14 @@ class RunStore:
     One that is `of` an owner knows no others: to it, a run of somebody else is one that does not exist.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, limits: Limits | None = None) -> None:
         self.folder = root / "runs"
+        self.limits = limits or limits_here()
         self.owner: str | None = None  # None: everybody's
+        self.served: dict[str, int] = {}  # the number of each owner's last turn in the queue
+        self.said: dict[str, str] = {}  # by run, what is to be read of it now instead of its newest message
         self._journals: dict[str, Journal] = {}
+        self._shelf = threading.Lock()
         self._ended: dict[str, tuple[Any, Run]] = {}  # with the stamp of its exit.json; none changes without it
 
     def of(self, owner: str) -> "RunStore":
@@ -182,13 +251,102 @@ class RunStore:
         return scoped
 
     def create(self, config: RunConfig, facts: Mapping[str, Any]) -> Run:
-        """A new queued run. `facts` are what was known before launch: model revision, data fingerprint, estimate."""
+        """A new queued run. `facts` are what was known before launch: model revision, data fingerprint, estimate.
+
+        It is made aside and renamed, so that it is whole once it is seen. Raises E_DISK.
+        """
         run = uuid.uuid4().hex
-        path = self.folder / run
-        path.mkdir(parents=True)
+        fresh = self.folder / f"{run}.new"
         record = {"created": time.time(), "owner": self.owner or NOBODY, "config": asdict(config), "facts": dict(facts)}
-        write_json(path / "run.json", record)
+        try:
+            fresh.mkdir(parents=True)
+            write_json(fresh / "run.json", record)
+            fresh.rename(self.folder / run)
+            disk.sync(self.folder)
+        except OSError as error:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if not disk.is_full(error, self.folder.parent):
+                raise
+            raise disk.full(self.folder.parent, 4096) from error
         return self.get(run)
+
+    def admit(self, runs: int = 1) -> None:
+        """Raise E_QUEUE_FULL when so many more may not wait; to be asked, and acted upon, while the queue is held."""
+        owners = [run.owner for run in self._everybodys().list() if run.status == "queued"]
+        mine, most, by_all = owners.count(self.owner or NOBODY), self.limits.queued, self.limits.queued_by_all
+        if mine + runs > most:
+            message = f"{mine} of your runs are waiting already; the limit is {most:,.0f} queued."
+            raise StudioError("E_QUEUE_FULL", message, "Wait until one has begun, or stop one.")
+        if len(owners) + runs > by_all:
+            message = f"{len(owners)} runs are waiting already; the limit is {by_all:,.0f} queued by all."
+            raise StudioError("E_QUEUE_FULL", message, "Try again when some have ended.")
+
+    def check_room(self, facts: Mapping[str, Any]) -> None:
+        """Raise E_DISK when a run's checkpoints would not fit beside what is to stay free."""
+        needs = 3 * checkpoint_bytes(facts)
+        left, reserve = disk.free(self.folder.parent), self.limits.reserve_bytes
+        if left < needs + reserve:
+            message = (
+                f"Checkpoints of this run need {disk.megabytes(needs)} and {disk.megabytes(reserve)} are to stay free, "
+                f"but only {disk.megabytes(left)} of the disk are free."
+            )
+            raise StudioError("E_DISK", message, "Make room, for instance by deleting runs.")
+
+    def position(self, run: str) -> int:
+        """A run's place among all that wait, 1 for the next one; 0 when it does not wait."""
+        view = self.get(run)
+        waiting = [one for one in self._everybodys().list() if one.status == "queued"]
+        return next((place for place, one in enumerate(in_turn(waiting, self.served), 1) if one.id == view.id), 0)
+
+    def usage(self, owner: str) -> tuple[int, int]:
+        """How many runs an owner has, and the bytes of these and of the owner's datasets."""
+        own = [run for run in self._everybodys().list() if run.owner == owner]
+        return len(own), sum(disk.size(run.path) for run in own) + self._home_bytes(owner)
+
+    def sweep_old(self) -> list[str]:
+        """Delete what the limits do not let anybody keep: runs that have ended, oldest first. Their ids.
+
+        So, too, the datasets of a visitor who has no run and has not come for as long.
+        """
+        limits, gone = self.limits, []
+        idle_s = 3600 * limits.idle_hours
+        if math.isinf(min(limits.kept_runs, limits.kept_bytes, limits.kept_bytes_by_all, idle_s)):
+            return gone
+        every = sorted(self._everybodys().list(), key=_touched)
+        sizes = {run.id: disk.size(run.path) for run in every}
+        count: dict[str, int] = {}
+        held = {owner: self._home_bytes(owner) for owner in {run.owner for run in every}}
+        for run in every:
+            count[run.owner] = count.get(run.owner, 0) + 1
+            held[run.owner] += sizes[run.id]
+        for run in every:
+            old = time.time() - _touched(run) > idle_s
+            much = count[run.owner] > limits.kept_runs or held[run.owner] > limits.kept_bytes
+            if run.active or not (old or much or sum(held.values()) > limits.kept_bytes_by_all):
+                continue
+            with suppress(StudioError):  # a worker has it after all
+                self._everybodys().delete(run.id)
+                gone.append(run.id)
+                count[run.owner] -= 1
+                held[run.owner] -= sizes[run.id]
+        for folder in (self.folder.parent / "owners").glob("*"):
+            newest = max(map(_touched_at, (folder, *folder.rglob("*"))))
+            if not count.get(folder.name) and time.time() - newest > idle_s:
+                shutil.rmtree(folder, ignore_errors=True)
+        return gone
+
+    def sweep_leftovers(self) -> None:
+        """Remove folders that a crash left on their way in or out; only by the one app of the root, as it begins."""
+        for left in (*self.folder.glob("*.deleted"), *self.folder.glob("*.new")):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _home_bytes(self, owner: str) -> int:
+        return disk.size(home(self.folder.parent, owner)) if ID.fullmatch(owner) else 0
+
+    def _everybodys(self) -> "RunStore":
+        every = copy.copy(self)
+        every.owner = None
+        return every
 
     def get(self, run: str) -> Run:
         """The run with this id, or with a unique beginning of it. Raises E_RUN_NOT_FOUND, E_RUN_DAMAGED.
@@ -209,7 +367,7 @@ class RunStore:
         try:
             view = self._view(full, path)
         except StudioError as error:
-            raise (error if self.owner is None else _not_found(run)) from None
+            raise (error if self.owner is None and path.is_dir() else _not_found(run)) from None
         if not self._owns(view) and not view.shared:
             raise _not_found(run)
         return view
@@ -233,7 +391,9 @@ class RunStore:
     def log(self, run: str, limit: int = 4000) -> str:
         """The end of what the worker printed, at most `limit` characters."""
         try:
-            return (self.get(run).path / "worker.log").read_text(encoding="utf-8", errors="replace")[-limit:]
+            with (self.get(run).path / "worker.log").open("rb") as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 4 * limit))
+                return file.read().decode("utf-8", errors="replace")[-limit:]
         except FileNotFoundError:
             return ""
 
@@ -251,19 +411,36 @@ class RunStore:
 
     def _request(self, run: str, what: str, status: Status) -> None:
         view = self.get(run)
-        with claim(view.path) as lock:
-            if lock and not (view.path / "worker.log").exists() and not (view.path / "exit.json").exists():
-                end = {"status": status, "step": view.step, "values": {}, "time": time.time()}
-                write_json(view.path / "exit.json", end)
-                return
-        if not (view.path / "exit.json").exists():
-            write_json(view.path / "control.json", {what: True, "time": time.time()})
+        path = view.path
+        try:
+            if not (path / "worker.log").exists():
+                with claim(path, patience_s=0.5) as lock:
+                    if lock and not (path / "worker.log").exists() and not (path / "exit.json").exists():
+                        write_end(path, status, step=view.step)
+                        return
+            if not (path / "exit.json").exists():
+                asked = {what: True, "time": time.time()}
+                disk.at_any_rate(self.folder.parent, write_json, path / "control.json", asked)
+        except FileNotFoundError:  # deleted meanwhile
+            raise _not_found(run) from None
 
-    def requeue(self, run: str) -> Run:
+    def settle(self, run: Run, status: Status, error: Mapping[str, Any] | None = None) -> None:
+        """Write down how a run ended whose worker is no more and left no end; its adapter and checkpoints stay."""
+        with claim(run.path, patience_s=0.5) as lock:
+            if lock is None or _end(run.path):
+                return
+            sweep(run.path)
+            with suppress(OSError):  # exit.json is what counts
+                event = Ended(step=run.step, run=run.id, status=status, error=error)
+                disk.at_any_rate(self.folder.parent, _tell_once, run.path, event)
+            write_end(run.path, status, step=run.step, error=error)
+
+    def requeue(self, run: str, said: Event | None = None) -> Run:
         """Put a run that was paused, stopped, lost or failed back into the queue, to go on from its checkpoint.
 
         One that was lost before its first checkpoint, or ended before its first step, begins from the start.
-        Raises E_RUN_DONE, E_RUN_ACTIVE, E_CHECKPOINT when all checkpoints are damaged, E_NO_CHECKPOINT.
+        said: what its journal is to say of it. Raises E_RUN_DONE, E_RUN_ACTIVE, E_CHECKPOINT when all checkpoints
+        are damaged, E_NO_CHECKPOINT, E_RUN_NOT_FOUND when it is deleted meanwhile.
         """
         path = self.get(run).path
         seen = _stamp(path / "exit.json"), _stamp(path / "worker.log")
@@ -273,14 +450,18 @@ class RunStore:
             raise StudioError("E_RUN_DONE", f"{quote(view.name)} is done; nothing is left to train.", hint)
         with claim(path, patience_s=0.5) as lock:
             changed = seen != (_stamp(path / "exit.json"), _stamp(path / "worker.log"))
+            if lock is None and not path.is_dir():
+                raise _not_found(run)
             if lock is None or view.active or changed:
                 raise StudioError("E_RUN_ACTIVE", f"{quote(view.name)} is {view.status}.", "Pause or stop it first.")
-            if any_saved(path) and newest(path)[0] is None:
+            if checkpoints.any_saved(path) and checkpoints.newest(path)[0] is None:
                 message = f"All checkpoints of {quote(view.name)} are damaged."
                 raise StudioError("E_CHECKPOINT", message, "Start the run again.")
             if not view.resumable:
                 message = f"{quote(view.name)} has no checkpoint to go on from."
                 raise StudioError("E_NO_CHECKPOINT", message, "Start the run again.")
+            if said:
+                disk.at_any_rate(self.folder.parent, _tell_once, path, said)
             self._clear(path)
         return self.get(run)
 
@@ -297,16 +478,26 @@ class RunStore:
         (path / "exit.json").unlink(missing_ok=True)
 
     def delete(self, run: str) -> None:
-        """Forget a run and all its files. Raises E_RUN_ACTIVE while a worker has it."""
-        view = self.get(run)
-        with claim(view.path) as lock:
+        """Forget a run and all its files, a damaged one too; twice is once.
+
+        Raises E_RUN_ACTIVE while a worker has it.
+        """
+        try:
+            view = self.get(run)
+        except StudioError as error:
+            view = next((one for one in self.list() if one.id == run), None)
+            if view is None:
+                raise error
+        with claim(view.path, patience_s=0.5) as lock:
             if lock is None:
+                if not view.path.is_dir():
+                    return  # somebody else was quicker
                 raise StudioError("E_RUN_ACTIVE", f"{quote(view.name)} is still running.", "Stop it first.")
             gone = view.path.with_name(f"{view.id}.deleted")
-            view.path.rename(gone)  # no longer a run, even if removing its files is interrupted
-        shutil.rmtree(gone)
-        self._journals.pop(view.id, None)
-        self._ended.pop(view.id, None)
+            disk.at_any_rate(self.folder.parent, view.path.rename, gone)  # no longer a run, whatever breaks this off
+        shutil.rmtree(gone, ignore_errors=True)
+        for known in (self._journals, self._ended, self.said):
+            known.pop(view.id, None)
 
     def _complete(self, beginning: str) -> str:
         found = [
@@ -319,11 +510,19 @@ class RunStore:
         return found[0]
 
     def _journal(self, run: str, path: Path) -> Journal:
-        return self._journals.setdefault(run, Journal(path / "events.jsonl"))
+        """The run's journal as far as it was read; the ones that were asked for last are kept."""
+        with self._shelf:
+            journal = self._journals.pop(run, None) or Journal(path / "events.jsonl")
+            self._journals[run] = journal
+            for old in itertools.islice([*self._journals], max(0, len(self._journals) - JOURNALS)):
+                del self._journals[old]
+        return journal
 
     def _view(self, run: str, path: Path) -> Run:
-        view, shared = self._view_of_its_end(run, path), (path / "shared").exists()
-        return view if view.shared == shared else replace(view, shared=shared)
+        view, shared, said = self._view_of_its_end(run, path), (path / "shared").exists(), self.said.get(run)
+        if view.shared == shared and not said:
+            return view
+        return replace(view, shared=shared, note=said or view.note)
 
     def _view_of_its_end(self, run: str, path: Path) -> Run:
         stamp = _stamp(path / "exit.json")  # before the look, so that a newer end is never taken for this one
@@ -341,24 +540,44 @@ class RunStore:
         try:
             config, created = build(RunConfig, record["config"]), float(record["created"])
         except (StudioError, KeyError, TypeError, ValueError) as error:
-            message = f"The run {run} has no readable run.json."
+            why = error.message if isinstance(error, StudioError) else "It is missing or torn."
+            message = f"The run {run} has no readable run.json. {why}"
             raise StudioError("E_RUN_DAMAGED", message, "Its folder may be deleted.") from error
         status, end = self._status(path)
-        journal = self._journal(run, path).refresh()
+        seen = end.get("seen")
+        if not isinstance(seen, dict) or not seen.keys() >= SEEN:
+            seen = self._seen(run, path)
         return Run(
             id=run,
             path=path,
             config=config,
             status=status,
             created=created,
-            step=journal.step,
-            steps=journal.steps or config.train.steps,
-            latest=dict(journal.latest),
+            step=seen["step"],
+            steps=seen["steps"] or config.train.steps,
+            latest=dict(seen["latest"]),
             summary=end.get("values", {}),
-            note=journal.note,
+            note=seen["note"],
             error=end.get("error"),
             facts=record.get("facts", {}),
             owner=str(record.get("owner", NOBODY)),
+        )
+
+    def _seen(self, run: str, path: Path) -> dict[str, Any]:
+        begun = (path / "events.jsonl").exists()  # else there is nothing to keep
+        return (self._journal(run, path) if begun else Journal(path / "events.jsonl")).refresh().seen
+
+    def _damaged(self, path: Path, error: StudioError) -> Run:
+        """What is left to say of a run whose run.json cannot be read; its owner, if that can."""
+        owner = (read_json(path / "run.json") or {}).get("owner", UNKNOWN)
+        return Run(
+            id=path.name,
+            path=path,
+            config=RunConfig(model="", dataset=DataChoice(id="")),
+            status="damaged",
+            created=_touched_at(path),
+            error={"code": error.code, "message": error.message, "hint": error.hint},
+            owner=owner if isinstance(owner, str) else UNKNOWN,
         )
 
     def _status(self, path: Path) -> tuple[Status, Mapping[str, Any]]:
@@ -372,17 +591,45 @@ class RunStore:
         return end["status"], end
 
     def list(self) -> list[Run]:  # the last method: behind it, `list` is no longer the built-in one
-        """Every readable run of the owner, newest first."""
+        """Every run of the owner, newest first; one whose run.json cannot be read is "damaged" and says why."""
         runs = []
         for path in self.folder.glob("*"):
             if ID.fullmatch(path.name):
                 try:
                     view = self._view(path.name, path)
-                except StudioError:
-                    continue
+                except StudioError as error:
+                    if not path.is_dir():
+                        continue  # deleted meanwhile
+                    view = self._damaged(path, error)
                 if self._owns(view):
                     runs.append(view)
         return sorted(runs, key=lambda run: (run.created, run.id), reverse=True)
+
+
+def checkpoint_bytes(facts: Mapping[str, Any]) -> int:
+    """About what one checkpoint of a run takes, by the estimate among its facts."""
+    return CHECKPOINT_BYTES * int((facts.get("estimate") or {}).get("trainable", 0))
+
+
+def _tell_once(path: Path, event: Event) -> None:
+    """Append an event to the journal of a run that no worker has; call it with the lock held."""
+    journal = open_journal(path)
+    try:
+        tell(journal, event, 1 + len(earlier_logs(path)))
+        os.fsync(journal)
+    finally:
+        os.close(journal)
+
+
+def _touched(run: Run) -> float:
+    """When something last happened to a run, in seconds since the epoch."""
+    return max(_touched_at(run.path), *(_touched_at(run.path / name) for name in ("exit.json", "worker.log")))
+
+
+def _touched_at(path: Path) -> float:
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _not_found(run: str) -> StudioError:
@@ -402,6 +649,14 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
     except FileNotFoundError:
         return None
     return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _is_still(path: Path, file: BinaryIO) -> bool:
+    """Whether an open file still has this name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 _LOST = {

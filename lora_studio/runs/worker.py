@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,10 +21,13 @@ from lora_studio.limits import limits_here
 from lora_studio.owners import home
 from lora_studio.runs.attempt import Attempt
 from lora_studio.runs.config import base_precision
+from lora_studio.runs.memory import oom_kills
 from lora_studio.runs.store import claim, write_json
 
 log = logging.getLogger(__name__)
 NICENESS = 10  # the page stays responsive while all cores train
+AT_ONCE = 500  # rows that are tokenised in one go
+SAY_S = 2.0  # between two words about how far they are; each is a place to stop
 
 
 class _Asked(Exception):
@@ -119,7 +122,7 @@ def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
     say(f"Loading {config.model}")
     lora = LoRA(models.load(config.model, precision=precision, on=on, labels=len(labels), say=say))
     tokenizer = models.tokenizer(config.model)
-    rows = [_encoded(tokenizer, part, labels, config.train.max_length) for part in (train, heldout)]
+    rows = [_encoded(tokenizer, part, labels, config.train.max_length, say) for part in (train, heldout)]
     jobs = {}
     for attempt in _live(attempts):
         with _own_failure(attempt):
@@ -148,12 +151,19 @@ def _job(attempt: Attempt, lora: Any, tokenizer: Any, rows: Sequence[list[Any]],
     return job
 
 
-def _encoded(tokenizer: Any, examples: Sequence[Any], labels: Sequence[str], most: int) -> list[Any]:
-    from lora_studio.data.batches import encode, encode_label
+def _encoded(
+    tokenizer: Any, examples: Sequence[Any], labels: Sequence[str], most: int, say: Callable[[str], None]
+) -> list[Any]:
+    """The rows as token ids; where that takes long, it says how far it is."""
+    from lora_studio.data.batches import encode_all, encode_labels
 
-    if labels:
-        return [encode_label(tokenizer, example, labels, most) for example in examples]
-    return [encode(tokenizer, example, most) for example in examples]
+    encoded, said = [], time.monotonic()
+    for some in (examples[start : start + AT_ONCE] for start in range(0, len(examples), AT_ONCE)):
+        encoded += encode_labels(tokenizer, some, labels, most) if labels else encode_all(tokenizer, some, most)
+        if time.monotonic() - said > SAY_S:
+            said = time.monotonic()
+            say(f"Tokenised {len(encoded):,} of {len(examples):,} rows")
+    return encoded
 
 
 # ---- the process -----------------------------------------------------------------------------------------------------
@@ -171,7 +181,7 @@ def begin(paths: Sequence[Path], locks: Sequence[BinaryIO]) -> None:
 
     signal.signal(signal.SIGTERM, terminate)
     for path in paths:
-        write_json(path / "worker.json", {"pid": os.getpid(), "started": time.time()})
+        write_json(path / "worker.json", {"pid": os.getpid(), "started": time.time(), "oom_kills": oom_kills()})
     work(attempts)
 
 
