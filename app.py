@@ -1,8 +1,11 @@
 """LoRA Studio's page: the entry point of the Space and of `python app.py`.
 
-LORA_STUDIO_ROOT    where datasets, runs and models are kept (default: .lora-studio in the home folder)
-LORA_STUDIO_HOST    address to listen on (default: 127.0.0.1, on a Space 0.0.0.0)
-LORA_STUDIO_PORT    port (default: GRADIO_SERVER_PORT, else 7860)
+LORA_STUDIO_ROOT         where datasets, runs and models are kept (default: .lora-studio in the home folder)
+LORA_STUDIO_HOST         address to listen on (default: 127.0.0.1, on a Space 0.0.0.0)
+LORA_STUDIO_PORT         port (default: GRADIO_SERVER_PORT, else 7860)
+LORA_STUDIO_ORIGINS      addresses under which it is reached through a proxy: https://lora.example.org, ...
+LORA_STUDIO_VISITORS=1   tell visitors apart by a cookie, as a Space does
+LORA_STUDIO_OPERATORS    accounts that see everybody's work on a Space, besides its author's
 """
 
 import contextlib
@@ -17,13 +20,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 with contextlib.suppress(ImportError):
     import spaces  # noqa: F401  # type: ignore  # on ZeroGPU it must be there before anything touches CUDA
 
-import gradio  # noqa: F401  # first: the page is up before torch is imported
-
-from lora_studio.errors import StudioError
+from lora_studio.errors import StudioError, redacted
 from lora_studio.studio import Studio
-from lora_studio.ui import style
-from lora_studio.ui.build import build
-from lora_studio.ui.desk import Desk
+
+
+class Discreet(logging.Formatter):
+    """Log lines without tokens, tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redacted(super().format(record))
 
 
 def address() -> tuple[str, int]:
@@ -37,31 +42,44 @@ def address() -> tuple[str, int]:
 
 def main() -> None:
     """Serve until interrupted; workers that train go on."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    host, port = address()
-    desk = Desk(Studio())
+    printed = logging.StreamHandler()
+    printed.setFormatter(Discreet("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[printed])
+    for noisy in ("httpx", "uvicorn"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    studio = Studio()
+    studio.supervisor.own()  # a second app on one folder ends here, before seconds of importing
+    os.environ["GRADIO_TEMP_DIR"] = str(studio.fresh_uploads())
+
+    from lora_studio import door
+    from lora_studio.ui import live, style
+    from lora_studio.ui.build import build
+    from lora_studio.ui.desk import Desk
+    from lora_studio.visitors import told_apart
+
+    place = door.place(*address())
+    desk = Desk(studio, visitors=told_apart())
     page = build(desk)
-    page.queue(default_concurrency_limit=8, max_size=64)
-    on_space = bool(os.environ.get("SPACE_ID"))
-    page.launch(
-        server_name=host,
-        server_port=port,
-        show_error=not on_space,
-        quiet=True,
-        prevent_thread_lock=True,
-        allowed_paths=[str(desk.studio.exports)],  # where a download is packed, for Gradio to copy it
-        **style.launch_options(),
-    )
-    print(f"LoRA Studio is at http://{host}:{port}", flush=True)
+    page.queue(default_concurrency_limit=8, max_size=64, api_open=False)
+
+    def ready() -> None:
+        print(f"LoRA Studio is at {place.url}", flush=True)
+        desk.begin()
+        studio.supervisor.start()
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    desk.begin()
-    desk.studio.supervisor.start()
+    settings = page, place, studio.limits, desk.pages, door.routes(desk.downloads, live.PLOTLY)
     try:
-        page.block_thread()
+        if os.environ.get("SPACES_ZERO_GPU"):  # there, only what Gradio launches itself is given a GPU
+            door.launch(*settings, style.looks(studio.limits))
+            ready()
+            page.block_thread()
+        else:
+            door.serve(door.behind(*settings, style.looks(studio.limits)), place, ready)
+    except KeyboardInterrupt:
+        pass
     finally:
-        desk.studio.supervisor.close()
-        page.close(verbose=False)
+        studio.supervisor.close()
 
 
 if __name__ == "__main__":

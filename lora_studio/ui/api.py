@@ -1,6 +1,6 @@
 """The endpoints for programs: typed, with stable names, the same Studio underneath. Docstrings become their help."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 
@@ -12,7 +12,6 @@ from lora_studio.fields import build
 from lora_studio.models import STARTER
 from lora_studio.runs.config import DataChoice, RunConfig, method_of, short
 from lora_studio.settings import Sampling, TrainConfig
-from lora_studio.ui.boundary import toasted
 from lora_studio.ui.desk import Desk
 
 SPEC, TRAIN = LoraSpec(), TrainConfig()  # their defaults are the endpoints'
@@ -20,163 +19,162 @@ SPEC, TRAIN = LoraSpec(), TrainConfig()  # their defaults are the endpoints'
 
 def register(desk: Desk) -> None:
     """Declare the endpoints; call it first inside Blocks, so that no event of the page takes their names."""
-    for quick in (*_data(desk), *_runs(desk)):
-        api(toasted(quick), api_name=quick.__name__, queue=False)
-    for answering in _answers(desk):
-        api(toasted(answering), api_name=answering.__name__, concurrency_id="model", concurrency_limit=1)
+    for quick in (add_dataset, plan, start_run, run_status, run_events, stop_run):
+        api(desk.mine(quick), api_name=quick.__name__, queue=False)
+    api(desk.mine(compare), api_name="compare", concurrency_id="model", concurrency_limit=1)
 
 
-def _data(desk: Desk) -> tuple[Callable, ...]:
-    def add_dataset(text: str, name: str = "pasted text") -> str:
-        """Keep a dataset given as CSV, JSON or JSON lines and return its id.
+def add_dataset(desk: Desk, text: str, name: str = "pasted text") -> str:
+    """Keep a dataset given as CSV, JSON or JSON lines and return its id.
 
-        Args:
-            text: The rows.
-            name: What to call it.
-        """
-        return desk.studio.data.add_text(text, name).id
-
-    def plan(
-        model: str = STARTER,
-        rank: int = SPEC.rank,
-        targets: str = ",".join(SPEC.targets),
-        steps: int = TRAIN.steps,
-        batch_size: int = TRAIN.batch_size,
-        dataset: str = "",
-        method: str = "lora",
-        width: int = 0,
-        task: str = "auto",
-    ) -> dict:
-        """What a run would adapt and cost: matrices, parameters, bytes, seconds.
-
-        Args:
-            model: starter, a catalogue name, a Hub id or a local folder.
-            rank: Rank of the adapter.
-            targets: Roles such as attn.q, comma-separated, or all-linear.
-            steps: Optimizer steps.
-            batch_size: Examples per step.
-            dataset: Id of a dataset, for a better forecast.
-            method: lora, or one of the paper's other methods: full, top, bitfit, adapter_h, adapter_p, adapter_l,
-                prefix, prompt. Rank and targets are LoRA's.
-            width: Of a method that has one; 0 takes its usual.
-            task: causal writes text, classify chooses a label, auto takes what suits model and data.
-        """
-        config = build(TrainConfig, {"steps": steps, "batch_size": batch_size})
-        choice = DataChoice(id=dataset) if dataset else None
-        studio = desk.ready(model)
-        chosen, task = _method(method, width, rank, targets), studio.task(model, choice, task)
-        return studio.plan(model, chosen, config, choice, task).as_json()
-
-    return add_dataset, plan
+    Args:
+        text: The rows.
+        name: What to call it.
+    """
+    return desk.studio.data.add_text(text, name).id
 
 
-def _runs(desk: Desk) -> tuple[Callable, ...]:
-    def start_run(
-        dataset: str,
-        model: str = STARTER,
-        rank: int = SPEC.rank,
-        targets: str = ",".join(SPEC.targets),
-        learning_rate: float = TRAIN.learning_rate,
-        steps: int = TRAIN.steps,
-        batch_size: int = TRAIN.batch_size,
-        seed: int = TRAIN.seed,
-        name: str = "",
-        method: str = "lora",
-        width: int = 0,
-        task: str = "auto",
-    ) -> str:
-        """Queue a training run and return its id at once.
+def plan(
+    desk: Desk,
+    model: str = STARTER,
+    rank: int = SPEC.rank,
+    targets: str = ",".join(SPEC.targets),
+    steps: int = TRAIN.steps,
+    batch_size: int = TRAIN.batch_size,
+    dataset: str = "",
+    method: str = "lora",
+    width: int = 0,
+    task: str = "auto",
+) -> dict:
+    """What a run would adapt and cost: matrices, parameters, bytes, seconds.
 
-        Args:
-            dataset: Id of a dataset, as add_dataset returns it.
-            model: starter, a catalogue name, a Hub id or a local folder.
-            rank: Rank of the adapter.
-            targets: Roles such as attn.q, comma-separated, or all-linear.
-            learning_rate: Peak of the schedule.
-            steps: Optimizer steps.
-            batch_size: Examples per step.
-            seed: Same seed, same run.
-            name: Shown in the run list.
-            method: lora, or one of the paper's other methods: full, top, bitfit, adapter_h, adapter_p, adapter_l,
-                prefix, prompt. Rank and targets are LoRA's.
-            width: Of a method that has one; 0 takes its usual.
-            task: causal writes text, classify chooses a label, auto takes what suits model and data.
-        """
-        studio = desk.ready(model)
-        chosen, choice = _method(method, width, rank, targets), DataChoice(id=dataset)
-        values = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
-        config = RunConfig(
-            name=name or f"{short(chosen)} from the API",
-            model=model,
-            task=studio.task(model, choice, task),
-            dataset=replace(choice, name=studio.data.get(dataset).name),
-            method=chosen,
-            train=build(TrainConfig, values),
-        )
-        return studio.start(config).id
-
-    def run_status(run: str) -> dict:
-        """State, step, newest figures and, once ended, summary or error of a run.
-
-        Args:
-            run: Id from start_run.
-        """
-        view = desk.studio.runs.get(run)
-        return {
-            "id": view.id,
-            "name": view.name,
-            "status": view.status,
-            "step": view.step,
-            "steps": view.steps,
-            "latest": dict(view.latest),
-            "summary": dict(view.summary),
-            "error": dict(view.error) if view.error else None,
-        }
-
-    def run_events(run: str, start: int = 0) -> list[dict]:
-        """The events of a run from number `start` on: metrics, samples, warnings and its end.
-
-        Args:
-            run: Id from start_run.
-            start: How many events the caller has already.
-        """
-        view = desk.studio.runs.get(run)
-        return desk.studio.runs.events(view.id, max(0, start))
-
-    def stop_run(run: str) -> str:
-        """Ask a run to end after its current step; its adapter is kept.
-
-        Args:
-            run: Id from start_run.
-        """
-        desk.studio.stop(desk.studio.runs.get(run).id)
-        return "stopping"
-
-    return start_run, run_status, run_events, stop_run
+    Args:
+        model: starter, a catalogue name, a Hub id or a local folder.
+        rank: Rank of the adapter.
+        targets: Roles such as attn.q, comma-separated, or all-linear.
+        steps: Optimizer steps.
+        batch_size: Examples per step.
+        dataset: Id of a dataset, for a better forecast.
+        method: lora, or one of the paper's other methods: full, top, bitfit, adapter_h, adapter_p, adapter_l,
+            prefix, prompt. Rank and targets are LoRA's.
+        width: Of a method that has one; 0 takes its usual.
+        task: causal writes text, classify chooses a label, auto takes what suits model and data.
+    """
+    config = build(TrainConfig, {"steps": steps, "batch_size": batch_size})
+    choice = DataChoice(id=dataset) if dataset else None
+    studio = desk.ready(model)
+    chosen, task = _method(method, width, rank, targets), studio.task(model, choice, task)
+    return studio.plan(model, chosen, config, choice, task).as_json()
 
 
-def _answers(desk: Desk) -> tuple[Callable, ...]:
-    def compare(
-        run: str, prompt: str, strength: float = 1.0, max_new_tokens: int = Sampling().max_new_tokens
-    ) -> Iterator[tuple[str, str]]:
-        """The base model's and the adapted model's answer to one prompt, as they grow.
+def start_run(
+    desk: Desk,
+    dataset: str,
+    model: str = STARTER,
+    rank: int = SPEC.rank,
+    targets: str = ",".join(SPEC.targets),
+    learning_rate: float = TRAIN.learning_rate,
+    steps: int = TRAIN.steps,
+    batch_size: int = TRAIN.batch_size,
+    seed: int = TRAIN.seed,
+    name: str = "",
+    method: str = "lora",
+    width: int = 0,
+    task: str = "auto",
+) -> str:
+    """Queue a training run and return its id at once.
 
-        Args:
-            run: Id of a run that has an adapter.
-            prompt: What both are asked.
-            strength: 0 is the base model, 1 as trained.
-            max_new_tokens: Longest answer, in tokens.
-        """
-        view = desk.studio.runs.get(run)
-        sampling = build(Sampling, {"max_new_tokens": max_new_tokens})
-        studio = desk.ready(view.config.model)
-        with closing(studio.compare([view.id], prompt, strength=strength, sampling=sampling)) as moments:
-            for moment in moments:
-                base, adapted = moment.answers
-                yield base.text, adapted.text
+    Args:
+        dataset: Id of a dataset, as add_dataset returns it.
+        model: starter, a catalogue name, a Hub id or a local folder.
+        rank: Rank of the adapter.
+        targets: Roles such as attn.q, comma-separated, or all-linear.
+        learning_rate: Peak of the schedule.
+        steps: Optimizer steps.
+        batch_size: Examples per step.
+        seed: Same seed, same run.
+        name: Shown in the run list.
+        method: lora, or one of the paper's other methods: full, top, bitfit, adapter_h, adapter_p, adapter_l,
+            prefix, prompt. Rank and targets are LoRA's.
+        width: Of a method that has one; 0 takes its usual.
+        task: causal writes text, classify chooses a label, auto takes what suits model and data.
+    """
+    studio = desk.ready(model)
+    chosen, choice = _method(method, width, rank, targets), DataChoice(id=dataset)
+    values = {"steps": steps, "learning_rate": learning_rate, "batch_size": batch_size, "seed": seed}
+    config = RunConfig(
+        name=name or f"{short(chosen)} from the API",
+        model=model,
+        task=studio.task(model, choice, task),
+        dataset=replace(choice, name=studio.data.get(dataset).name),
+        method=chosen,
+        train=build(TrainConfig, values),
+    )
+    desk.may_start()
+    return studio.start(config).id
 
-    compare.__annotations__["return"] = tuple[str, str]  # Gradio reads the type of one yield
-    return (compare,)
+
+def run_status(desk: Desk, run: str) -> dict:
+    """State, step, newest figures and, once ended, summary or error of a run.
+
+    Args:
+        run: Id from start_run.
+    """
+    view = desk.studio.runs.get(run)
+    return {
+        "id": view.id,
+        "name": view.name,
+        "status": view.status,
+        "step": view.step,
+        "steps": view.steps,
+        "latest": dict(view.latest),
+        "summary": dict(view.summary),
+        "error": dict(view.error) if view.error else None,
+    }
+
+
+def run_events(desk: Desk, run: str, start: int = 0) -> list[dict]:
+    """The events of a run from number `start` on: metrics, samples, warnings and its end.
+
+    Args:
+        run: Id from start_run.
+        start: How many events the caller has already.
+    """
+    view = desk.studio.runs.get(run)
+    return desk.studio.runs.events(view.id, max(0, start))
+
+
+def stop_run(desk: Desk, run: str) -> str:
+    """Ask a run to end after its current step; its adapter is kept.
+
+    Args:
+        run: Id from start_run.
+    """
+    desk.studio.stop(desk.studio.runs.get(run).id)
+    return "stopping"
+
+
+def compare(
+    desk: Desk, run: str, prompt: str, strength: float = 1.0, max_new_tokens: int = Sampling().max_new_tokens
+) -> Iterator[tuple[str, str]]:
+    """The base model's and the adapted model's answer to one prompt, as they grow.
+
+    Args:
+        run: Id of a run that has an adapter.
+        prompt: What both are asked.
+        strength: 0 is the base model, 1 as trained.
+        max_new_tokens: Longest answer, in tokens.
+    """
+    view = desk.studio.runs.get(run)
+    sampling = build(Sampling, {"max_new_tokens": max_new_tokens})
+    studio = desk.ready(view.config.model)
+    with closing(studio.compare([view.id], prompt, strength=strength, sampling=sampling)) as moments:
+        for moment in moments:
+            base, adapted = moment.answers
+            yield base.text, adapted.text
+
+
+compare.__annotations__["return"] = tuple[str, str]  # Gradio reads the type of one yield
 
 
 def _method(name: str, width: int, rank: int, targets: str) -> Method:

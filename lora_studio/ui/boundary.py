@@ -2,7 +2,8 @@
 
 A StudioError was written for the person at the screen and is shown as it is, escaped; anything else is logged
 and shown as one plain sentence. A handler is wrapped by where its problem is to appear: beside its control
-(`problem_last`), in place of its result (`problem_instead`), or as a toast (`toasted`).
+(`problem_last`), in place of its result (`problem_instead`), in what a script of the page is answered
+(`problem_in_answer`), or as a toast (`toasted`).
 """
 
 import functools
@@ -14,7 +15,7 @@ from typing import Any
 
 import gradio as gr
 
-from lora_studio.errors import StudioError
+from lora_studio.errors import StudioError, redacted
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +35,9 @@ def explain(error: Exception) -> StudioError:
 def as_html(error: Exception) -> str:
     """The problem as a panel: what happened, what to do, and the code in small."""
     said = explain(error)
-    hint = f" {html.escape(said.hint)}" if said.hint else ""
+    hint = f" {html.escape(redacted(said.hint))}" if said.hint else ""
     return (
-        f"<div class='problem' role='alert'><b>{html.escape(said.message)}</b>{hint}"
+        f"<div class='problem' role='alert'><b>{html.escape(redacted(said.message))}</b>{hint}"
         f" <code>{html.escape(said.code)}</code></div>"
     )
 
@@ -44,7 +45,7 @@ def as_html(error: Exception) -> str:
 def as_toast(error: Exception) -> gr.Error:
     """The problem as an exception that Gradio shows in a corner of the page and gives to API clients."""
     said = explain(error)
-    return gr.Error(html.escape(f"{said} ({said.code})", quote=False), duration=12, print_exception=False)
+    return gr.Error(html.escape(redacted(f"{said} ({said.code})"), quote=False), duration=12, print_exception=False)
 
 
 def problem_last(others: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -85,6 +86,19 @@ def problem_instead(handler: Callable[..., str]) -> Callable[..., str]:
     return guarded
 
 
+def problem_in_answer(handler: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """The handler answers a script of the page, which shows what stands under "problem"."""
+
+    @functools.wraps(handler)
+    def guarded(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        try:
+            return handler(*args, **kwargs)
+        except Exception as error:
+            return {"problem": redacted(str(explain(error)))}
+
+    return guarded
+
+
 def toasted(handler: Callable[..., Any]) -> Callable[..., Any]:
     """The handler has no place for a problem, so it is shown as a toast; also for API endpoints."""
 
@@ -92,6 +106,8 @@ def toasted(handler: Callable[..., Any]) -> Callable[..., Any]:
     def once(*args: Any, **kwargs: Any) -> Any:
         try:
             return handler(*args, **kwargs)
+        except gr.Error:
+            raise
         except Exception as error:
             raise as_toast(error) from None
 
@@ -99,6 +115,8 @@ def toasted(handler: Callable[..., Any]) -> Callable[..., Any]:
     def stream(*args: Any, **kwargs: Any) -> Iterator[Any]:
         try:
             yield from handler(*args, **kwargs)
+        except gr.Error:
+            raise
         except Exception as error:
             raise as_toast(error) from None
 

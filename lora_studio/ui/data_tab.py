@@ -5,7 +5,10 @@ where format and columns hold only what the person has corrected.
 """
 
 import html
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +20,7 @@ from lora_studio.data.formats import FORMATS
 from lora_studio.data.library import SAMPLES, Dataset
 from lora_studio.data.readers import EXTENSIONS
 from lora_studio.errors import StudioError
+from lora_studio.limits import MIB, Limits
 from lora_studio.runs.config import DataChoice
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Inspection
@@ -55,7 +59,7 @@ class DataTab:
     row: gr.State
 
 
-def build() -> DataTab:
+def build(limits: Limits) -> DataTab:
     """Left: where rows come from and what their columns mean. Right: what a model will see of them."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300, elem_classes="card"):
@@ -65,7 +69,7 @@ def build() -> DataTab:
                     name: gr.Button(f"{sample.title}\n{sample.about}", elem_classes="sample", elem_id=f"sample-{name}")
                     for name, sample in SAMPLES.items()
                 }
-            sources = _sources()
+            sources = _sources(limits)
             problem = gr.HTML("", apply_default_css=False, elem_id="data-problem")
             with gr.Column(visible=False, elem_classes="correction") as correction:
                 format = gr.Dropdown(
@@ -101,12 +105,14 @@ def build() -> DataTab:
     )
 
 
-def _sources() -> tuple[gr.File, gr.Textbox, gr.Button, gr.Textbox, gr.Button, gr.Dropdown]:
+def _sources(limits: Limits) -> tuple[gr.File, gr.Textbox, gr.Button, gr.Textbox, gr.Button, gr.Dropdown]:
     """A file, pasted text, a Hub id, or something that is kept here already."""
     with gr.Tabs(elem_id="sources"):
         with gr.Tab("Upload"):
+            most = f"{limits.file_bytes // MIB:,} MB"
             gr.HTML(
-                "<p class='soft'>CSV, TSV, JSON, JSON lines, Parquet or text, up to 50 MB.</p>", apply_default_css=False
+                f"<p class='soft'>CSV, TSV, JSON, JSON lines, Parquet or text, up to {most}.</p>",
+                apply_default_css=False,
             )
             upload = gr.File(
                 label="Dataset file",
@@ -147,7 +153,22 @@ def open_sample(desk: Desk, name: str) -> tuple[Any, ...]:
 def open_file(desk: Desk, path: str | None) -> tuple[Any, ...]:
     if not path:
         return (gr.skip(),) * OPENED
-    return opened(desk.studio.data.add(Path(path)))
+    studio = desk.studio
+    with claimed(Path(path), studio.root) as file:
+        return opened(studio.data.add(file))
+
+
+@contextmanager
+def claimed(path: Path, root: Path) -> Iterator[Path]:
+    """An upload, taken out of the cache that all visitors share; gone when the block ends, however it does."""
+    with tempfile.TemporaryDirectory(prefix="claimed-", dir=root) as own:
+        try:
+            file = Path(shutil.move(path, Path(own) / path.name))
+        except FileNotFoundError:  # the same bytes have the same path, and somebody else was quicker
+            raise StudioError("E_READ", "The file is no longer here.", "Upload it again.") from None
+        with suppress(OSError):  # the folder's name is a hash of what was in it
+            path.parent.rmdir()
+        yield file
 
 
 @problem_last(OPENED)

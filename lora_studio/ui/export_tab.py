@@ -8,6 +8,7 @@ import gradio as gr
 from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
+from lora_studio.ui import fetch
 from lora_studio.ui.boundary import problem_last, toasted
 from lora_studio.ui.desk import Desk
 
@@ -36,7 +37,7 @@ class ExportTab:
     adapter: gr.Button
     merged: gr.Button
     dtype: gr.Dropdown
-    file: gr.DownloadButton
+    file: gr.HTML
     about: gr.HTML
     problem: gr.HTML
     command: gr.Textbox
@@ -64,7 +65,7 @@ def build() -> ExportTab:
             info="What rounding changes is measured and said here and in the card",
             elem_id="merged-dtype",
         )
-        file = gr.DownloadButton("File", visible="hidden", elem_id="archive")
+        file = fetch.build("archive")
         about = gr.HTML("", apply_default_css=False, elem_id="export-about")
         problem = gr.HTML("", apply_default_css=False, elem_id="export-problem")
         command = _copyable("The command that repeats this run", "command", 2)
@@ -77,8 +78,8 @@ def _copyable(label: str, name: str, lines: int) -> gr.Textbox:
 
 
 @problem_last(2)
-def pack(desk: Desk, run: str | None, merged: bool, dtype: str = USUAL) -> tuple[str, str]:
-    """A fresh archive, which Gradio copies into its cache, from where the browser fetches it; and what rounding did."""
+def pack(desk: Desk, merged: bool, run: str | None, dtype: str = USUAL) -> tuple[str, str]:
+    """The address of a fresh archive, and what rounding did."""
     if not run:
         raise StudioError(
             "E_NO_RUN", "No run is chosen.", "Train one first; it appears here with its first evaluation."
@@ -86,7 +87,7 @@ def pack(desk: Desk, run: str | None, merged: bool, dtype: str = USUAL) -> tuple
     view = desk.studio.runs.get(run)
     done = desk.ready(view.config.model).archive(view.id, merged=merged, dtype="" if dtype == USUAL else dtype)
     about = f"<p class='soft'>{html.escape(done.rounding.sentence)}</p>" if done.rounding else ""
-    return str(done.files[-1]), about
+    return desk.hand_out(done.files[-1]), about
 
 
 @toasted

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from lora_studio.ui.live import PLOTLY
+from lora_studio.ui.live import DRAWING
 
 HERE = Path(__file__).parent
 
@@ -20,7 +20,7 @@ def build(label: str, name: str) -> gr.HTML:
         {},
         html_template=f"<div class='figure' role='img' aria-label='{label}'></div>",
         js_on_load=(HERE / "figure.js").read_text(encoding="utf-8"),
-        head=f"<script src='gradio_api/file={PLOTLY}'></script>",
+        head=DRAWING,
         apply_default_css=False,
         elem_id=name,
     )

@@ -12,7 +12,7 @@ from lora_studio import charts
 from lora_studio.core.spec import BASELINES, BaselineSpec
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
-from lora_studio.ui import figure
+from lora_studio.ui import fetch, figure
 from lora_studio.ui.boundary import problem_last
 from lora_studio.ui.desk import Desk
 from lora_studio.ui.live import run_label
@@ -71,7 +71,7 @@ class InsideTab:
     curve_line: gr.HTML
     rank: gr.Number
     download: gr.Button
-    file: gr.DownloadButton
+    file: gr.HTML
     dial_problem: gr.HTML
     amplification: gr.HTML
     table: gr.HTML
@@ -161,7 +161,7 @@ def _dial() -> dict[str, Any]:
     with gr.Row(elem_classes="pair"):
         rank = gr.Number(1, label="Rank", info="Directions to keep", precision=0, elem_id="smaller-rank")
         download = gr.Button("Download the smaller adapter", min_width=200, elem_id="get-smaller")
-    file = gr.DownloadButton("File", visible="hidden", elem_id="smaller-archive")
+    file = fetch.build("smaller-archive")
     problem = gr.HTML("", apply_default_css=False, elem_id="dial-problem")
     return {
         "measure": measure,
@@ -274,11 +274,11 @@ def measure(desk: Desk, run: str | None) -> Iterator[tuple[Any, ...]]:
 
 @problem_last(1)
 def pack_smaller(desk: Desk, run: str | None, rank: float | None) -> str:
-    """A fresh archive of the adapter at a lower rank."""
+    """The address of a fresh archive of the adapter at a lower rank."""
     view = _chosen(desk, run)
     if rank is None or rank != int(rank):
         raise StudioError("E_RANK", "No rank is given.", "Give a whole number of at least 1.")
-    return str(desk.ready(view.config.model).archive(view.id, rank=int(rank)).files[-1])
+    return desk.hand_out(desk.ready(view.config.model).archive(view.id, rank=int(rank)).files[-1])
 
 
 # ---- HTML out of plain values ------------------------------------------------------------------------------------

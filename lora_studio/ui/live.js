@@ -10,6 +10,7 @@ const EAGER = location.hostname.endsWith('.hf.space') ? 2500 : 700, IDLE = 10000
 let run = null, timer = null, busy = false, again = false, drawn = null;  // drawn: the run the plot was made for
 let seen, points, average, weight, evaluations, heldout, follow, state, asked, trouble, estimate, probe, findings;
 let runs = [], token = '', listed = 0, wait = EAGER;
+let own = true, shared = false, visitors = false;  // whose run it is, and whether there is anybody else
 
 // ---- figures in words --------------------------------------------------------------------------------------------
 
@@ -129,14 +130,18 @@ function figures(news) {
   element.dataset.state = state;
   element.dataset.points = points;
   element.dataset.run = run;
-  $('.pace').hidden = $('.tiles').hidden = $('.log').hidden = false;
+  [own, shared, visitors] = [news.own, news.shared, news.visitors];
+  $('.pace').hidden = $('.tiles').hidden = false;
+  $('.log').hidden = !own;
   $('.state').textContent = WORDS[state] || state;
   $('.state').dataset.state = state;
   $('.bar i').style.width = `${share}%`;
   $('.bar').setAttribute('aria-valuenow', share);
   if (!active && asked !== 'again') asked = '';
-  buttons({ pause: state === 'running', stop: active, resume: !active && news.resumable });
-  $('.safe').hidden = !active;
+  buttons(own ? { pause: state === 'running', stop: active, resume: !active && news.resumable,
+    share: visitors, delete: !active } : {});
+  $('[data-ask=share]').setAttribute('aria-pressed', shared);
+  $('.safe').hidden = !active || !own;
   $('[data-tile=step]').textContent = `${news.step}/${news.steps || '?'}`;
   for (const name in TILES) {
     const value = name === 'seconds_left' && !active ? null : news.latest[name];
@@ -144,7 +149,8 @@ function figures(news) {
   }
   $('[data-tile=accuracy]').parentElement.hidden = news.latest.accuracy == null;  // only where labels are chosen
   const ahead = runs.filter(one => ACTIVE.includes(one.state)).length - 1;
-  const queue = state === 'queued' && ahead > 0 ? 'Another run is training; this one starts when it has ended.' : '';
+  const others = ahead > 0 ? 'Another run is training; this one starts when it has ended.' : visitors ? 'Next in the queue.' : '';
+  const queue = state !== 'queued' ? '' : news.place > 1 ? `Number ${news.place} in the queue.` : others;
   const waiting = queue || (state === 'queued' ? 'Starting a worker.' : news.note || (seen ? '' : 'The worker is loading its libraries.'));
   const told = (findings || []).some(one => one.message === waiting);  // it stands in a card already
   say($('.note'), trouble || ASKED[asked] || (active && !told ? waiting : ''));
@@ -157,6 +163,8 @@ function figures(news) {
 const ASKED = { stop: 'Stopping after the current step; the adapter is kept.',
   pause: 'Pausing after the current step; it can be resumed from there.', resume: 'Going back into the queue.',
   again: 'Starting again.' };
+
+const SURE = 'Delete for good';
 
 function may(wanted) { return !asked || (asked === 'pause' && wanted === 'stop'); }  // who paused may still stop
 
@@ -275,14 +283,16 @@ $('nav').addEventListener('click', event => {
 });
 $('.compare').addEventListener('click', () => trigger('compare'));
 $('.controls').addEventListener('click', async event => {
-  const wanted = event.target.closest('button')?.dataset.ask, whose = run;
+  const pressed = event.target.closest('button'), wanted = pressed?.dataset.ask, whose = run;
   if (!wanted || !may(wanted)) return;
+  if (wanted === 'delete' && pressed.textContent !== SURE) return void (pressed.textContent = SURE);
   [asked, trouble] = [wanted, ''];
   say($('.note'), ASKED[asked]);
-  const { problem } = await done(() => server[wanted]({ run: whose }));
+  const { problem } = await done(() => server[wanted]({ run: whose, on: !shared }));
   if (whose !== run || (asked && asked !== wanted)) return;
   trouble = problem;
-  if (problem || wanted === 'resume') asked = '';
+  if (problem || ['resume', 'share', 'delete'].includes(wanted)) asked = '';
+  if (wanted === 'delete' && !problem) return leave();
   tick();
 });
 $('.findings').addEventListener('click', async event => {
@@ -318,7 +328,7 @@ async function take(news) {
   if (news.state === 'missing') {
     element.dataset.state = state = 'missing';
     $('.name').textContent = 'This run is not here';
-    $('.line').textContent = 'It was deleted, or belongs to another app.';
+    $('.line').textContent = 'It was deleted, or belongs to another app or visitor.';
     return;
   }
   if (news.whole) forget();
@@ -372,6 +382,12 @@ function address() {
   history.replaceState(history.state, '', url);
 }
 
+function leave() {  // the run is gone; what the page shows instead is the app's to choose
+  const url = new URL(location);
+  url.searchParams.delete('run');
+  location.replace(url);
+}
+
 function start() {
   const wanted = props.value || '';
   if (wanted !== run) {
@@ -380,6 +396,7 @@ function start() {
     forget();
     delete element.dataset.state;
     delete $('.findings').dataset.mark;
+    $('[data-ask=delete]').textContent = 'Delete';
     element.dataset.points = 0;
     $('.result').hidden = $('.findings').hidden = $('.costs').hidden = true;
     if (run) address();

@@ -4,6 +4,7 @@ The component's value is a run id. Its script (live.js) asks `poll` for the reco
 there is no event that owns a run, so a reload, a second browser and a restart of the app see the same.
 """
 
+import contextlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,16 +14,19 @@ from typing import Any
 import gradio as gr
 
 from lora_studio.core.spec import BASELINES, LoraSpec, Method
-from lora_studio.errors import StudioError
+from lora_studio.errors import StudioError, redacted
 from lora_studio.fields import knobs
 from lora_studio.runs.config import Run, width_in_words
 from lora_studio.runs.store import ID, RunStore, standing
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
 from lora_studio.study import short
+from lora_studio.ui.boundary import problem_in_answer
+from lora_studio.ui.desk import Desk
 
 HERE = Path(__file__).parent
 PLOTLY = Path(importlib.util.find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"  # type: ignore
+DRAWING = "<script src='plotly.min.js'></script>"  # which the door serves
 POINTS = 4_000  # of a curve in one answer; a longer one is thinned
 LOG_CHARACTERS = 8_000
 TILES = {
@@ -37,32 +41,39 @@ TILES = {
 }
 
 
-def build(studio: Studio) -> gr.HTML:
+def build(desk: Desk) -> gr.HTML:
     """The component; it raises `compare` when the person wants to compare the run that is shown."""
 
-    def poll(ask: dict) -> dict:
-        return answer(studio, ask)
+    def poll(desk: Desk, ask: dict) -> dict:
+        return answer(desk.studio, ask) | {"visitors": desk.visitors}
 
-    def stop(ask: dict) -> dict:
-        return stop_run(studio, ask)
+    def stop(desk: Desk, ask: dict) -> dict:
+        return stop_run(desk.studio, ask)
 
-    def pause(ask: dict) -> dict:
-        return pause_run(studio, ask)
+    def pause(desk: Desk, ask: dict) -> dict:
+        return pause_run(desk.studio, ask)
 
-    def resume(ask: dict) -> dict:
-        return resume_run(studio, ask)
+    def resume(desk: Desk, ask: dict) -> dict:
+        return resume_run(desk.studio, ask)
 
-    def restart(ask: dict) -> dict:
-        return restart_run(studio, ask)
+    def restart(desk: Desk, ask: dict) -> dict:
+        desk.may_start()
+        return restart_run(desk.studio, ask)
 
-    gr.set_static_paths([PLOTLY])
+    def share(desk: Desk, ask: dict) -> dict:
+        return share_run(desk.studio, ask)
+
+    def delete(desk: Desk, ask: dict) -> dict:
+        return delete_run(desk.studio, ask)
+
+    asked = [poll, stop, pause, resume, restart, share, delete]
     tiles = "".join(f"<div><span>{label}</span><b data-tile='{name}'>–</b></div>" for name, label in TILES.items())
     return gr.HTML(
         "",
         html_template=(HERE / "live.html").read_text(encoding="utf-8").replace("<!-- tiles -->", tiles),
         js_on_load=(HERE / "live.js").read_text(encoding="utf-8"),
-        head=f"<script src='gradio_api/file={PLOTLY}'></script>",
-        server_functions=[poll, stop, pause, resume, restart],
+        head=DRAWING,
+        server_functions=[desk.mine(problem_in_answer(one)) for one in asked],
         apply_default_css=False,
         elem_id="live",
     )
@@ -72,18 +83,48 @@ def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """What is new since the caller's last look.
 
     ask: run (id or ""), start (records seen), list (whether runs may have changed), known (their last token),
-    log (whether the log is open). An unknown run has state "missing", none at all has "none".
+    log (whether the log is open). An unknown run has state "missing", none at all has "none". A run that somebody
+    else shares comes as `public` leaves it.
     """
     said: dict[str, Any] = {"run": ask.get("run") or "", "start": _count(ask.get("start")), "state": "none"}
     if ask.get("list"):
         said |= _changed_runs(studio.runs, ask.get("known"))
     if said["run"]:
         try:
-            said |= _news(studio.runs, str(said["run"]), said["start"])
+            view = studio.runs.look(_id(said["run"]))
+            if studio.runs.owner not in (None, view.owner):
+                return said | public(_news(studio.runs.of(view.owner), view, said["start"]), view)
+            said |= _news(studio.runs, view, said["start"])
             if ask.get("log"):
-                said["log"] = studio.runs.log(str(said["run"]), LOG_CHARACTERS)
+                said["log"] = redacted(studio.runs.log(view.id, LOG_CHARACTERS))
         except StudioError:
             said["state"] = "missing"
+    return said
+
+
+PUBLIC = ("next", "whole", "state", "step", "steps", "latest", "train", "heldout", "saved", "probe", "adapter")
+FIGURES = ("seconds", "memory_bytes", "probe_seconds", "probe_memory_bytes", "base_loss", "best_loss", "best_step")
+FIGURES += ("base_accuracy", "best_accuracy")
+
+
+def public(news: Mapping[str, Any], view: Run) -> dict[str, Any]:
+    """What others may see of a run that is shared: figures and settings.
+
+    No rows, no answers, no log, no warning and no error text, which may quote rows; nor the name and the labels,
+    which are made from the dataset's.
+    """
+    said = {name: news[name] for name in PUBLIC} | {"samples": [], "findings": [], "note": "", "own": False}
+    said["adapter"] = False  # there is nothing to compare with
+    if "about" in news:
+        config, train = view.config, view.config.train
+        line = [config.model.rstrip("/").rsplit("/", 1)[-1], _words(config.method)]
+        line += [f"{len(view.labels)} labels"] if view.labels else []
+        line += [f"learning rate {train.learning_rate:g}", f"batch {train.batch_size}", f"seed {train.seed}"]
+        about = {"name": f"Shared run {view.id[:8]}", "line": " · ".join(line), "estimate": news["about"]["estimate"]}
+        said["about"] = about
+    if "summary" in news:
+        said["summary"] = {name: value for name, value in news["summary"].items() if name in FIGURES}
+        said |= {"resumable": False, "error": None}
     return said
 
 
@@ -122,6 +163,16 @@ def restart_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     return said_of(act)
 
 
+def share_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Let others see a run's figures and settings, or no longer."""
+    return said_of(lambda: studio.share(_id(ask.get("run")), ask.get("on") is True))
+
+
+def delete_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Forget a run that has ended, and all its files."""
+    return said_of(lambda: studio.delete(_id(ask.get("run"))))
+
+
 def said_of(act: Callable[[], Any]) -> dict[str, Any]:
     """What the page asked for, and what it must say when that cannot be done."""
     try:
@@ -130,10 +181,10 @@ def said_of(act: Callable[[], Any]) -> dict[str, Any]:
         return {"problem": str(error)}
 
 
-def shown_at_first(runs: Sequence[Run], asked: str) -> str:
+def shown_at_first(studio: Studio, runs: Sequence[Run], asked: str) -> str:
     """The run to show on load: the one in the address, else the newest that is still active, else none."""
-    if any(run.id == asked for run in runs):
-        return asked
+    with contextlib.suppress(StudioError):
+        return studio.runs.look(_id(asked)).id
     return next((run.id for run in runs if run.active), "")
 
 
@@ -160,7 +211,7 @@ def advice(store: RunStore, run: Run) -> list[dict[str, Any]]:
     told = [one for one in store.curve(run.id) if one["type"] == "Warned"]
     warnings = [one for one in told if one["code"].startswith("W_") or one["code"] == "I_PATIENCE"]
     for record in [*warnings, run.error] if run.error and not run.active else warnings:
-        said = {name: record.get(name) or "" for name in ("code", "message", "hint")}
+        said = {name: redacted(record.get(name) or "") for name in ("code", "message", "hint")}
         change = dict(record.get("change") or {})
         found[said["code"] if change else said["message"]] = {**said, "change": change, "again": in_words(change)}
     return list(found.values())
@@ -179,9 +230,8 @@ def in_words(change: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _news(store: RunStore, run: str, start: int) -> dict[str, Any]:
+def _news(store: RunStore, view: Run, start: int) -> dict[str, Any]:
     """whole: these records are all that hold, since an attempt said anew what the caller has seen."""
-    view = store.get(_id(run))
     records: Sequence[Mapping[str, Any]] = store.events(view.id, start)
     seen = start + len(records)
     whole = start > 0 and any(one["type"] == "Started" and one.get("attempt", 1) > 1 for one in records)
@@ -195,7 +245,10 @@ def _news(store: RunStore, run: str, start: int) -> dict[str, Any]:
         "step": view.step,
         "steps": view.steps,
         "latest": {name: _rounded(value) for name, value in view.latest.items() if name in TILES},
-        "note": view.note,
+        "note": redacted(view.note),
+        "own": True,
+        "shared": view.shared,
+        "place": store.position(view.id) if view.status == "queued" else 0,
         "adapter": view.has_adapter,
         "train": thin(*_curve(records, "train_loss")),
         "heldout": _curve(records, "heldout_loss"),

@@ -22,7 +22,7 @@ from lora_studio.runs.config import DataChoice, Run, RunConfig
 from lora_studio.studio import Studio
 from lora_studio.study import MATRICES, MOST, Table, grid, parse_ranks, parse_rates, studies, table
 from lora_studio.ui import figure, form, live, picker, train_tab
-from lora_studio.ui.boundary import problem_instead, problem_last
+from lora_studio.ui.boundary import problem_in_answer, problem_instead, problem_last
 from lora_studio.ui.desk import Desk
 
 HERE = Path(__file__).parent
@@ -50,7 +50,7 @@ class StudyTab:
         return [self.ranks, self.matrices, self.rates]
 
 
-def build(studio: Studio) -> StudyTab:
+def build(desk: Desk) -> StudyTab:
     """Left: what varies. Right: the race and the table."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=280, elem_classes="card"):
@@ -74,28 +74,28 @@ def build(studio: Studio) -> StudyTab:
             problem = gr.HTML("", apply_default_css=False, elem_id="study-problem")
             start = gr.Button("Start study", variant="primary", elem_id="start-study")
         with gr.Column(scale=8, min_width=300, elem_classes="card"):
-            view = _view(studio)
+            view = _view(desk)
     return StudyTab(ranks, matrices, rates, line, problem, start, view)
 
 
-def _view(studio: Studio) -> gr.HTML:
+def _view(desk: Desk) -> gr.HTML:
     """The race and the table; raises `watch`, `compare` and `export` with the run that the person chose."""
 
-    def poll(ask: dict) -> dict:
-        return answer(studio, ask)
+    def poll(desk: Desk, ask: dict) -> dict:
+        return answer(desk.studio, ask)
 
-    def drop(ask: dict) -> dict:
-        return live.stop_run(studio, ask)
+    def drop(desk: Desk, ask: dict) -> dict:
+        return live.stop_run(desk.studio, ask)
 
-    def resume(ask: dict) -> dict:
-        return resume_all(studio, ask)
+    def resume(desk: Desk, ask: dict) -> dict:
+        return resume_all(desk.studio, ask)
 
     return gr.HTML(
         "",
         html_template=(HERE / "study.html").read_text(encoding="utf-8"),
         js_on_load=(HERE / "study.js").read_text(encoding="utf-8"),
-        head=f"<script src='gradio_api/file={live.PLOTLY}'></script>",
-        server_functions=[poll, drop, resume],
+        head=live.DRAWING,
+        server_functions=[desk.mine(problem_in_answer(one)) for one in (poll, drop, resume)],
         apply_default_css=False,
         elem_id="study",
     )
@@ -156,6 +156,7 @@ def start(
     config = _config(DataChoice(**choice), model, task, method, preset, picked, raw)
     asked = _asked(ranks, matrices, rates, preset, picked)
     studio = desk.ready(model)
+    desk.may_start()
     return studio.sweep(config, *asked)[0].config.study
 
 

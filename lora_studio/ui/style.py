@@ -5,6 +5,8 @@ from pathlib import Path
 from gradio.themes import Base, LocalFont
 from gradio.themes.utils import colors, sizes
 
+from lora_studio.limits import Limits
+
 HERE = Path(__file__).parent
 ACCENT, ACCENT_DARK = "#4f46e5", "#4338ca"
 LOGO = (HERE / "logo.svg").read_text(encoding="utf-8")
@@ -59,8 +61,8 @@ def theme() -> Base:
     )
 
 
-def launch_options() -> dict:
-    """What `launch` needs to know of the looks, and what it must not add of its own."""
+def looks(limits: Limits) -> dict:
+    """What Gradio needs to know of the looks, and what it must not add of its own."""
     return {
         "theme": theme(),
         "css_paths": [HERE / "style.css"],
@@ -69,5 +71,5 @@ def launch_options() -> dict:
         "run_history": False,
         "enable_monitoring": False,
         "ssr_mode": False,
-        "max_file_size": "50mb",
+        "max_file_size": limits.file_bytes,
     }

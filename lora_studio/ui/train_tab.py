@@ -16,7 +16,7 @@ from lora_studio.errors import StudioError
 from lora_studio.models import CATALOGUE, STARTER, fit
 from lora_studio.runs.config import DataChoice, RunConfig, short
 from lora_studio.settings import TrainConfig
-from lora_studio.studio import Plan, Studio
+from lora_studio.studio import Plan
 from lora_studio.study import short as matrices_in_short
 from lora_studio.ui import form, live, picker
 from lora_studio.ui.boundary import problem_instead, problem_last
@@ -60,7 +60,7 @@ class TrainTab:
     live: gr.HTML
 
 
-def build(studio: Studio) -> TrainTab:
+def build(desk: Desk) -> TrainTab:
     """Left: the settings. Right: the run."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=4, min_width=300, elem_classes="card"):
@@ -104,7 +104,7 @@ def build(studio: Studio) -> TrainTab:
             problem = gr.HTML("", apply_default_css=False, elem_id="train-problem")
             start = gr.Button("Start training", variant="primary", elem_id="start")
         with gr.Column(scale=7, min_width=300, elem_classes="card"):
-            view = live.build(studio)
+            view = live.build(desk)
     columns = low_rank, more_of_lora
     return TrainTab(
         model, task, gr.State(False), method, columns, preset, matrices, settings, name, line, problem, start, view
@@ -171,7 +171,7 @@ def show_method(name: str, rate: Any) -> tuple[Any, ...]:
     if means:
         usually = BASELINES[name][2]
         width = gr.Number(visible=True, label=means.capitalize(), info=f"0 takes the usual {usually}", value=usually)
-    return shown, shown, width, usual[name] if rate in usual.values() else gr.skip()
+    return shown, shown, width, usual.get(name, rate) if rate in usual.values() else gr.skip()
 
 
 def show_matrices(desk: Desk, model: str, preset: str, picked: Mapping[str, Any] | None) -> Any:
@@ -288,6 +288,7 @@ def start(
     model = model.strip()
     chosen = form.method(raw, picker.targets(picked, preset), method)
     studio = desk.ready(model)
+    desk.may_start()
     wanted = (name or "").strip()[:NAME_LENGTH] or f"{choice['name']} {_short(chosen)}"
     config = RunConfig(
         name=unique(wanted, {run.name for run in studio.runs.list()}),
