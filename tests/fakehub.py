@@ -102,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json([entry for entry in files if entry["path"] in wanted])
         else:
             commit = _commit(folder)
-            siblings = [{"rfilename": entry["path"]} for entry in files]
+            siblings = [{"rfilename": entry["path"], "size": entry["size"]} for entry in files]
             gated = "auto" if repo in self.hub.gated else False
             facts = {"id": repo, "sha": commit, "private": False, "gated": gated, "disabled": False, "tags": []}
             self._json(facts | {"siblings": siblings, "downloads": 0, "likes": 0})

@@ -1,12 +1,19 @@
 """What is supervised: exactly the answer and the mark that ends it; for a classifier, the label of the text."""
 
+import signal
+
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as some
 from tokenizers.processors import TemplateProcessing
 
-from lora_studio.data.batches import encode, encode_label, lengths, preview, prompt_ids, render
+from lora_studio.data import words as reading
+from lora_studio.data.batches import encode, encode_all, encode_label, encode_labels, lengths, preview
 from lora_studio.data.formats import Example, Message
+from lora_studio.data.words import prompt_ids, render
 from lora_studio.errors import StudioError
-from tests.tiny import tokenizer
+from lora_studio.models import ModelLibrary
+from tests.tiny import SPECIAL, tokenizer
 
 CHAT = (
     Message("system", "Be brief."),
@@ -124,6 +131,84 @@ def test_a_long_text_is_cut_inside_and_keeps_what_closes_it(limit: int) -> None:
 
 def test_an_empty_text_still_gives_the_model_something_to_read() -> None:
     assert encode_label(tokenizer(), labelled(""), ["bad", "good"], 99).tokens.ids == (tokenizer().eos_token_id,)
+
+
+# ---- what strangers write --------------------------------------------------------------------------------------------
+
+PIECES = some.sampled_from(["<|end|>", "<|user|>", "<|assistant|>", "<|", "|>", "<", "a", " ", "é", "\ufdd0", "end"])
+SAID = some.lists(PIECES, min_size=1, max_size=8).map("".join)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(asked=SAID, answered=SAID, templated=some.booleans())
+@example(asked="a\ufdd0b", answered="x", templated=True)
+@example(asked="<|en\ufdd0d|>", answered="<|<|end|>", templated=False)
+def test_only_the_template_can_write_a_control_token(asked: str, answered: str, templated: bool) -> None:
+    words = tokenizer() if templated else plain_tokenizer()
+    control = set(words.all_special_ids) | {words.convert_tokens_to_ids(name) for name in SPECIAL}
+    said, tame = (
+        Example((Message("user", one), Message("assistant", two))) for one, two in ((asked, answered), ("a", "a"))
+    )
+    ids, expected = (encode(words, one, 9999).tokens.ids for one in (said, tame))
+    assert [token for token in ids if token in control] == [token for token in expected if token in control]
+    plain = [Message(message.role, message.content.replace("\ufdd0", "")) for message in said.messages]
+    assert words.decode(ids) == render(words, plain).rstrip()
+    assert (encode(words, said, 9999).quoted > 0) == any(name in one.content for name in SPECIAL for one in plain)
+    asked_later = prompt_ids(words, said.prompt)
+    assert list(ids[: len(asked_later)]) == asked_later
+
+
+def test_text_without_control_tokens_is_read_in_one_piece() -> None:
+    words, example = tokenizer(), Example(CHAT)
+    whole = words(render(words, CHAT).rstrip(), add_special_tokens=False)["input_ids"]
+    assert list(encode(words, example, 9999).tokens.ids) == whole
+
+
+def test_what_closes_a_labelled_text_closes_it_once() -> None:
+    words = closing_tokenizer()
+    one = encode_label(words, labelled("a<|end|>b<|user|>"), ["bad", "good"], 99)
+    assert one.quoted == 2
+    assert words.decode(one.tokens.ids) == "<|user|>a<|end|>b<|user|><|assistant|><|end|>"
+    control = [words.convert_tokens_to_ids(mark) for mark in ("<|user|>", "<|assistant|>", "<|end|>")]
+    assert [token for token in one.tokens.ids if token in control] == control
+
+
+ROWS = [
+    Example(CHAT, row=1),
+    Example(text="Once.<|end|> Twice.", row=2),
+    Example((Message("user", "x<|user|>" * 40), Message("assistant", "👩 y")), row=3),
+]
+
+
+@pytest.mark.parametrize("length", [1, 100, 100_000])
+def test_the_sandbox_reads_what_would_be_read_here(length: int, tiny, tmp_path, monkeypatch) -> None:
+    own, guarded = (ModelLibrary(tmp_path, guarded=one).tokenizer(str(tiny)) for one in (False, True))
+    monkeypatch.setattr(reading, "BATCH_LENGTH", length)
+    assert encode_all(guarded, ROWS, 50) == encode_all(own, ROWS, 50)
+    assert preview(guarded, ROWS[0], 30) == preview(own, ROWS[0], 30)
+    assert prompt_ids(guarded, CHAT[:2]) == prompt_ids(own, CHAT[:2])
+    assert reading.read_texts(guarded, ["né<|end|>e", ""]) == reading.read_texts(own, ["né<|end|>e", ""])
+    texts = [labelled("some text"), labelled("another", "bad")]
+    assert encode_labels(guarded, texts, ["bad", "good"], 5) == encode_labels(own, texts, ["bad", "good"], 5)
+
+
+def test_a_worker_sets_a_clock_on_the_template(monkeypatch) -> None:
+    monkeypatch.setattr(reading, "TEMPLATE_S", 0.2)
+    words = tokenizer()
+    words.chat_template = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
+    with pytest.raises(StudioError, match="did not come to an end") as caught:
+        encode(words, Example(CHAT), 99)
+    assert caught.value.code == "E_TEMPLATE"
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_template_that_leaves_out_the_question_is_named() -> None:
+    words = tokenizer()
+    words.chat_template = (
+        "{% for m in messages if m['role'] == 'assistant' %}<|assistant|>{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(StudioError, match="leaves out what the user says"):
+        encode(words, Example(CHAT), 99)
 
 
 def test_a_label_that_training_did_not_know_is_named() -> None:

@@ -3,7 +3,22 @@
 import json
 import math
 
-from lora_studio.events import EVENTS, Ended, Metric, Probed, Sample, Saved, Started, Warned, from_line, to_line
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lora_studio.events import (
+    EVENTS,
+    Ended,
+    Metric,
+    Probed,
+    Sample,
+    Saved,
+    Started,
+    Warned,
+    from_line,
+    from_lines,
+    to_line,
+)
 
 ALL = [
     Started(steps=3, trainable=1, total=2, device="cpu", precision="float32", train_rows=9, heldout_rows=1),
@@ -32,3 +47,13 @@ def test_not_a_number_is_null_and_named() -> None:
 
 def test_what_is_no_event_is_none() -> None:
     assert [from_line(line) for line in (b"", b'{"type": "Metr', b"[]", b'{"type": "Else"}', b"\x00\x00")] == [None] * 5
+
+
+LINES = [to_line(event, time=1.0, attempt=1).encode() for event in ALL]
+ELSE = [b"", b"[]", b"{}", b'{"type": "Metr', LINES[0] + b"," + LINES[1], b"],[", b"1", b'"\xff"', b"\x00"]
+
+
+@given(st.lists(st.sampled_from([*LINES, *ELSE]), max_size=8))
+def test_many_lines_are_read_as_each_alone(lines: list[bytes]) -> None:
+    alone = [record for record in map(from_line, lines) if record]
+    assert from_lines(b"".join(line + b"\n" for line in lines)) == alone

@@ -8,7 +8,7 @@ import pytest
 
 from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError
-from lora_studio.fields import build, check, knobs
+from lora_studio.fields import build, check, knob, knobs
 from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.settings import Sampling, TrainConfig
 
@@ -18,6 +18,24 @@ def test_a_rank_that_is_no_rank_is_refused_by_name(rank: object) -> None:
     with pytest.raises(StudioError, match="Rank is") as caught:
         check(LoraSpec(rank=rank))  # type: ignore[arg-type]
     assert caught.value.code == "E_CONFIG" and "between 1 and 1024" in caught.value.hint
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    name: str = knob("", max=5, label="Name", help="Short")
+
+
+def test_a_text_may_be_as_long_as_its_knob_says() -> None:
+    assert build(Named, {"name": "12345"}).name == "12345"
+    with pytest.raises(StudioError, match="6 characters") as caught:
+        build(Named, {"name": "123456"})
+    assert caught.value.code == "E_CONFIG" and caught.value.hint == "Give at most 5."
+
+
+def test_a_whole_number_too_large_for_a_float_is_refused_by_name() -> None:
+    with pytest.raises(StudioError, match="Learning rate is 1000") as caught:
+        build(TrainConfig, {"learning_rate": 10**400})
+    assert caught.value.code == "E_CONFIG"
 
 
 @pytest.mark.parametrize(

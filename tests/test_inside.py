@@ -17,6 +17,7 @@ from lora_studio.core.lora import LoRA, weight
 from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
 from lora_studio.errors import StudioError
 from lora_studio.measure import mean_loss
+from lora_studio.owners import NOBODY
 from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.runs.store import write_json
 from lora_studio.studio import Studio
@@ -396,8 +397,9 @@ def test_the_dial_measures_says_and_packs(desk: Desk) -> None:
     figure, said, rank, problem = moments[-1]
     assert problem == "" and len(moments) >= 6 and figure["data"][0]["x"][:3] == ["0", "1", "2"]
     assert "held-out rows" in said and 1 <= rank.value <= 4
-    file, problem = inside_tab.pack_smaller(desk, id_of(desk, "wide"), 2.0)
-    assert problem == "" and file.endswith("-r2.zip") and Path(file).is_file()
+    address, problem = inside_tab.pack_smaller(desk, id_of(desk, "wide"), 2.0)
+    file = desk.downloads.take(address.removeprefix("download/"), NOBODY)
+    assert problem == "" and file and file.name.endswith("-r2.zip") and file.is_file()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """DataLibrary: what was added is found again, whole, under an id of its bytes; and the split."""
 
+import errno
 import io
 import json
 import os
@@ -12,11 +13,14 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from lora_studio import sandbox
 from lora_studio.data import library as module
+from lora_studio.data import readers
 from lora_studio.data.formats import Example, Message
 from lora_studio.data.library import SAMPLES, DataLibrary, display_name, split
 from lora_studio.data.readers import Limits
 from lora_studio.errors import StudioError
+from lora_studio.limits import SPACE
 from tests.fakehub import FakeHub
 
 CSV = "question,answer\nwhy,so\nhow,thus\n"
@@ -130,7 +134,109 @@ def test_a_dataset_is_on_the_disk_before_it_is_in_its_place(library, tmp_path, m
 
     monkeypatch.setattr(os, "fsync", note)
     dataset = library.add(written(tmp_path / "a.csv"))
-    assert synced == [path.stat().st_ino for path in (dataset.path, dataset.path.with_name("dataset.json"))]
+    files = [dataset.path.with_name(name) for name in ("source.csv", "rows.jsonl", "dataset.json")]
+    assert synced == [path.stat().st_ino for path in files]
+
+
+# What the sandbox has read
+
+
+def test_the_source_is_parsed_once_and_in_another_process(library, tmp_path, monkeypatch):
+    calls = []
+
+    def noted(function, *arguments, **options):
+        calls.append(function)
+        return sandbox.once(function, *arguments, **options)
+
+    monkeypatch.setattr(module, "once", noted)
+    monkeypatch.setattr(readers, "_begin", None)  # nothing is parsed here
+    dataset = library.add(written(tmp_path / "a.csv"))
+    for _ in range(2):
+        assert library.table(dataset.id).rows[1] == {"question": "how", "answer": "thus"}
+    assert calls == ["lora_studio.data.readers:normalise"]
+
+
+def test_the_rows_that_are_kept_are_those_of_the_reader(library, tmp_path):
+    rows = [{"a": 10**30, "b": -0.0, "c": [1, {"d": None}]}, {"b": "é漢👩\u2028\n", "e": 0.1}]
+    source = written(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    dataset = library.add(source)
+    assert library.table(dataset.id) == readers.read_path(source)
+
+
+def test_a_dataset_of_an_earlier_version_is_parsed_when_it_is_opened(library, tmp_path):
+    dataset = library.add(written(tmp_path / "a.csv"))
+    rows, about = dataset.path.with_name("rows.jsonl"), dataset.path.with_name("dataset.json")
+    before = library.table(dataset.id)
+    facts = json.loads(about.read_text())
+    del facts["digest"]
+    about.write_text(json.dumps(facts))
+    rows.unlink()
+    assert library.table(dataset.id) == before and rows.is_file()
+    assert sorted(path.name for path in library.folder.iterdir()) == [dataset.id]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda old: old[:-3], lambda old: old.replace(b"so", b"no"), lambda old: b"[" + old]
+)
+def test_rows_that_were_changed_are_not_trained_on(library, tmp_path, change):
+    dataset = library.add(written(tmp_path / "a.csv"))
+    rows = dataset.path.with_name("rows.jsonl")
+    rows.write_bytes(change(rows.read_bytes()))
+    assert code_of(library.table, dataset.id) == "E_CHANGED"
+
+
+def test_reading_that_costs_too_much_is_stopped_and_leaves_nothing(tmp_path):
+    source = written(tmp_path / "a.jsonl", '{"a":"x"}\n' * 300_000)
+    for limits, said in ((Limits(reading_cpu_s=0), "s of work"), (Limits(reading_bytes=2**24), "GiB")):
+        library = DataLibrary(tmp_path / "root", limits)
+        with pytest.raises(StudioError, match=said) as caught:
+            library.add(source)
+        assert caught.value.code == "E_READING_LIMIT"
+        assert everything_under(library.folder) == []
+
+
+def test_a_dataset_that_is_deleted_is_gone_and_can_be_added_again(library, tmp_path):
+    first, second = library.add(written(tmp_path / "a.csv")), library.add_sample("tickets")
+    library.delete(first.id)
+    assert library.list() == [second] and code_of(library.get, first.id) == "E_DATASET_NOT_FOUND"
+    assert [path.name for path in library.folder.iterdir()] == [second.id]
+    assert code_of(library.delete, first.id) == code_of(library.delete, "../x") == "E_DATASET_NOT_FOUND"
+    assert library.add(written(tmp_path / "a.csv")).id == first.id
+
+
+def test_one_visitor_cannot_fill_the_disk(tmp_path):
+    limits = Limits(file_bytes=10_000, kept_bytes=25_000, reserve_bytes=0)
+    library = DataLibrary(tmp_path / "root", limits)
+    for number in range(2):
+        library.add_text(f"q,a\n{number}," + "x" * 2000)
+    assert code_of(library.add_text, "q,a\n2,x") == "E_LIMIT" and len(library.list()) == 2
+    library.delete(library.list()[0].id)
+    library.add_text("q,a\n2,x")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(library, tmp_path, monkeypatch):
+    def fills(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    strict = DataLibrary(tmp_path / "root", Limits(reserve_bytes=2**60))
+    assert code_of(strict.add_text, CSV) == "E_DISK"
+    monkeypatch.setattr(module, "_copy", fills)
+    assert code_of(library.add_text, CSV) == "E_DISK"
+    assert everything_under(library.folder) == []
+
+
+def test_where_strangers_are_a_path_is_not_looked_at(tmp_path, monkeypatch):
+    library = DataLibrary(tmp_path / "root", SPACE)
+    asked = []
+    monkeypatch.setattr(library, "add_hub", asked.append)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org").mkdir()
+    written(tmp_path / "org" / "plain")
+    for path in (written(tmp_path / "a.csv"), "a.csv", "./org/plain", "../a.csv", "none.csv"):
+        assert code_of(library.find, str(path)) == "E_PATH"
+    library.find("org/plain")
+    assert asked == ["org/plain"]
+    assert library.find("tickets").source == "sample"
 
 
 @pytest.mark.parametrize("id", ["", "..", "../../etc/passwd", "A" * 32, "0" * 31, "0" * 32, "0" * 32 + "\n", "/" * 32])
@@ -232,11 +338,18 @@ def test_a_split_needs_two_prompts_and_a_share_below_one():
 # The Hub: the real clients in a fresh process, because they read HF_ENDPOINT when they are imported
 
 CHILD = """
-import json, socket, sys
+import importlib, json, os, socket, sys
 from pathlib import Path
+from lora_studio.data import library as module
 from lora_studio.data.library import DataLibrary
 from lora_studio.errors import StudioError
 
+def here(function, *arguments, **bounds):  # instead of the sandbox, so that look-ups are noticed
+    where, _, name = function.partition(":")
+    return getattr(importlib.import_module(where), name)(*arguments)
+
+if "SANDBOXED" not in os.environ:
+    module.once = here
 real, asked = socket.getaddrinfo, set()
 
 def noted(host, *arguments, **options):
@@ -339,6 +452,15 @@ def test_what_the_hub_refuses_has_a_code_each(hub_answers):
 
 def test_nobody_but_the_endpoint_is_ever_looked_up(hub_answers):
     assert hub_answers["hosts"] == ["127.0.0.1"]
+
+
+def test_a_dataset_of_the_hub_is_decoded_in_the_sandbox(tmp_path):
+    repos = hub_folders(tmp_path / "repos")
+    with FakeHub(datasets={"org/plain": repos["plain"]}) as hub:
+        environment = hub.environment(tmp_path / "home") | {"SANDBOXED": "1"}
+        told = in_fresh_process(environment, tmp_path, [{"repo": "org/plain"}, {"repo": "org/missing"}])
+    assert told["answers"][0] == [30, "org/plain (train)", [], ROWS] and told["answers"][1][0] == "E_HUB_NOT_FOUND"
+    assert told["hosts"] == [], "this process asked the Hub itself"
 
 
 def test_a_hub_that_does_not_answer_is_said_to_be_offline(tmp_path):

@@ -16,10 +16,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lora_studio import models as module
+from lora_studio.core import layout
 from lora_studio.core.layout import heads
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import LoraSpec
+from lora_studio.data.words import Guarded
 from lora_studio.errors import StudioError
+from lora_studio.limits import SPACE, Limits
+from lora_studio.model_files import read_config
 from lora_studio.models import (
     CATALOGUE,
     WHEELS,
@@ -79,9 +83,9 @@ REFUSED = {
     "unknown type": "E_ARCH",
     "an encoder": "E_ARCH",
     "truncated weights": "E_SAFETENSORS",
-    "other shapes": "E_SAFETENSORS",
-    "a tensor missing": "E_SAFETENSORS",
-    "only a pickle": "E_SAFETENSORS",
+    "other shapes": "E_SHAPE",
+    "a tensor missing": "E_SHAPE",
+    "only a pickle": "E_PICKLE",
 }
 
 
@@ -116,11 +120,12 @@ def test_what_is_no_model_name_is_said_at_once(name: str, tmp_path: Path) -> Non
 
 
 FETCH = """
-import sys
+import json, os, sys
 from pathlib import Path
 from lora_studio.errors import StudioError
+from lora_studio.limits import Limits
 from lora_studio.models import ModelLibrary
-models = ModelLibrary(Path(sys.argv[1]))
+models = ModelLibrary(Path(sys.argv[1]), Limits(**json.loads(os.environ.get("LIMITS", "{}"))))
 for name in sys.argv[2:]:
     try:
         models.skeleton(name), models.tokenizer(name)
@@ -150,6 +155,73 @@ def test_a_hub_model_is_fetched_once_and_then_needs_no_network(tiny: Path, tmp_p
         assert not any(".bin" in request or ".py" in request for request in hub.requests)
     offline = fetch(tmp_path, environment, "some/tiny", "some/other")
     assert offline == [lines[0], "some/other E_OFFLINE"]
+
+
+def test_what_is_too_large_is_found_out_before_its_weights_are_asked_for(tiny: Path, tmp_path: Path) -> None:
+    with FakeHub(models={"some/tiny": tiny}) as hub:
+        environment = hub.environment(tmp_path / "home") | {"LIMITS": '{"parameters": 1000}'}
+        assert fetch(tmp_path, environment, "some/tiny") == ["some/tiny E_TOO_LARGE"]
+        assert any("config.json" in request for request in hub.requests)
+        assert not any("safetensors" in request for request in hub.requests)
+
+
+def test_a_repository_is_not_fetched_when_its_files_are_too_large_for_a_model_or_for_the_disk(tmp_path: Path) -> None:
+    small, full = (ModelLibrary(tmp_path, limits) for limits in (Limits(parameters=1000), Limits(reserve_bytes=2**60)))
+    small._check_room("a/b", {"config.json": 1000, "model.safetensors": 4000, "pytorch_model.bin": 2**50})
+    for models, size, code in ((small, 2**30, "E_TOO_LARGE"), (full, 1, "E_DISK")):
+        with pytest.raises(StudioError) as caught:
+            models._check_room("a/b", {"model-00001-of-00002.safetensors": size})
+        assert caught.value.code == code and caught.value.hint
+
+
+def test_where_strangers_are_no_folder_is_opened_and_no_unknown_architecture(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny, tmp_path / "some" / "tiny")
+    strict = ModelLibrary(tmp_path, SPACE)
+    for name in (str(tiny), "./some/tiny", "~/tiny", "/etc"):
+        with pytest.raises(StudioError) as caught:
+            strict.skeleton(name)
+        assert caught.value.code == "E_PATH"
+    assert not strict.present("some/tiny") and strict.lasting_name("some/tiny") == "some/tiny"
+    assert ModelLibrary(tmp_path).present("some/tiny")
+
+
+def test_of_many_models_only_the_last_ones_are_kept_in_memory(tiny: Path, tmp_path: Path) -> None:
+    models = ModelLibrary(tmp_path)
+    for number in range(module.REMEMBERED + 3):
+        (tmp_path / str(number)).symlink_to(tiny)
+        models.skeleton(str(tmp_path / str(number)))
+        models.tokenizer(str(tmp_path / str(number)))
+    for kept in (models._skeletons, models._tokenizers):
+        assert len(kept) == module.REMEMBERED
+    assert models.skeleton(str(tmp_path / str(number))) is models.skeleton(str(tmp_path / str(number)))
+
+
+@pytest.mark.parametrize("kind", sorted({*layout.LAYOUTS, *layout.ENCODERS}))
+def test_no_known_architecture_is_refused_for_its_usual_sizes(kind: str, tmp_path: Path) -> None:
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    assert read_config(tmp_path)["model_type"] == kind
+
+
+def test_a_name_that_is_nearly_right_is_guessed(tmp_path: Path) -> None:
+    with pytest.raises(StudioError) as caught:
+        ModelLibrary(tmp_path).skeleton("smolm2-360m")
+    assert caught.value.hint == "Did you mean smollm2-360m?"
+
+
+def test_a_guarded_tokenizer_is_the_same_one_but_reads_in_the_sandbox(tiny: Path, tmp_path: Path) -> None:
+    own, guarded = (ModelLibrary(tmp_path, guarded=one).tokenizer(str(tiny)) for one in (False, True))
+    assert isinstance(guarded, Guarded) and not isinstance(own, Guarded)
+    assert (guarded.eos_token_id, guarded.chat_template, len(guarded)) == (
+        own.eos_token_id,
+        own.chat_template,
+        len(own),
+    )
+    assert guarded.decode([9, 10]) == own.decode([9, 10])
+    with pytest.raises(AssertionError, match=r"data\.words"):
+        guarded("text")
 
 
 def test_a_download_that_was_cut_off_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
@@ -228,7 +300,7 @@ def test_a_head_in_the_files_is_kept_and_one_of_another_size_is_drawn_afresh(tmp
 def test_only_the_head_may_be_missing(what: str, tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(StudioError) as caught:
         classifying(str(changed(tiny, tmp_path / "model", what)), tmp_path)
-    assert caught.value.code == "E_SAFETENSORS"
+    assert caught.value.code == REFUSED[what]
 
 
 def test_the_padding_token_is_the_models_else_the_tokenizers_else_the_end_of_text(tmp_path: Path) -> None:

@@ -21,10 +21,11 @@ from safetensors.torch import load_file
 
 from lora_studio.core.spec import BASELINES, BaselineSpec, LoraSpec, Method
 from lora_studio.errors import StudioError
-from lora_studio.events import Event, Metric, Started, to_line
+from lora_studio.events import Event, Metric, Started, Warned, to_line
+from lora_studio.limits import LAPTOP
 from lora_studio.runs import checkpoints
 from lora_studio.runs.attempt import Attempt
-from lora_studio.runs.config import DataChoice, Run, RunConfig, Status, base_precision, method_of, short
+from lora_studio.runs.config import OUT_OF_MEMORY, DataChoice, Run, RunConfig, Status, base_precision, method_of, short
 from lora_studio.runs.executors import Local, environment
 from lora_studio.runs.store import Journal, RunStore, claim, earlier_logs, standing, write_json
 from lora_studio.runs.supervisor import together
@@ -492,7 +493,7 @@ def test_a_full_disk_ends_no_run_and_is_said_once(studio: Studio, tiny: Path, mo
     run = begun(studio, tiny)
     attempt(run)
     warned = [record for record in studio.runs.events(run.id) if record.get("code") == "W_CHECKPOINT"]
-    assert studio.runs.get(run.id).status == "done" and len(warned) == 1 and "No space" in warned[0]["message"]
+    assert studio.runs.get(run.id).status == "done" and len(warned) == 1 and "disk is full" in warned[0]["message"]
 
 
 def test_an_adapter_is_on_the_disk_before_it_counts(store: RunStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -531,7 +532,7 @@ def test_a_run_whose_end_cannot_be_written_takes_no_other_of_its_worker_with_it(
         write_json(path, value)
 
     monkeypatch.setattr(Attempt, "append", appended)
-    monkeypatch.setattr("lora_studio.runs.attempt.write_json", written)
+    monkeypatch.setattr("lora_studio.runs.store.write_json", written)
     for run in (full, other):
         (run.path / "worker.log").touch()
     with claim(full.path) as lock:
@@ -548,7 +549,7 @@ def test_a_done_run_whose_exit_cannot_be_written_keeps_its_checkpoints(
 
     run = begun(studio, tiny)
     with monkeypatch.context() as patch:
-        patch.setattr("lora_studio.runs.attempt.write_json", full)
+        patch.setattr("lora_studio.runs.store.write_json", full)
         attempt(run)
     assert studio.runs.get(run.id).status == "lost" and checkpoints.any_saved(run.path)
     studio.runs.requeue(run.id)
@@ -629,10 +630,14 @@ def test_a_spare_worker_trains_what_a_cold_one_trains_and_ends_with_whoever_keep
     keep = "from lora_studio.runs.executors import Local; one = Local(); one.prepare()"
     code = f"import signal; {keep}; print(one._spare._child.pid, flush=True); signal.pause()"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment()) as keeper:
-        assert keeper.stdout
-        pid = int(keeper.stdout.readline())
-        assert b"--spare" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        keeper.kill()
+        try:
+            assert keeper.stdout
+            pid = int(keeper.stdout.readline())
+            while not (said := Path(f"/proc/{pid}/cmdline").read_bytes()):  # it is becoming a Python at this moment
+                assert keeper.poll() is None
+            assert b"--spare" in said
+        finally:
+            keeper.kill()
     assert psutil.wait_procs([psutil.Process(pid)] if psutil.pid_exists(pid) else [], timeout=60)[1] == []
 
 
@@ -651,6 +656,106 @@ def test_a_spare_that_died_is_replaced_by_a_cold_worker(studio: Studio, tiny: Pa
     assert spare
     local.close()
     assert not spare.lives and local._spare is None
+
+
+# ---- bounds, and what a kill leaves behind ---------------------------------------------------------------------------
+
+
+def test_a_run_that_took_its_minutes_ends_as_stopped_with_its_adapter_and_says_why(
+    studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(studio, tiny)
+    (run.path / "worker.log").touch()
+    limits = dataclasses.replace(LAPTOP, minutes=30)
+    one = Attempt(run.path, limits=limits)
+    real, step = Attempt.append, 3
+
+    def append(self: Attempt, event: Event) -> None:
+        real(self, event)
+        if isinstance(event, Metric) and event.step == step:
+            self._begun -= 31 * 60
+
+    monkeypatch.setattr(Attempt, "append", append)
+    work([one])
+    view = studio.runs.get(run.id)
+    assert (view.status, view.step) == ("stopped", step) and view.has_adapter and not view.error
+    (warned,) = [record for record in studio.runs.events(run.id) if record.get("code") == "W_MINUTES"]
+    assert "30 minutes" in warned["message"] and warned["step"] == step
+
+
+def test_epochs_that_come_to_too_many_steps_are_refused_by_the_worker(studio: Studio, tiny: Path) -> None:
+    run = begun(studio, tiny, steps=0, epochs=10.0)
+    (run.path / "worker.log").touch()
+    work([Attempt(run.path, limits=dataclasses.replace(LAPTOP, steps=20))])
+    view = studio.runs.get(run.id)
+    assert (
+        view.status == "failed" and view.error and view.error["code"] == "E_LIMIT" and "steps" in view.error["message"]
+    )
+
+
+def test_samples_that_make_a_journal_too_long_are_left_out_and_the_curve_is_not(studio: Studio, tiny: Path) -> None:
+    run = begun(studio, tiny)
+    (run.path / "worker.log").touch()
+    work([Attempt(run.path, limits=dataclasses.replace(LAPTOP, journal_bytes=1500))])
+    records = studio.runs.events(run.id)
+    assert studio.runs.get(run.id).status == "done"
+    metrics = [one for one in records if one["type"] == "Metric"]
+    assert [one["step"] for one in metrics if "train_loss" in one["values"]] == [1, 2, 3, 4, 5, 6]
+    assert [one["code"] for one in records if one.get("code") == "I_SAMPLES"] == ["I_SAMPLES"]
+    assert len([one for one in records if one["type"] == "Sample"]) < 3
+
+
+def test_after_a_kill_for_memory_a_step_has_more_passes_and_the_same_result(
+    studio: Studio, tiny: Path, unbroken: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = begun(studio, tiny)
+    with monkeypatch.context() as patch:
+        breaking(patch, 10, written=True)
+        with pytest.raises(Crash):
+            attempt(run)
+    studio.runs.requeue(run.id, said=Warned(step=2, code=OUT_OF_MEMORY, message="m"))
+    attempt(run)
+    first, second = [one["accumulate"] for one in studio.runs.events(run.id) if one["type"] == "Probed"]
+    assert second == 2 * first and studio.runs.get(run.id).status == "done"
+    metrics = [one["values"] for one in studio.runs.curve(run.id) if one["type"] == "Metric"]
+    losses = [values["train_loss"] for values in metrics if "train_loss" in values]
+    assert losses == pytest.approx([loss for _, loss in unbroken[1]], rel=1e-3)  # of other passes, so sums round
+
+
+def test_nothing_half_written_is_left_by_the_next_attempt(studio: Studio, tiny: Path, unbroken: tuple) -> None:
+    run = begun(studio, tiny)
+    (run.path / "adapter.tmp").mkdir()
+    (run.path / "checkpoints/step-00000002.tmp/best").mkdir(parents=True)
+    for name in ("adapter.tmp/adapter_model.safetensors", "adapter_model.safetensors.tmp", "exit.json.7-8.tmp"):
+        (run.path / name).write_text("half")
+    attempt(run)
+    assert ends(studio, run) == unbroken and not [*run.path.rglob("*.tmp")]
+
+
+def test_a_disk_that_is_full_where_the_adapter_goes_is_named_with_figures(
+    studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    run = begun(studio, tiny)
+    monkeypatch.setattr("lora_studio.adapters.save", full)
+    attempt(run)
+    view = studio.runs.get(run.id)
+    assert (
+        view.status == "failed" and view.error and view.error["code"] == "E_DISK" and "needs" in view.error["message"]
+    )
+
+
+def test_a_stop_while_rows_are_tokenised_is_heard(studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begun(studio, tiny)
+    monkeypatch.setattr("lora_studio.runs.worker.SAY_S", -1.0)
+    monkeypatch.setattr("lora_studio.runs.worker.AT_ONCE", 5)
+    asked = iter([None, None, None, "stopped"])
+    monkeypatch.setattr(Attempt, "asked", lambda self: next(asked))
+    attempt(run)
+    view = studio.runs.get(run.id)
+    assert view.status == "stopped" and view.step == 0 and "Tokenised" in view.note
 
 
 # ---- several runs in one worker --------------------------------------------------------------------------------------
@@ -863,10 +968,16 @@ def test_a_torn_line_waits_garbage_is_skipped_and_nothing_is_read_twice(tmp_path
 def test_a_damaged_run_is_named_and_the_others_are_listed(store: RunStore, text: str) -> None:
     broken, whole = put(store), put(store)
     (broken.path / "run.json").write_text(text)
-    assert [run.id for run in store.list()] == [whole.id]
+    listed = {run.id: run for run in store.list()}
+    assert listed[whole.id].status == "queued" and listed[broken.id].status == "damaged"
+    assert listed[broken.id].error and listed[broken.id].error["code"] == "E_RUN_DAMAGED"
+    assert not (listed[broken.id].has_adapter or listed[broken.id].resumable or listed[broken.id].active)
+    assert [run.id for run in store.of("").list()] == [whole.id]  # whose the other is, cannot be told
     with pytest.raises(StudioError) as caught:
         store.get(broken.id)
     assert caught.value.code == "E_RUN_DAMAGED"
+    store.delete(broken.id)
+    assert [run.id for run in store.list()] == [whole.id]
 
 
 @pytest.mark.parametrize("end", ["{}", "[]", "{", '{"status": "else"}'])

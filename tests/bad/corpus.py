@@ -166,9 +166,9 @@ def parquet(table: pyarrow.Table, **options) -> bytes:
     return file.getvalue()
 
 
-def parquet_bomb() -> bytes:
-    """Some kilobytes that say 20,000 times the same megabyte; the file's own sizes do not show it."""
-    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 20_000, "int32"), ["x" * 1_000_000])
+def parquet_bomb(rows: int = 20_000, size: int = 1_000_000) -> bytes:
+    """Some kilobytes that say so often the same megabyte; the file's own sizes do not show it."""
+    rows = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * rows, "int32"), ["x" * size])
     return parquet(pyarrow.table({"text": rows}), compression="zstd", store_schema=False)
 
 
