@@ -1,9 +1,10 @@
 # make run    environment, starter model, app on http://127.0.0.1:7860
 # make test   environment, all tests
+# make faults workers and the app are killed, checkpoints damaged, disks filled: some minutes
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test test-fast lint browser screenshots clean
+.PHONY: run test test-fast faults lint browser screenshots clean
 
 run: .venv/ready
 	-$(BIN)/python -m lora_studio fetch starter
@@ -14,6 +15,9 @@ test: .venv/ready-tests browser lint
 
 test-fast: .venv/ready-tests
 	$(BIN)/python -m pytest -m "not browser and not starter"
+
+faults: .venv/ready-tests
+	$(BIN)/python -m benchmarks.faults --quick
 
 lint: .venv/ready-tests
 	$(BIN)/ruff check .

@@ -38,7 +38,7 @@ from benchmarks.verdict import markdown
 
 log = logging.getLogger("benchmarks")
 
-EVERY_S = 0.7  # live.js asks again so long after an answer
+EVERY_S, LIST_S = 0.7, 4.0  # live.js asks again so long after an answer, and so often for the list of runs
 CLICK_S = 1.0  # between two clicks
 TIMEOUT_S = 30.0
 MOST_S, SLOWER, OPEN_S = 1.0, 1.10, 1.0
@@ -227,11 +227,13 @@ async def _stretch(
 async def _watch(visitor: Visitor, run: str, until: float, seen: Seen, share: float) -> None:
     """One viewer, from opening the page on."""
     await asyncio.sleep(share * EVERY_S)  # they did not come in the same instant
-    start, token = 0, ""
+    start, token, listed = 0, "", -LIST_S
     while time.monotonic() < until:
         began = time.monotonic()
+        lists = began - listed > LIST_S
+        listed = began if lists else listed
         try:
-            news = await visitor.poll(run=run, start=start, list=True, known=token, log=False)
+            news = await visitor.poll(run=run, start=start, list=lists, known=token, log=False)
         except (httpx.HTTPError, ValueError) as error:
             seen.errors.append(repr(error)[:200])
         else:

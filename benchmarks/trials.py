@@ -26,8 +26,9 @@ from lora_studio.core.layout import heads
 from lora_studio.core.lean import class_logits
 from lora_studio.core.lora import Factors, LoRA
 from lora_studio.core.spec import LoraSpec, Method
-from lora_studio.data.batches import Encoded, encode, encode_label, prompt_ids
+from lora_studio.data.batches import Encoded, encode, encode_label
 from lora_studio.data.formats import Example
+from lora_studio.data.words import prompt_ids
 from lora_studio.events import Metric, Started
 from lora_studio.generate import answers
 from lora_studio.measure import mean_loss
