@@ -42,6 +42,7 @@ from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
 
 STEPS, SAVE_EVERY, EVALUATIONS = 60, 5, 4
+LONG_STEPS = 10_000  # that nobody waits for
 RESUMED_S, RIGHT_S, REFUSED_S, STOPPED_S = 15.0, 10.0, 2.0, 5.0  # asked
 NEVER_S = 180.0  # what takes longer does not happen
 ALONE = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
@@ -258,6 +259,34 @@ def kill_app(folder: Path, model: Path, counts: Counts) -> Fault:
     return fault
 
 
+def kill_both(folder: Path, model: Path, counts: Counts) -> Fault:
+    """kill -9 of the app and of its worker at once: the next app lets the run go on, and it ends the same."""
+    fault, draws = Fault(name="kill -9 of both"), random.Random(4)
+    site = Site(folder, model)
+    with _app(site):
+        wanted, _ = site.unbroken()
+    while fault.rounds < counts.apps:
+        fault.rounds += 1
+        run = site.begin()
+        with _keeper(site) as keeper:
+            step = draws.randint(1, STEPS - 10)
+            site.until(run, lambda view, step=step: view.step >= step or not view.active)
+            keeper.kill()
+            site.studio.supervisor.kill(run.path, "local")
+        broken_off = site.until(run, lambda view: view.status == "lost", 10)
+        start = time.monotonic()
+        with _keeper(site):
+            if broken_off:  # else it was quicker
+                site.until(run, lambda view: _begins(view) > 1)
+                fault.took("goes on", time.monotonic() - start, RESUMED_S)
+            site.until(run, lambda view: view.status in ("done", "failed"))
+        done = site.view(run)
+        fault.must(done.status == "done", f"is {done.status}: {done.error}")
+        for name, value in (site.left_by(run) if done.status == "done" else {}).items():
+            fault.must(value == wanted[name], f"{name} differ")
+    return fault
+
+
 def _is_zombie(pid: int) -> bool:
     with suppress(psutil.Error):
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
@@ -312,8 +341,11 @@ def damage(folder: Path, model: Path, counts: Counts) -> Fault:
     while fault.rounds < counts.damages:
         fault.rounds += 1
         run = site.begin()
+        kept = run.path / "adapter"
+        kept.mkdir()
+        (kept / "adapter_model.safetensors").write_bytes(draws.randbytes(4096))
         for step in (5, 10):
-            checkpoints.save(run.path, _state(step), NOTES)
+            checkpoints.save(run.path, _state(step), NOTES, best=kept)
         newest = run.path / "checkpoints" / "step-00000010"
         file = draws.choice([path for path in newest.rglob("*") if path.is_file()])
         how = draws.choice(("cut short", "a bit flipped", "gone", "emptied", "a zero behind it"))
@@ -569,18 +601,16 @@ def stop(folder: Path, model: Path, counts: Counts) -> Fault:
             for _ in range(counts.stops):
                 fault.rounds += 1
                 site.spare()
-                steps = 10_000 if name == "save" else STEPS
-                run = site.begin(steps=steps, evaluations=max(1, steps // measured), samples=3)
+                run = site.begin(steps=LONG_STEPS, evaluations=LONG_STEPS // measured, samples=3)
                 there = site.until(run, lambda view: moment(site, view) or not view.active)  # noqa: B023
-                asked, at = time.monotonic(), site.view(run)
+                asked = time.monotonic()
                 site.studio.stop(run.id)
                 site.studio.stop(run.id)
-                ended = there and site.until(run, lambda view: not view.active)
+                ended = there and site.until(run, lambda view: not view.active and view.status != "lost")
                 step_s = _step_s(site, run)
                 fault.took(f"at {name}", time.monotonic() - asked, STOPPED_S + step_s)
                 view = site.view(run)
-                fault.must(ended and view.status in ("stopped", "done"), f"{name}: {view.status} {view.error}")
-                fault.must(view.status == "stopped" or at.step > STEPS - 5, f"{name}: it trained on to its end")
+                fault.must(ended and view.status == "stopped", f"{name}: {view.status} {view.error}")
                 fault.must(view.has_adapter or not view.step, f"{name}: what was learnt is gone")
                 fault.must(site.is_clean(run), f"{name}: something is left behind")
                 pid = (read_json(run.path / "worker.json") or {}).get("pid", 0)
@@ -601,6 +631,7 @@ def _step_s(site: Site, run: Run) -> float:
 FAULTS: dict[str, Callable[[Path, Path, Counts], Fault]] = {
     "kill_worker": kill_worker,
     "kill_app": kill_app,
+    "kill_both": kill_both,
     "damage": damage,
     "crash_in_save": crash_in_save,
     "full_disk": full_disk,

@@ -7,7 +7,7 @@ has no JSON form, so such a value is written as null and its name is listed unde
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -95,6 +95,11 @@ class Ended:
 
 Event = Started | Probed | Metric | Sample | Saved | Warned | Ended
 EVENTS: dict[str, type] = {kind.__name__: kind for kind in (Started, Probed, Metric, Sample, Saved, Warned, Ended)}
+SAID = {  # what the record of each must have, so that no reader has to ask
+    name: {one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING}
+    | {"step", "time", "attempt"}
+    for name, kind in EVENTS.items()
+}
 
 
 def to_line(event: Event, *, time: float, attempt: int) -> str:
@@ -131,6 +136,7 @@ def from_lines(data: bytes) -> list[dict[str, Any]]:
 
 
 def _is_event(record: Any) -> bool:
-    if not isinstance(record, dict) or record.get("type") not in EVENTS or type(record.get("step")) is not int:
+    if not isinstance(record, dict) or not record.keys() >= SAID.get(record.get("type"), {None}):
         return False
-    return record["type"] != "Metric" or isinstance(record.get("values"), dict)
+    numbers = [record["step"], record["attempt"], record.get("steps", 0)]
+    return all(type(one) is int for one in numbers) and isinstance(record.get("values", {}), dict)

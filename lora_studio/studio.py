@@ -399,6 +399,7 @@ class Studio:
         self._note("resume", run)
         with self.supervisor.hold():
             self.runs.admit()
+            self.runs.check_room(self.runs.get(run).facts)
             resumed = self.runs.requeue(run)
         self.supervisor.tick()
         return self.runs.get(resumed.id)
@@ -415,6 +416,7 @@ class Studio:
             self.runs.admit(len(wanted))
             for run in wanted:
                 try:
+                    self.runs.check_room(self.runs.get(run).facts)
                     resumed.append(self.runs.requeue(run))
                 except StudioError as error:
                     problem = problem or error

@@ -173,13 +173,17 @@ def test_a_write_that_fails_is_said_and_leaves_the_others(tmp_path: Path, monkey
     assert the_newest(tmp_path).step == 1
 
 
-def test_where_there_are_no_links_the_best_adapter_is_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*_: object) -> None:
-        raise PermissionError
-
-    monkeypatch.setattr(os, "link", none)
-    checkpoints.save(tmp_path, state(1), NOTES, best(tmp_path, 1))
-    assert (tmp_path / "checkpoints/step-00000001/best/adapter_config.json").read_text().endswith("step 1")
+def test_what_spoils_a_kept_adapter_in_place_spoils_no_other(tmp_path: Path) -> None:
+    kept = best(tmp_path, 1)
+    for step in (1, 2):
+        checkpoints.save(tmp_path, state(step), NOTES, kept)
+    name = "adapter_config.json"
+    folders = [tmp_path / "checkpoints" / f"step-0000000{step}" for step in (1, 2)]
+    spoilt = folders[1] / "best" / name
+    with spoilt.open("r+") as file:
+        file.write("X")
+    assert checkpoints.newest(tmp_path) == (folders[0], [folders[1]])
+    assert (kept / name).read_text() == (folders[0] / "best" / name).read_text() != spoilt.read_text()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"training": {}, "worker": {}, "order": {"adapter": ["x"]}}'])

@@ -3,12 +3,15 @@
 import json
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lora_studio.events import (
     EVENTS,
+    SAID,
     Ended,
+    Event,
     Metric,
     Probed,
     Sample,
@@ -43,6 +46,15 @@ def test_every_event_is_one_line_and_comes_back() -> None:
 def test_not_a_number_is_null_and_named() -> None:
     record = json.loads(to_line(Metric(step=1, values={"a": math.nan, "b": 1.0}), time=0.0, attempt=1))
     assert record["values"] == {"a": None, "b": 1.0} and record["nan"] == ["a"]
+
+
+@pytest.mark.parametrize("event", ALL)
+def test_a_record_that_misses_what_every_reader_counts_on_is_no_event(event: Event) -> None:
+    whole = json.loads(to_line(event, time=1.0, attempt=1))
+    for name in SAID[whole["type"]] | {"type"}:
+        assert from_line(json.dumps({key: value for key, value in whole.items() if key != name})) is None, name
+    for name in ("step", "attempt"):
+        assert from_line(json.dumps(whole | {name: "1"})) is None
 
 
 def test_what_is_no_event_is_none() -> None:

@@ -33,10 +33,12 @@ from lora_studio.runs.config import OUT_OF_MEMORY, DataChoice, Run, RunConfig, c
 from lora_studio.runs.store import (
     Journal,
     RunStore,
+    asked_of,
     claim,
     earlier_logs,
     in_turn,
     read_json,
+    sweep,
     write_end,
     write_json,
 )
@@ -374,6 +376,80 @@ def test_a_worker_that_lives_is_taken_over_and_not_doubled(queue: Queue) -> None
     assert (queue.status(run), queue.status(other)) == ("running", "queued") and len(queue.workers.held) == 1
 
 
+def test_a_stop_that_comes_while_a_lost_run_is_put_back_still_holds(
+    queue: Queue, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = queue.put()
+    queue.supervisor.tick()
+    real = checkpoints.any_saved
+
+    def slow(path: Path) -> bool:
+        queue.store.request_stop(run.id)
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "any_saved", slow)
+        queue.crash(run)
+        queue.supervisor.tick()
+    assert read_json(run.path / "control.json")
+
+
+def test_who_stops_a_run_that_waits_to_go_on_and_resumes_it_does_not_wait_nor_count_what_was(
+    queue: Queue, clock: Clock
+) -> None:
+    run = queue.put()
+    for _ in WAITS_S:
+        queue.lose(run, clock)
+    assert queue.status(run) == "queued"
+    queue.store.request_stop(run.id)
+    queue.supervisor.tick()
+    queue.store.requeue(run.id)
+    queue.supervisor.tick()
+    assert queue.status(run) == "running", "it waits although a person asked for it"
+    queue.crash(run)
+    queue.supervisor.tick()
+    assert queue.status(run) == "queued", "it is given up at the first crash"
+
+
+def test_why_a_worker_was_ended_is_said_of_that_worker_alone(queue: Queue, clock: Clock) -> None:
+    run = queue.put()
+    queue.supervisor.tick()
+    queue.tell(run, begun(), Metric(step=1, values={"train_loss": 1.0}))
+    saved(run, 1)
+    queue.store.request_stop(run.id)
+    queue.supervisor.tick()
+    clock.now += supervisor.PATIENCE_S + 1
+    queue.supervisor.tick()
+    assert queue.status(run) == "stopped"
+    queue.store.requeue(run.id)
+    queue.supervisor.tick()
+    queue.crash(run, -11)
+    queue.supervisor.tick()
+    assert "with signal 11" in queue.store.get(run.id).note
+
+
+def test_one_that_is_stopped_before_its_worker_has_said_who_it_is_does_not_end_the_others(
+    queue: Queue, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [queue.put(study="s") for _ in range(3)]
+    real = queue.workers.start
+
+    def start(paths: Sequence[Path]) -> bool:
+        done = real(paths)
+        for other in paths[1:]:  # one worker prints to one file
+            (other / "worker.log").unlink()
+            os.link(paths[0] / "worker.log", other / "worker.log")
+        return done
+
+    monkeypatch.setattr(queue.workers, "start", start)
+    queue.supervisor.tick()
+    queue.store.request_stop(runs[0].id)
+    queue.supervisor.tick()
+    clock.now += supervisor.BEFORE_S + 1
+    queue.supervisor.tick()
+    assert [queue.status(run) for run in runs] == ["running"] * 3
+
+
 def test_with_no_checkpoint_left_whole_it_fails_with_that(queue: Queue, clock: Clock) -> None:
     run = queue.put()
     saved(run, 5)
@@ -402,12 +478,25 @@ def test_a_kill_for_memory_is_told_by_its_signs_and_halves_the_passes(
     run = queue.put()
     queue.supervisor.tick()
     write_json(run.path / "worker.json", {"pid": 0, "oom_kills": 7})
-    queue.tell(run, Metric(step=1, values={"train_loss": 1.0, "memory_bytes": 1000 * peak}))
+    queue.tell(run, begun(), Metric(step=1, values={"train_loss": 1.0, "memory_bytes": 1000 * peak}))
     queue.crash(run, code)
     queue.supervisor.tick()
     (told,) = [one for one in queue.store.events(run.id) if one["type"] == "Warned"]
     assert told["code"] == (OUT_OF_MEMORY if blamed else LOST)
     assert ("half as many" in told["message"]) == blamed and queue.store.get(run.id).note == told["message"]
+
+
+def test_what_a_gpu_holds_is_not_held_against_the_machine(
+    queue: Queue, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "oom_kills", lambda: 0)
+    run = queue.put()
+    queue.supervisor.tick()
+    on_cuda = dataclasses.replace(begun(), device="cuda:0")
+    queue.tell(run, on_cuda, Metric(step=1, values={"train_loss": 1.0, "memory_bytes": 1e15}))
+    queue.crash(run)
+    queue.supervisor.tick()
+    assert [one["code"] for one in queue.store.events(run.id) if one["type"] == "Warned"] == [LOST]
 
 
 def test_each_kill_for_memory_doubles_the_passes_that_there_were() -> None:
@@ -478,6 +567,19 @@ def test_slow_steps_are_no_hang_and_neither_is_a_processor_at_work(
     queue.supervisor.tick()
     assert queue.status(run) == "running", "it computes"
     clock.now += supervisor.BUSY_S
+    queue.supervisor.tick()
+    assert queue.status(run) == "lost"
+
+
+def test_what_loads_may_take_its_time(queue: Queue, clock: Clock) -> None:
+    run = queue.put()
+    queue.supervisor.tick()
+    queue.tell(run, Warned(step=0, code="I_PREPARE", message="Fetching the model"))
+    queue.supervisor.tick()
+    clock.now += supervisor.BUSY_S - 1
+    queue.supervisor.tick()
+    assert queue.status(run) == "running" and "No progress" in queue.store.get(run.id).note
+    clock.now += 2
     queue.supervisor.tick()
     assert queue.status(run) == "lost"
 
@@ -680,6 +782,40 @@ def test_without_room_nothing_new_begins_and_the_figures_are_said(
     assert caught.value.code == "E_DISK" and "48 MB" in caught.value.message and "547 MB" in caught.value.message
 
 
+def test_a_run_that_waits_begins_when_there_is_room_again(queue: Queue, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue.store.limits = dataclasses.replace(LAPTOP, reserve_bytes=500)
+    run = queue.put()
+    with monkeypatch.context() as patch:
+        patch.setattr(disk, "free", lambda _: 499)
+        queue.supervisor.tick()
+        assert queue.status(run) == "queued" and "are free" in queue.store.get(run.id).note
+    queue.supervisor.tick()
+    assert queue.status(run) == "running"
+
+
+def test_a_worker_that_begins_leaves_alone_what_the_app_writes_at_that_moment(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = queue.put(), os.fsync
+    (run.path / "worker.log").touch()
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        sweep(run.path)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    queue.store.request_stop(run.id)
+    assert asked_of(run.path) == "stopped"
+
+
+def test_a_pause_does_not_take_a_stop_back(queue: Queue) -> None:
+    run = queue.put()
+    queue.supervisor.tick()
+    for ask in (queue.store.request_stop, queue.store.request_pause):
+        ask(run.id)
+        assert asked_of(run.path) == "stopped"
+
+
 @pytest.mark.parametrize(
     ("error", "left", "is_full"),
     [
@@ -758,9 +894,10 @@ def kept(tmp_path: Path, **limits: float) -> tuple[RunStore, list[Run]]:
         ({}, []),
         ({"kept_runs": 2}, [0, 1, 2]),  # the run that waits counts and stays
         ({"kept_bytes": 2.5 * MIB}, [0, 1]),
+        ({"kept_bytes": 0}, [0, 1, 2, 3, 4]),  # the newest of each stays, and of A that is the one that waits
         ({"kept_bytes_by_all": 4.5 * MIB}, [0, 1]),
         ({"idle_hours": 75}, [0, 1, 2]),
-        ({"kept_runs": 0}, [0, 1, 2, 3, 4, 5]),
+        ({"kept_runs": 0}, [0, 1, 2, 3, 4]),
     ],
 )
 def test_what_is_too_much_or_too_old_goes_the_oldest_first(tmp_path: Path, limits: dict, gone: list[int]) -> None:
@@ -778,6 +915,30 @@ def test_the_usage_of_an_owner_is_runs_and_datasets(tmp_path: Path) -> None:
     (home / "rows").write_bytes(bytes(MIB))
     runs, held = store.usage(B)
     assert runs == 3 and 4 * MIB <= held < 4.1 * MIB and store.usage(C) == (0, 0)
+
+
+def test_no_jump_of_the_date_makes_a_run_old(tmp_path: Path, clock: Clock) -> None:
+    store = RunStore(tmp_path, dataclasses.replace(LAPTOP, idle_hours=24))
+    run = store.of(A).create(CONFIG, {})
+    write_end(run.path, "done", step=1)
+    for path in (run.path, run.path / "exit.json"):
+        os.utime(path, (clock.date, clock.date))
+    clock.date += 1e6
+    assert store.sweep_old() == []
+    clock.now += 24 * 3600 + 60
+    assert store.sweep_old() == [run.id]
+
+
+def test_who_keeps_too_much_may_not_begin_more_and_no_dataset_costs_a_run(tmp_path: Path) -> None:
+    store, _ = kept(tmp_path, kept_bytes=5 * MIB)
+    home = tmp_path / "owners" / B
+    home.mkdir(parents=True)
+    (home / "rows").write_bytes(bytes(4 * MIB))
+    store.of(A).admit()
+    with pytest.raises(StudioError) as caught:
+        store.of(B).admit()
+    assert caught.value.code == "E_LIMIT" and "5.24 MB" in caught.value.message
+    assert store.sweep_old() == []
 
 
 def test_datasets_of_who_has_no_run_and_does_not_come_go_too(tmp_path: Path) -> None:
@@ -807,6 +968,23 @@ def test_an_end_holds_what_its_journal_says(queue: Queue) -> None:
     for nonsense in ({}, [], {"step": 1}, "x"):
         (run.path / "exit.json").write_text(json.dumps({"status": "stopped", "values": {}, "seen": nonsense}))
         assert RunStore(queue.store.folder.parent).get(run.id) == by_journal
+
+
+@pytest.mark.parametrize("text", ["", '{"status": "do', '{"status": "else"}', "[]"])
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_run_whose_end_is_torn_is_damaged_and_stands_in_nobodys_way(queue: Queue, text: str, begun: bool) -> None:
+    run, other = queue.put(), queue.put()
+    if begun:
+        (run.path / "worker.log").touch()
+    (run.path / "adapter").mkdir()
+    write_end(run.path, "done", step=9)
+    (run.path / "exit.json").write_text(text)
+    queue.supervisor.tick()
+    view = queue.store.get(run.id)
+    assert view.status == "damaged" and "exit.json is torn" in str(view.error) and (run.path / "adapter").is_dir()
+    assert queue.status(other) == "running"
+    queue.store.delete(run.id)
+    assert [one.id for one in queue.store.list()] == [other.id]
 
 
 def test_a_damaged_run_stays_its_owners_and_only_that_one_may_delete_it(tmp_path: Path) -> None:

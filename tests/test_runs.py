@@ -120,12 +120,21 @@ def test_a_killed_worker_is_lost_with_a_reason_and_the_next_run_starts(studio: S
     assert all(record["type"] for record in RunStore(studio.root).events(run.id))
 
 
-def test_a_terminated_worker_saves_and_says_stopped(studio: Studio, tiny: Path) -> None:
+def test_a_worker_that_the_system_ends_saves_and_leaves_a_run_that_goes_on(studio: Studio, tiny: Path) -> None:
     run = studio.start(config(studio, tiny, steps=100_000, evaluations=1))
-    until(studio, run.id, "Metric", step=1)
+    until(studio, run.id, "Metric", step=3)
     os.kill(json.loads((run.path / "worker.json").read_text())["pid"], signal.SIGTERM)
     list(studio.follow(run.id, interval_s=0.02))
-    assert studio.runs.get(run.id).status == "stopped" and studio.runs.get(run.id).has_adapter
+    left = studio.runs.get(run.id)
+    assert left.status == "lost" and checkpoints.last_step(run.path) == left.step >= 3
+    studio.supervisor.own()
+    until(studio, run.id, "Metric", step=left.step + 1)
+    studio.stop(run.id)
+    list(studio.follow(run.id, interval_s=0.02))
+    ended = studio.runs.get(run.id)
+    assert ended.status == "stopped" and ended.has_adapter
+    steps = [one["step"] for one in studio.runs.events(run.id) if "train_loss" in one.get("values", {})]
+    assert steps == [*range(1, ended.step + 1)], "a step is missing or was taken twice"
 
 
 def test_a_run_that_breaks_ends_with_a_code_and_plain_words(studio: Studio, tiny: Path) -> None:
@@ -416,13 +425,14 @@ def test_paused_or_stopped_at_any_step_and_resumed_ends_so_too(
         patch.setattr(Attempt, "append", append)
         attempt(run)
     view = studio.runs.get(run.id)
-    assert view.status == ("paused" if what == "pause" else "stopped") and view.step == step and view.resumable
-    if what != "pause" and step:
+    becomes = {"pause": "paused", "stop": "stopped", "terminate": "lost"}
+    assert view.status == becomes[what] and view.step == step and view.resumable
+    if what == "stop" and step:
         assert view.has_adapter
     assert studio.runs.requeue(run.id).status == "queued"
     attempt(run)
-    assert ends(studio, run) == unbroken or (what != "pause" and step in (2, 5))
-    if what != "pause" and step in (2, 5):  # a stop measures once more, where it stops
+    assert ends(studio, run) == unbroken or (what == "stop" and step in (2, 5))
+    if what == "stop" and step in (2, 5):  # a stop measures once more, where it stops
         tensors, losses, heldout, samples, figures = ends(studio, run)
         assert (tensors, losses, samples, figures) == (unbroken[0], unbroken[1], unbroken[3], unbroken[4])
         assert [one for one in heldout if one[0] != step] == unbroken[2]
@@ -1080,7 +1090,7 @@ def test_a_running_run_cannot_be_deleted(store: RunStore) -> None:
 
 
 def test_the_workers_environment_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN"):
+    for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "NVIDIA_API_KEY", "LORA_STUDIO_TOKEN"):
         monkeypatch.setenv(name, "canary")
     assert "canary" not in "".join(environment().values()) and "PATH" in environment()
 

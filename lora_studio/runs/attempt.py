@@ -12,6 +12,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +26,7 @@ from lora_studio.runs import checkpoints, disk
 from lora_studio.runs.config import OUT_OF_MEMORY, RunConfig, Status, check_limit
 from lora_studio.runs.store import (
     Journal,
+    asked_of,
     checkpoint_bytes,
     earlier_logs,
     open_journal,
@@ -54,7 +56,8 @@ class Attempt:
         self.base_name = record["facts"].get("repo") or self.config.model  # which a loader of the adapter looks for
         self._checkpoint_bytes = checkpoint_bytes(record["facts"])
         self.number = 1 + len(earlier_logs(path))
-        self.ended = self.terminated = False
+        self.ended = False
+        self.terminated = False  # by the system, as when it shuts down: nobody asked for an end of this run
         self.step = self.steps = 0
         self.best: tuple[float, int] = (math.inf, 0)  # held-out loss, step
         self.judged = 0  # the last step whose adapter was kept or found worse
@@ -86,10 +89,7 @@ class Attempt:
 
     def asked(self) -> Status | None:
         """What the run is to become: "stopped", "paused", or None while it may go on."""
-        control = read_json(self.path / "control.json") or {}
-        if self.terminated or control.get("stop") or self._is_late():
-            return "stopped"
-        return "paused" if control.get("pause") else None
+        return "stopped" if self._is_late() else asked_of(self.path)
 
     def _is_late(self) -> bool:
         """Whether it has trained as long as it may, by the clock that no change of the date moves; says so once."""
@@ -229,6 +229,11 @@ class Attempt:
         elif asked:
             if self._save(job) or asked == "stopped":  # a pause that could not be saved would be a loss
                 self.finish(job, asked)
+        elif self.terminated:
+            if job.step:
+                self._save(job)
+            job.leave()
+            self.let_go()
         elif job.step and (job.step in self._measured_at or self._is_time(job.step)):
             self._save(job)
 
@@ -269,10 +274,10 @@ class Attempt:
         for file in folder.iterdir():
             copy = kept.with_name(f"{file.name}.tmp")
             shutil.copyfile(file, copy)
-            checkpoints.sync(copy)
+            disk.sync(copy)
             copy.replace(kept / file.name)
         for directory in (kept, self.path):
-            checkpoints.sync(directory)
+            disk.sync(directory)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -314,6 +319,8 @@ class Attempt:
             disk.at_any_rate(root, self.append, event)
         except OSError:
             log.exception("The end of %s is missing in its journal", self.path.name)
+        with suppress(OSError):  # the curve is to be there wherever the end is
+            os.fsync(self._journal)
         try:
             write_end(self.path, status, step=self.step, error=error, values=values)
         except OSError:
@@ -321,6 +328,10 @@ class Attempt:
         else:
             if status == "done":
                 checkpoints.forget(self.path)  # the end stands before what it makes needless goes
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Take no further part; without exit.json the run is lost, and whoever keeps the queue lets it go on."""
         sweep(self.path)
         self.ended = True
         os.close(self._journal)

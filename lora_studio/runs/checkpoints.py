@@ -14,7 +14,6 @@ are kept, so one that is damaged has another before it. This file knows no model
 import errno
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -71,7 +70,7 @@ def save(run: Path, state: "State", notes: Mapping[str, Any], best: Path | None 
     if best:
         (fresh / BEST).mkdir()
         for file in best.iterdir():
-            _link(file, fresh / BEST / file.name)
+            shutil.copyfile(file, fresh / BEST / file.name)  # no link: what spoils one must not spoil all
     sums = {}
     for file in _files(fresh):
         sync(file)
@@ -167,11 +166,3 @@ def _is_whole(path: Path) -> bool:
 def _sum(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _link(source: Path, to: Path) -> None:
-    """A second name for the same bytes, which whoever replaces `source` leaves alone; else a copy."""
-    try:
-        os.link(source, to)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, to)

@@ -19,7 +19,9 @@ from lora_studio.runs.store import claim, is_locked, read_json
 
 # What a worker may know of the environment. Tokens and everything else stay outside.
 ENVIRONMENT = ("PATH", "HOME", "LANG", "TMPDIR", "TZ", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH", "XDG_CACHE_HOME")
-FAMILIES = ("LC_", "LORA_STUDIO_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "TORCH_", "PYTORCH_", "SPACE")
+FAMILIES = ("LC_", "LORA_STUDIO_", "CUDA_", "OMP_", "MKL_", "TORCH_", "PYTORCH_", "SPACE")
+DEVICES = ("NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES")
+SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD")  # how a name ends that no family lets through
 HUB = ("HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN_PATH")  # never HF_TOKEN itself
 NETWORK = ("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CERT")
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")  # in small letters too
@@ -179,8 +181,9 @@ def _spawn(arguments: Sequence[str], descriptors: Sequence[int], printed: Binary
 
 def environment() -> dict[str, str]:
     """The allow-listed part of our environment, and where this package is found."""
-    names = {*ENVIRONMENT, *HUB, *NETWORK, *PROXIES, *map(str.lower, PROXIES)}
-    kept = {name: value for name, value in os.environ.items() if name in names or name.startswith(FAMILIES)}
+    names = {*ENVIRONMENT, *HUB, *NETWORK, *DEVICES, *PROXIES, *map(str.lower, PROXIES)}
+    families = {name for name in os.environ if name.startswith(FAMILIES) and not name.endswith(SECRET)}
+    kept = {name: value for name, value in os.environ.items() if name in names | families}
     here = str(Path(__file__).resolve().parents[2])
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [here, kept.get("PYTHONPATH", "")]))
     kept |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}

@@ -42,8 +42,11 @@ from lora_studio.runs.config import DataChoice, Run, RunConfig, Status
 ID = re.compile(r"[0-9a-f]{32}")
 REPEATED = ("Metric", "Sample", "Saved")  # what a resumed attempt says anew
 UNKNOWN = "?"  # the owner of a run that does not say so any more; no visitor's name is that
+OF_THE_APP = ("control.json",)  # written while a worker has the run
 SEEN = {"step", "steps", "latest", "note"}  # of a journal, by those who list runs
 JOURNALS = 64  # read ones that are kept
+DYING_S = 5.0  # that a process that was killed may take to let go of its run
+EARLIER_LOG_BYTES = 256 * 1024  # that are kept of what each earlier attempt printed
 CHECKPOINT_BYTES = 16  # per trained number: itself and its best, in fp32, and two moments
 
 
@@ -141,7 +144,14 @@ def sweep(path: Path) -> None:
     checkpoints.sweep(path)
     shutil.rmtree(path / "adapter.tmp", ignore_errors=True)
     for left in path.glob("*.tmp"):
-        left.unlink(missing_ok=True)
+        if not left.name.startswith(OF_THE_APP):
+            left.unlink(missing_ok=True)
+
+
+def asked_of(path: Path) -> Status | None:
+    """What a person asked of a run: to stop, or to pause."""
+    control = read_json(path / "control.json") or {}
+    return "stopped" if control.get("stop") else "paused" if control.get("pause") else None
 
 
 def in_turn(waiting: Iterable[Run], served: Mapping[str, int]) -> list[Run]:
@@ -243,6 +253,7 @@ class RunStore:
         self._journals: dict[str, Journal] = {}
         self._shelf = threading.Lock()
         self._ended: dict[str, tuple[Any, Run]] = {}  # with the stamp of its exit.json; none changes without it
+        self._epoch = time.time() - time.monotonic()
 
     def of(self, owner: str) -> "RunStore":
         """The runs of one owner alone; whoever is handed this cannot reach another's."""
@@ -271,7 +282,14 @@ class RunStore:
         return self.get(run)
 
     def admit(self, runs: int = 1) -> None:
-        """Raise E_QUEUE_FULL when so many more may not wait; to be asked, and acted upon, while the queue is held."""
+        """Raise E_QUEUE_FULL when so many more may not wait; to be asked, and acted upon, while the queue is held.
+
+        Raises E_LIMIT when the owner's runs and datasets take more of the disk than they may.
+        """
+        room = self.limits.kept_bytes
+        if room < math.inf and (kept := self.usage(self.owner or NOBODY)[1]) > room:
+            message = f"Your runs and datasets take {disk.megabytes(kept)}; here it is at most {disk.megabytes(room)}."
+            raise StudioError("E_LIMIT", message, "Delete some of them.")
         owners = [run.owner for run in self._everybodys().list() if run.status == "queued"]
         mine, most, by_all = owners.count(self.owner or NOBODY), self.limits.queued, self.limits.queued_by_all
         if mine + runs > most:
@@ -306,23 +324,25 @@ class RunStore:
     def sweep_old(self) -> list[str]:
         """Delete what the limits do not let anybody keep: runs that have ended, oldest first. Their ids.
 
-        So, too, the datasets of a visitor who has no run and has not come for as long.
+        An owner's newest run stays until it is too old, however large it is. So do the datasets of a visitor, who
+        then has no run and has not come for as long.
         """
-        limits, gone = self.limits, []
+        limits, gone, now = self.limits, [], self._now()
         idle_s = 3600 * limits.idle_hours
         if math.isinf(min(limits.kept_runs, limits.kept_bytes, limits.kept_bytes_by_all, idle_s)):
             return gone
         every = sorted(self._everybodys().list(), key=_touched)
         sizes = {run.id: disk.size(run.path) for run in every}
         count: dict[str, int] = {}
-        held = {owner: self._home_bytes(owner) for owner in {run.owner for run in every}}
+        held: dict[str, int] = {}
         for run in every:
             count[run.owner] = count.get(run.owner, 0) + 1
-            held[run.owner] += sizes[run.id]
+            held[run.owner] = held.get(run.owner, 0) + sizes[run.id]
         for run in every:
-            old = time.time() - _touched(run) > idle_s
+            old = now - _touched(run) > idle_s
             much = count[run.owner] > limits.kept_runs or held[run.owner] > limits.kept_bytes
-            if run.active or not (old or much or sum(held.values()) > limits.kept_bytes_by_all):
+            much = (much or sum(held.values()) > limits.kept_bytes_by_all) and count[run.owner] > 1
+            if run.active or not (old or much):
                 continue
             with suppress(StudioError):  # a worker has it after all
                 self._everybodys().delete(run.id)
@@ -331,14 +351,18 @@ class RunStore:
                 held[run.owner] -= sizes[run.id]
         for folder in (self.folder.parent / "owners").glob("*"):
             newest = max(map(_touched_at, (folder, *folder.rglob("*"))))
-            if not count.get(folder.name) and time.time() - newest > idle_s:
+            if not count.get(folder.name) and now - newest > idle_s:
                 shutil.rmtree(folder, ignore_errors=True)
         return gone
 
     def sweep_leftovers(self) -> None:
-        """Remove folders that a crash left on their way in or out; only by the one app of the root, as it begins."""
+        """Remove folders that a crash left on their way in or out; only by who holds the queue."""
         for left in (*self.folder.glob("*.deleted"), *self.folder.glob("*.new")):
             shutil.rmtree(left, ignore_errors=True)
+
+    def _now(self) -> float:
+        """Seconds since the epoch by the date as it was at first: one that jumps makes nothing old."""
+        return self._epoch + time.monotonic()
 
     def _home_bytes(self, owner: str) -> int:
         return disk.size(home(self.folder.parent, owner)) if ID.fullmatch(owner) else 0
@@ -416,31 +440,36 @@ class RunStore:
             if not (path / "worker.log").exists():
                 with claim(path, patience_s=0.5) as lock:
                     if lock and not (path / "worker.log").exists() and not (path / "exit.json").exists():
-                        write_end(path, status, step=view.step)
+                        self._end_without_worker(view, status)
                         return
             if not (path / "exit.json").exists():
-                asked = {what: True, "time": time.time()}
+                asked = {**(read_json(path / "control.json") or {}), what: True, "time": time.time()}
                 disk.at_any_rate(self.folder.parent, write_json, path / "control.json", asked)
         except FileNotFoundError:  # deleted meanwhile
             raise _not_found(run) from None
 
     def settle(self, run: Run, status: Status, error: Mapping[str, Any] | None = None) -> None:
         """Write down how a run ended whose worker is no more and left no end; its adapter and checkpoints stay."""
-        with claim(run.path, patience_s=0.5) as lock:
+        with claim(run.path, patience_s=DYING_S) as lock:
             if lock is None or _end(run.path):
                 return
             sweep(run.path)
-            with suppress(OSError):  # exit.json is what counts
-                event = Ended(step=run.step, run=run.id, status=status, error=error)
-                disk.at_any_rate(self.folder.parent, _tell_once, run.path, event)
-            write_end(run.path, status, step=run.step, error=error)
+            self._end_without_worker(run, status, error)
+
+    def _end_without_worker(self, run: Run, status: Status, error: Mapping[str, Any] | None = None) -> None:
+        """Leave what a worker leaves at the end; call it with the lock held."""
+        with suppress(OSError):  # exit.json is what counts
+            event = Ended(step=run.step, run=run.id, status=status, error=error)
+            disk.at_any_rate(self.folder.parent, _tell_once, run.path, event)
+        write_end(run.path, status, step=run.step, error=error)
 
     def requeue(self, run: str, said: Event | None = None) -> Run:
         """Put a run that was paused, stopped, lost or failed back into the queue, to go on from its checkpoint.
 
         One that was lost before its first checkpoint, or ended before its first step, begins from the start.
-        said: what its journal is to say of it. Raises E_RUN_DONE, E_RUN_ACTIVE, E_CHECKPOINT when all checkpoints
-        are damaged, E_NO_CHECKPOINT, E_RUN_NOT_FOUND when it is deleted meanwhile.
+        said: what its journal is to say of it, where nobody asked for this: then what a person asks of the run
+        meanwhile still holds. Raises E_RUN_DONE, E_RUN_ACTIVE, E_CHECKPOINT when all checkpoints are damaged,
+        E_NO_CHECKPOINT, E_RUN_NOT_FOUND when it is deleted meanwhile.
         """
         path = self.get(run).path
         seen = _stamp(path / "exit.json"), _stamp(path / "worker.log")
@@ -462,6 +491,8 @@ class RunStore:
                 raise StudioError("E_NO_CHECKPOINT", message, "Start the run again.")
             if said:
                 disk.at_any_rate(self.folder.parent, _tell_once, path, said)
+            else:
+                (path / "control.json").unlink(missing_ok=True)
             self._clear(path)
         return self.get(run)
 
@@ -470,10 +501,10 @@ class RunStore:
 
         So what tells of the end goes last: exit.json, or the log of a worker that left none.
         """
-        for name in ("control.json", "worker.json"):
-            (path / name).unlink(missing_ok=True)
+        (path / "worker.json").unlink(missing_ok=True)
         log = path / "worker.log"
         if log.exists():
+            disk.shorten(log, EARLIER_LOG_BYTES)
             log.rename(path / f"worker.{len(earlier_logs(path)) + 1}.log")
         (path / "exit.json").unlink(missing_ok=True)
 
@@ -585,9 +616,11 @@ class RunStore:
         end = _end(path)
         if end is None and is_locked(path / "worker.lock"):
             return "running", {}
-        if end is None and not (path / "worker.log").exists():
+        if end is None and not (path / "exit.json").exists() and not (path / "worker.log").exists():
             return "queued", {}
-        end = end or _end(path) or {"status": "lost", "error": _LOST}  # it may have ended between the looks
+        end = end or _end(path)  # it may have ended between the looks
+        if end is None:
+            end = {"status": "damaged", "error": _TORN} if (path / "exit.json").exists() else _LOST
         return end["status"], end
 
     def list(self) -> list[Run]:  # the last method: behind it, `list` is no longer the built-in one
@@ -660,7 +693,15 @@ def _is_still(path: Path, file: BinaryIO) -> bool:
 
 
 _LOST = {
-    "code": "E_LOST",
-    "message": "The worker ended without saying why: it was killed, ran out of memory, or the machine went down.",
-    "hint": "Resume it, or start it again with a smaller batch. The log shows its last words.",
+    "status": "lost",
+    "error": {
+        "code": "E_LOST",
+        "message": "The worker ended without saying why: it was killed, ran out of memory, or the machine went down.",
+        "hint": "Resume it, or start it again with a smaller batch. The log shows its last words.",
+    },
+}
+_TORN = {
+    "code": "E_RUN_DAMAGED",
+    "message": "How this run ended cannot be read: its exit.json is torn.",
+    "hint": "What it kept is in its folder; the run may be deleted.",
 }

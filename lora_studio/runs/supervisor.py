@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import pairwise, takewhile
+from itertools import islice, pairwise, takewhile
 from pathlib import Path
 from statistics import median
 from typing import Any, BinaryIO
@@ -26,9 +26,9 @@ from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError
 from lora_studio.events import Warned
 from lora_studio.runs import checkpoints, disk, memory
-from lora_studio.runs.config import OUT_OF_MEMORY, Run, Status
+from lora_studio.runs.config import OUT_OF_MEMORY, Run
 from lora_studio.runs.executors import EXECUTORS, Executor
-from lora_studio.runs.store import RunStore, earlier_logs, in_turn, is_locked, read_json
+from lora_studio.runs.store import RunStore, asked_of, earlier_logs, in_turn, is_locked, read_json
 
 log = logging.getLogger(__name__)
 INTERVAL_S = 0.5
@@ -41,6 +41,7 @@ LOST = "W_LOST"
 QUIET_S, QUIET_STEPS = 60, 10  # then it is said
 HUNG_S, HUNG_STEPS = 300, 50  # then it is ended, if it does not use the processor either
 BUSY_S = 3600  # and if it does
+RECENT = 60  # records that tell how long a step takes
 IDLE = 0.02  # of a processor, and less, is not using it
 PATIENCE_S = 120  # after it was asked to end
 BEFORE_S = 4  # and before it trains, when nothing can be lost
@@ -92,16 +93,18 @@ class Supervisor:
                 return False  # another process is looking at this moment
             runs = self.store.list()
             running = [run for run in runs if run.status == "running"]
+            lost = [run for run in runs if run.status == "lost"]
             self._look_after(running)
+            for run in lost:
+                self._recover(run)
             if self._owned:
-                for run in runs:
-                    if run.status == "lost":
-                        self._recover(run)
                 self._keep_house()
-                runs = self.store.list() if any(run.status == "lost" for run in runs) else runs
+            runs = self.store.list() if lost else runs
             waiting = in_turn((run for run in runs if run.status == "queued"), self.store.served)
+            known = {run.id for run in (*lost, *waiting)}
+            self._not_before = {run: at for run, at in self._not_before.items() if run in known}
             ready = [run for run in waiting if self._not_before.get(run.id, 0) <= time.monotonic()]
-            if ready and not running:
+            if ready and not running and self._has_room(ready[0]):
                 self._start(ready)
             return not waiting and not running
 
@@ -135,6 +138,15 @@ class Supervisor:
     def kill(self, path: Path, executor: str) -> None:
         self.executors[executor].kill(path)
 
+    def _has_room(self, run: Run) -> bool:
+        """Whether the disk can take a run that waits; if not it is said, and it waits on while there is an app."""
+        try:
+            self.store.of(run.owner).check_room(run.facts)
+        except StudioError as error:
+            self.store.said[run.id] = f"It waits. {error}"
+            return not self._owned
+        return True
+
     def _start(self, ready: Sequence[Run]) -> None:
         most = int(min(len(ready), self.store.limits.running))
         group = together(ready)[:most]
@@ -144,6 +156,7 @@ class Supervisor:
         self.store.served[group[0].owner] = self._turns
         for run in group:
             self._not_before.pop(run.id, None)
+            self._ended_for.pop(run.id, None)
 
     # ---- workers that live ---------------------------------------------------------------------------------------
 
@@ -151,7 +164,7 @@ class Supervisor:
         """Say of which worker nothing is heard, and end one that is deaf or hangs; its runs are lost then, or ended."""
         workers: dict[Any, list[Run]] = {}
         for run in running:
-            workers.setdefault(_pid(run) or run.id, []).append(run)
+            workers.setdefault(_worker(run), []).append(run)
         self._workers = {key: self._workers.get(key) or _Watch() for key in workers}
         said: dict[str, str] = {}
         for key, runs in workers.items():
@@ -163,7 +176,7 @@ class Supervisor:
                 log.warning("%s did not end when asked and is ended", ", ".join(run.id for run in asked))
                 self._end(runs, "Its worker did not answer and was ended.")
                 for run in asked:
-                    self.store.settle(run, _asked(run) or "stopped")
+                    self.store.settle(run, asked_of(run.path) or "stopped")
             elif watch.silent_s > max(QUIET_S, QUIET_STEPS * watch.step_s):
                 words = f"No progress for {watch.silent_s:.0f} s; the last word was: {runs[0].note or 'none'}"
                 said |= {run.id: words for run in runs}
@@ -181,17 +194,16 @@ class Supervisor:
     # ---- workers that are no more --------------------------------------------------------------------------------
 
     def _recover(self, run: Run) -> None:
-        """Put a run that has lost its worker back into the queue, or end it: as was asked, or with the reason."""
-        if self._not_before.get(run.id, 0) > time.monotonic():
-            return
+        """End a run that has lost its worker as was asked; else the app puts it back into the queue, or gives it up."""
         try:
-            if asked := _asked(run):
+            if asked := asked_of(run.path):
                 self.store.settle(run, asked)
+            if asked or not self._owned or self._not_before.get(run.id, 0) > time.monotonic():
                 return
             times = lost_in_a_row(self.store.events(run.id), checkpoints.last_step(run.path)) + 1
             finding = self._finding(run, times)
             if times > len(WAITS_S):
-                self.store.settle(run, "failed", _crashed(run, times, finding))
+                self.store.settle(run, "failed", _crashed(run, times, finding, _held_bytes(run, self.store)))
                 return
             self.store.requeue(run.id, said=finding)
             self._not_before[run.id] = time.monotonic() + WAITS_S[times - 1]
@@ -212,7 +224,7 @@ class Supervisor:
         attempt = f"Attempt {2 + len(earlier_logs(run.path))} {goes_on}"
         if reason := self._ended_for.pop(run.id, ""):
             return Warned(step=behind, code=LOST, message=f"{reason} {attempt}.")
-        peak = run.latest.get("memory_bytes", 0.0)
+        peak = _held_bytes(run, self.store)
         if code in (None, -9) and memory.is_to_blame(begun.get("oom_kills"), peak):
             held = f" at {disk.megabytes(peak)}" if peak else ""
             message = f"The system ended the worker for its memory{held}. {attempt}, with half as many examples a pass."
@@ -268,6 +280,8 @@ class _Watch:
         silent = self.silent_s
         if silent <= max(HUNG_S, HUNG_STEPS * self.step_s):
             return False
+        if not self._trains:  # a download waits for others, and takes as long as it takes
+            return silent > BUSY_S
         return silent > BUSY_S or self._used() - self._used_s <= IDLE * silent
 
     def look(self, runs: Sequence[Run], store: RunStore) -> None:
@@ -275,11 +289,13 @@ class _Watch:
         sizes = {run.id: _size(run.path / "events.jsonl") for run in runs}
         if sizes != self._sizes:
             self._sizes, self._heard, self._used_s = sizes, time.monotonic(), self._used(_pid(runs[0]))
-            latest = [_of_this_attempt(run, store.events(run.id)) for run in runs]
-            self._trains = all(any(one["type"] == "Started" for one in records) for records in latest)
+            latest = [
+                _of_this_attempt(run, store.events(run.id), most=None if not self._trains else RECENT) for run in runs
+            ]
+            self._trains = self._trains or all(any(one["type"] == "Started" for one in some) for some in latest)
             self.step_s = max(map(_step_s, latest))
         for run in runs:
-            if _asked(run):
+            if asked_of(run.path):
                 self._asked.setdefault(run.id, time.monotonic())
 
     def deaf_to(self, runs: Sequence[Run]) -> list[Run]:
@@ -321,11 +337,17 @@ def lost_in_a_row(records: Iterable[Mapping[str, Any]], behind: int) -> int:
     return times if behind <= last else 0
 
 
-def _crashed(run: Run, times: int, finding: Warned) -> dict[str, str]:
+def _held_bytes(run: Run, store: RunStore) -> float:
+    """The most memory that the worker of a run was seen to hold; 0 where the figure is of a GPU, or there is none."""
+    begun = next((one for one in reversed(store.events(run.id)) if one["type"] == "Started"), None)
+    return run.latest.get("memory_bytes", 0.0) if begun and begun["device"] == "cpu" else 0.0
+
+
+def _crashed(run: Run, times: int, finding: Warned, held_bytes: float) -> dict[str, str]:
     """Why a run is given up."""
     what = "was ended for its memory" if finding.code == OUT_OF_MEMORY else "crashed"
-    used = run.latest.get("memory_bytes")
-    held = f"; it held {disk.megabytes(used)} of {disk.megabytes(memory.limit_bytes())}" if used else ""
+    words = disk.megabytes(held_bytes), disk.megabytes(memory.limit_bytes())
+    held = f"; it held {words[0]} of {words[1]}" if held_bytes else ""
     return {
         "code": "E_CRASHED",
         "message": f"The worker {what} {times} times in a row, the last time at step {run.step}{held}.",
@@ -333,16 +355,12 @@ def _crashed(run: Run, times: int, finding: Warned) -> dict[str, str]:
     }
 
 
-def _asked(run: Run) -> Status | None:
-    """What a person asked of a run: to stop, or to pause."""
-    control = read_json(run.path / "control.json") or {}
-    return "stopped" if control.get("stop") else "paused" if control.get("pause") else None
-
-
-def _of_this_attempt(run: Run, records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """What the latest attempt has said, newest first."""
+def _of_this_attempt(
+    run: Run, records: Sequence[Mapping[str, Any]], most: int | None = None
+) -> list[Mapping[str, Any]]:
+    """What the latest attempt has said, newest first; at most so many of its records."""
     number = 1 + len(earlier_logs(run.path))
-    return [*takewhile(lambda one: one.get("attempt") == number, reversed(records))]
+    return [*takewhile(lambda one: one["attempt"] == number, islice(reversed(records), most))]
 
 
 def _step_s(latest: Sequence[Mapping[str, Any]]) -> float:
@@ -357,6 +375,14 @@ def _shares(run: Run) -> tuple:
     data = config.dataset.id, config.dataset.format, *sorted(config.dataset.columns.items())
     rows = data, config.task, train.max_length, train.holdout, train.seed
     return run.owner, config.study, config.executor, config.model, kind, train.precision, rows
+
+
+def _worker(run: Run) -> Any:
+    """What runs of one worker have in common from its start: the file that it prints to."""
+    try:
+        return (run.path / "worker.log").stat().st_ino
+    except OSError:
+        return run.id
 
 
 def _pid(run: Run) -> int | None:

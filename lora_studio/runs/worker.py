@@ -12,17 +12,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from lora_studio.events import Warned
 from lora_studio.limits import limits_here
 from lora_studio.owners import home
-from lora_studio.runs.attempt import Attempt
+from lora_studio.runs import disk
+from lora_studio.runs.attempt import Attempt, in_plain_words
 from lora_studio.runs.config import base_precision
 from lora_studio.runs.memory import oom_kills
-from lora_studio.runs.store import claim, write_json
+from lora_studio.runs.store import claim, write_end, write_json
 
 log = logging.getLogger(__name__)
 NICENESS = 10  # the page stays responsive while all cores train
@@ -38,7 +39,7 @@ def work(attempts: Sequence[Attempt]) -> None:
     """Train the runs of these attempts, and leave exit.json in each, whatever happens."""
     jobs: dict[Attempt, Any] = {}
     try:
-        jobs = _jobs(attempts)
+        jobs = _jobs(attempts) if attempts else {}
         if jobs:
             _train(jobs)
     except _Asked:
@@ -114,6 +115,8 @@ def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
         for attempt in _live(attempts):
             if asked := attempt.asked():
                 attempt.end(asked)
+            elif attempt.terminated:
+                attempt.let_go()
             else:
                 attempt.append(Warned(step=attempt.step, code="I_PREPARE", message=message))
         if not _live(attempts):
@@ -173,16 +176,30 @@ def begin(paths: Sequence[Path], locks: Sequence[BinaryIO]) -> None:
     """Work on run folders whose locks are held here."""
     if not paths:
         return
-    attempts = [Attempt(path, lock) for path, lock in zip(paths, locks, strict=True)]
+    begun = [_attempt(path, lock) for path, lock in zip(paths, locks, strict=True)]
+    attempts = [attempt for attempt in begun if attempt]
 
     def terminate(*_: object) -> None:
         for attempt in attempts:
             attempt.terminated = True
 
     signal.signal(signal.SIGTERM, terminate)
-    for path in paths:
-        write_json(path / "worker.json", {"pid": os.getpid(), "started": time.time(), "oom_kills": oom_kills()})
-    work(attempts)
+    about = {"pid": os.getpid(), "started": time.time(), "oom_kills": oom_kills()}
+    for attempt in attempts:
+        with _own_failure(attempt):
+            disk.at_any_rate(attempt.path.parent.parent, write_json, attempt.path / "worker.json", about)
+    work(_live(attempts))
+
+
+def _attempt(path: Path, lock: BinaryIO) -> Attempt | None:
+    """An attempt at this run; None where not even that can be begun, and the run has failed."""
+    try:
+        return Attempt(path, lock)
+    except Exception as error:
+        log.exception("%s cannot be begun", path.name)
+        with lock, suppress(OSError):
+            write_end(path, "failed", step=0, error=in_plain_words(error, path, 0))
+        return None
 
 
 def main() -> None:
