@@ -1,11 +1,12 @@
 """Limits: how much one visitor, one file and one folder may ask for. Every bound of the app stands here.
 
 A laptop has one person on it, who may fill it; a Space has strangers, who share two cores and a disk that is lost.
+Where a machine of one's own tells visitors apart (LORA_STUDIO_VISITORS=1) they may fill it, but not borrow from it.
 """
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB, GIB = 2**20, 2**30
 
@@ -58,6 +59,7 @@ class Limits:
     call_bytes: int = 64 * MIB  # of one call that is no upload
 
     local_paths: bool = True  # whether files and folders of this machine may be named
+    host_login: bool = True  # whether the machine's own login at the Hub fetches for whoever asks
     known_architectures: bool = False  # whether a model must be of a type in core.layout's table
 
 
@@ -95,10 +97,23 @@ SPACE = Limits(
     calls_waiting=16,
     call_bytes=8 * MIB,
     local_paths=False,
+    host_login=False,
+    known_architectures=True,
+)
+SHARED = replace(
+    LAPTOP,
+    calls_a_minute=SPACE.calls_a_minute,
+    starts_a_minute=SPACE.starts_a_minute,
+    calls_waiting=SPACE.calls_waiting,
+    call_bytes=SPACE.call_bytes,
+    local_paths=False,
+    host_login=False,
     known_architectures=True,
 )
 
 
 def limits_here() -> Limits:
-    """SPACE on a Hugging Face Space, else LAPTOP."""
-    return SPACE if os.environ.get("SPACE_ID") else LAPTOP
+    """SPACE on a Hugging Face Space, SHARED where visitors are told apart elsewhere, else LAPTOP."""
+    if os.environ.get("SPACE_ID"):
+        return SPACE
+    return SHARED if os.environ.get("LORA_STUDIO_VISITORS") == "1" else LAPTOP

@@ -50,6 +50,7 @@ class Entry:
     parameters: int
     licence: str
     note: str
+    gated: bool = False  # the Hub gives it only to those who accepted its terms
     labels_only: bool = False  # an encoder: it chooses labels and writes no text
 
 
@@ -139,6 +140,7 @@ CATALOGUE: dict[str, Entry] = {
             repo="google/gemma-3-1b-it",
             parameters=999_885_952,
             licence="Gemma terms, gated",
+            gated=True,
             note="Needs an accepted licence on the Hub",
         ),
         Entry(
@@ -171,6 +173,8 @@ CATALOGUE: dict[str, Entry] = {
         ),
     )
 }
+
+OPEN = {entry.repo for entry in CATALOGUE.values() if not entry.gated}
 
 
 # ---- this machine ----------------------------------------------------------------------------------------------------
@@ -252,12 +256,16 @@ def parameter_count(model: Any) -> int:
 class ModelLibrary:
     """Models by name, fetched into one folder (LORA_STUDIO_MODELS, else `root`/models).
 
+    Where the limits lend nobody the host's login, what that login may have fetched is not given out either: such a
+    library has a folder of its own for what anybody can have, and looks elsewhere for the catalogue's open models only.
     guarded: for a process that others depend on; what a tokenizer does to text is then done in the sandbox.
     """
 
     def __init__(self, root: Path, limits: Limits = LAPTOP, *, guarded: bool = False) -> None:
         self._limits, self._guarded = limits, guarded
         self.folder = Path(os.environ.get("LORA_STUDIO_MODELS") or root / "models").expanduser().absolute()
+        self._fetched = self.folder / ("hub" if limits.host_login else "hub-open")
+        self._token = None if limits.host_login else False  # as the Hub's client takes it
         self._skeletons: dict[tuple[str, int], Any] = {}
         self._tokenizers: dict[str, Any] = {}
 
@@ -411,13 +419,14 @@ class ModelLibrary:
         return self._cached(repo) or self._download(repo, weights=weights, say=say)
 
     def _cached(self, repo: str) -> Path | None:
-        """A complete snapshot in our folder or in the Hub's own cache (where a Space preloads to)."""
+        """A complete snapshot in our folders or in the Hub's own cache (where a Space preloads to)."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-        for cache in (self.folder / "hub", None):
+        anybodys = self._limits.host_login or repo in OPEN
+        for cache in (self._fetched, self.folder / "hub", None) if anybodys else (self._fetched,):
             try:
-                folder = Path(snapshot_download(repo, cache_dir=cache, local_files_only=True))
+                folder = Path(snapshot_download(repo, cache_dir=cache, local_files_only=True, token=self._token))
             except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
                 continue
             if (folder / "config.json").exists() and _whole(folder):
@@ -430,12 +439,14 @@ class ModelLibrary:
         wanted = FILES if weights else [pattern for pattern in FILES if "safetensors" not in pattern]
         with _named_hub_errors(repo):
             # one question first: a download waits minutes for a dead Hub, and does not ask how large it will be
-            about = HfApi().model_info(repo, timeout=PATIENCE_S, files_metadata=weights)
+            about = HfApi().model_info(repo, timeout=PATIENCE_S, files_metadata=weights, token=self._token)
             if weights:
                 self._check_room(repo, {file.rfilename: file.size or 0 for file in about.siblings or ()})
             say(f"Fetching {repo} from the Hub" if weights else f"Reading the configuration of {repo}")
             folder = Path(
-                snapshot_download(repo, cache_dir=self.folder / "hub", allow_patterns=wanted, etag_timeout=PATIENCE_S)
+                snapshot_download(
+                    repo, cache_dir=self._fetched, allow_patterns=wanted, etag_timeout=PATIENCE_S, token=self._token
+                )
             )
         if not (folder / "config.json").exists():
             raise StudioError("E_MODEL_FILES", f"{repo} has no config.json.", "It is not a transformers model.")

@@ -24,7 +24,7 @@ from starlette.testclient import TestClient
 from lora_studio import door, visitors
 from lora_studio.door import ACT, READ, Door
 from lora_studio.errors import StudioError, redacted
-from lora_studio.limits import LAPTOP, SPACE, Limits
+from lora_studio.limits import LAPTOP, SPACE, Limits, limits_here
 from lora_studio.owners import NOBODY, owner_name
 from lora_studio.studio import Studio
 from lora_studio.ui import data_tab, live, style
@@ -362,6 +362,20 @@ def test_one_visitor_does_not_fill_the_queue_of_all(tmp_path: Path) -> None:
     assert refused.status_code == 429 and "4 of your calls" in refused.json()["detail"]
     free = entered(tmp_path, replace(LAPTOP, calls_waiting=5), waiting={"testclient": 4})
     assert free.post("/gradio_api/queue/join", content=b"{}").status_code == 200
+
+
+def test_where_visitors_are_told_apart_they_borrow_nothing_of_the_machine(
+    apart: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = limits_here()
+    assert not here.local_paths and not here.host_login and here.known_architectures
+    assert (here.calls_a_minute, here.starts_a_minute) == (SPACE.calls_a_minute, SPACE.starts_a_minute)
+    assert (here.calls_waiting, here.call_bytes) == (SPACE.calls_waiting, SPACE.call_bytes)
+    monkeypatch.setenv("SPACE_ID", "a/b")
+    assert limits_here() is SPACE and not SPACE.host_login
+    monkeypatch.delenv("SPACE_ID")
+    monkeypatch.delenv("LORA_STUDIO_VISITORS")
+    assert limits_here() is LAPTOP and LAPTOP.host_login
 
 
 def test_starts_are_counted_for_the_owner_and_for_the_address(tmp_path: Path) -> None:

@@ -157,6 +157,34 @@ def test_a_hub_model_is_fetched_once_and_then_needs_no_network(tiny: Path, tmp_p
     assert offline == [lines[0], "some/other E_OFFLINE"]
 
 
+def test_nobody_borrows_the_login_of_the_machine(tiny: Path, tmp_path: Path) -> None:
+    repos = {"some/tiny": tiny, "some/private": tiny}
+    with FakeHub(models=repos, private={"some/private"}) as hub:
+        environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": "hf_" + "a1B2" * 8}
+        strict = environment | {"LIMITS": '{"host_login": false}'}
+        (mine,) = fetch(tmp_path, environment, "some/private")
+        assert mine.endswith("True") and hub.logins
+        hub.logins.clear()
+        lines = fetch(tmp_path, strict, "some/private", "some/tiny")
+        assert lines[0] == "some/private E_MODEL_NOT_FOUND" and lines[1].startswith("some/tiny 3")
+        assert hub.logins == []
+    assert fetch(tmp_path, strict, "some/private", "some/tiny") == ["some/private E_OFFLINE", lines[1]]
+    assert fetch(tmp_path, environment, "some/private") == [mine]
+
+
+def test_of_what_the_machine_has_fetched_strangers_see_the_open_models_of_the_catalogue(
+    tiny: Path, tmp_path: Path
+) -> None:
+    for name in ("gpt2", "gemma-3-1b"):
+        repo = tmp_path / "models" / "hub" / f"models--{CATALOGUE[name].repo.replace('/', '--')}"
+        shutil.copytree(tiny, repo / "snapshots" / ("a" * 40))
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text("a" * 40)
+    own, strict = ModelLibrary(tmp_path), ModelLibrary(tmp_path, SPACE)
+    assert [own.present(name) for name in ("gpt2", "gemma-3-1b", CATALOGUE["gemma-3-1b"].repo)] == [True] * 3
+    assert [strict.present(name) for name in ("gpt2", "gemma-3-1b", CATALOGUE["gemma-3-1b"].repo)] == [True, False, False]
+
+
 def test_what_is_too_large_is_found_out_before_its_weights_are_asked_for(tiny: Path, tmp_path: Path) -> None:
     with FakeHub(models={"some/tiny": tiny}) as hub:
         environment = hub.environment(tmp_path / "home") | {"LIMITS": '{"parameters": 1000}'}
