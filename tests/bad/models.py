@@ -177,6 +177,30 @@ every(
     },
 )
 every(
+    "M11",
+    "E_CONFIG",
+    {
+        name: lambda b, wrong=wrong: b.load(b.model(**wrong))
+        for name, wrong in {
+            "3,000,000 labels": {"num_labels": 3_000_000},
+            "a label too many": {"num_labels": 1001},
+            "names for 2,000 labels": {"id2label": {number: "x" for number in range(2000)}},
+            "numbers for 2,000 labels": {"label2id": {f"x{number}": number for number in range(2000)}},
+            "10**9 layers in a pattern": {
+                "model_type": "gpt_neo",
+                "attention_types": [[["global", "local"], 10**9]],
+                "num_layers": 2,
+            },
+            "a pattern of patterns": {"model_type": "gpt_neo", "attention_types": [[["global"] * 300, 3]]},
+            "a pattern of no number": {"model_type": "gpt_neo", "attention_types": [[["global"], "9" * 9]]},
+            "the same inside": {"text_config": {"num_labels": 10**6}},
+            "a list of 5,000": {"layer_types": ["full_attention"] * 5000},
+            "a list inside a list": {"anything": [{"long_factor": [1.0] * 5000}]},
+            "a number of 11 digits": {"anything": 10**10},
+        }.items()
+    },
+)
+every(
     "M12",
     "E_CONFIG",
     {
