@@ -23,6 +23,7 @@ import gradio as gr
 import psutil
 import uvicorn
 from fastapi import FastAPI
+from gradio import processing_utils
 from starlette.background import BackgroundTask
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
@@ -62,6 +63,8 @@ ASKING = (
 )
 READ = re.compile(rf"/|{FILES}|{SIGNING}|{ASKING}")
 ACT = re.compile(rf"{API}/(queue/join|component_server|upload|cancel|reset|(run|api|call|call/v2)/\w+)/?")
+FETCHING = ("async_ssrf_protected_get", "async_ssrf_protected_download", "ssrf_protected_download")
+FETCHING += ("save_url_to_cache", "unsafe_download")  # with which Gradio would get what a call names by its address
 INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)
 FREE = re.compile(FILES)  # of the count of calls: what a page is drawn from
 
@@ -285,6 +288,7 @@ def behind(
     page: gr.Blocks, place: Place, limits: Limits, pages: Pages, routes: Sequence[BaseRoute], looks: Mapping[str, Any]
 ) -> FastAPI:
     """The page mounted under an app of our own, with the door in front. looks: options of Gradio's launch."""
+    fetch_nothing()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     heads = ["content-type", HEADER]
     # its presence switches off Gradio's own CORS, which answers every origin with its own name
@@ -308,10 +312,22 @@ def launch(
 
     Gradio's own CORS then stands outside the door: a page of another site may read an answer, but each is a refusal.
     """
+    fetch_nothing()
     front = [Middleware(Door, **_settings(page, place, limits, pages)), Middleware(Scripts)]
     inside = {"routes": list(routes), "middleware": front}
     shown = {"show_error": False, "quiet": True, "mcp_server": False, "share": False, "app_kwargs": inside, **looks}
     page.launch(server_name=place.host, server_port=place.port, prevent_thread_lock=True, **shown)
+
+
+def fetch_nothing() -> None:
+    """Gradio fetches no address, for anybody: a call may name one wherever a file may stand, of any length."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise gr.Error("Files are not fetched from an address here; upload them.", print_exception=False)
+
+    for name in FETCHING:
+        assert hasattr(processing_utils, name), f"this version of Gradio fetches in another way than by {name}"
+        setattr(processing_utils, name, refuse)
 
 
 def _settings(page: gr.Blocks, place: Place, limits: Limits, pages: Pages) -> dict[str, Any]:

@@ -4,9 +4,11 @@ import asyncio
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import gradio_client
 import httpx
 import psutil
 import pytest
+from gradio import processing_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
@@ -46,6 +49,7 @@ FOREIGN = (
     "",
 )
 GONE = "There is nothing here."
+FILE = {"_type": "gradio.FileData"}
 
 
 @pytest.fixture
@@ -283,6 +287,31 @@ def test_events_wait_their_turn_in_the_queue(app: Any) -> None:
     assert answer.status_code == 404
     told = client.post("/gradio_api/run/run_status", json={"data": ["0" * 32], "session_hash": "s"})
     assert told.status_code == 500 and "E_RUN_NOT_FOUND" in told.text and "Traceback" not in told.text
+
+
+def test_an_address_in_a_call_is_never_fetched(app: Any) -> None:
+    asked: list[str] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as near, pytest.MonkeyPatch.context() as patch:
+        threading.Thread(target=near.serve_forever, args=(0.02,), daemon=True).start()
+        patch.setattr(processing_utils.sh, "get", lambda url, **_: asked.append(url))  # with which it would fetch
+        client = TestClient(app, base_url=HOME)
+        named = (f"http://127.0.0.1:{near.server_port}/a", "https://1.1.1.1/a.csv", "https://huggingface.co/a")
+        events = [one for one in app.routes[-1].app.get_blocks().config["dependencies"] if one["api_name"] == "plan"]
+        for url in named:
+            for file in ({"path": url, "meta": FILE}, {"path": "a", "url": url, "meta": FILE}):
+                for value in (file, [file], {"a": {"b": file}}):
+                    called = client.post("/gradio_api/run/plan", json={"data": [value, 8], "session_hash": "s"})
+                    assert called.status_code == 500, called.text
+                    call = {"fn_index": events[0]["id"], "session_hash": "s", "data": [value, 8]}
+                    assert client.post("/gradio_api/queue/join", json=call).status_code < 500
+        near.shutdown()
+    assert asked == []
 
 
 # ---- how often and how much -----------------------------------------------------------------------------------------
