@@ -12,12 +12,13 @@ import hashlib
 import importlib
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +36,12 @@ log = logging.getLogger(__name__)
 
 STARTER = "starter"
 FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]  # never *.bin, never *.py
+COMMIT = re.compile(r"[0-9a-f]{40}")
 HEAD_SPREAD = 0.02  # standard deviation of a fresh head's weights, as in BERT and GPT-2
 POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")  # their positions begin at pad_token_id + 1
 REMEMBERED = 8  # structures and tokenizers that are kept in memory
 PATIENCE_S = 4  # how long the Hub may take to answer at all
+SMALL_BYTES = 128 * MIB  # of all files but the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +271,11 @@ class ModelLibrary:
         self._token = None if limits.host_login else False  # as the Hub's client takes it
         self._skeletons: dict[tuple[str, int], Any] = {}
         self._tokenizers: dict[str, Any] = {}
+        self._pinned: dict[str, str] = {}
+
+    def pin(self, name: str, revision: str) -> None:
+        """From now on a name means the model as it was at this revision (see `revision`), or is E_CHANGED."""
+        self._pinned[name] = revision
 
     def skeleton(self, name: str, labels: int = 0) -> Any:
         """The model's structure without weights (meta device): enough for plans and estimates."""
@@ -388,10 +396,7 @@ class ModelLibrary:
 
     def revision(self, name: str) -> str:
         """Commit of a Hub snapshot, or a short hash of the folder's config; says which weights a run used."""
-        folder = self._folder(name, weights=False)
-        if folder.parent.name == "snapshots":
-            return folder.name
-        return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:12]
+        return _revision(self._folder(name, weights=False))
 
     def _local(self, name: str) -> Path | None:
         """The folder that a name means; None where folders of this machine may not be named."""
@@ -399,6 +404,16 @@ class ModelLibrary:
         return path.absolute() if self._limits.local_paths and (path / CONFIG).is_file() else None
 
     def _folder(self, name: str, *, weights: bool, say: Callable[[str], None] = log.info) -> Path:
+        pinned = self._pinned.get(name, "")
+        repo = CATALOGUE[name].repo if name in CATALOGUE else name
+        if COMMIT.fullmatch(pinned) and is_hub_id(repo) and not self._local(name):
+            return self._cached(repo, pinned) or self._download(repo, weights=weights, say=say, revision=pinned)
+        folder = self._newest(name, weights=weights, say=say)
+        if pinned and _revision(folder) != pinned:
+            raise _changed(name)
+        return folder
+
+    def _newest(self, name: str, *, weights: bool, say: Callable[[str], None]) -> Path:
         local = self._local(name)
         if local:
             return local
@@ -418,7 +433,7 @@ class ModelLibrary:
             )
         return self._cached(repo) or self._download(repo, weights=weights, say=say)
 
-    def _cached(self, repo: str) -> Path | None:
+    def _cached(self, repo: str, revision: str | None = None) -> Path | None:
         """A complete snapshot in our folders or in the Hub's own cache (where a Space preloads to)."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -426,28 +441,41 @@ class ModelLibrary:
         anybodys = self._limits.host_login or repo in OPEN
         for cache in (self._fetched, self.folder / "hub", None) if anybodys else (self._fetched,):
             try:
-                folder = Path(snapshot_download(repo, cache_dir=cache, local_files_only=True, token=self._token))
+                kept = snapshot_download(
+                    repo, revision=revision, cache_dir=cache, local_files_only=True, token=self._token
+                )
             except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
                 continue
+            folder = Path(kept)
             if (folder / "config.json").exists() and _whole(folder):
                 return folder
         return None
 
-    def _download(self, repo: str, *, weights: bool, say: Callable[[str], None]) -> Path:
+    def _download(self, repo: str, *, weights: bool, say: Callable[[str], None], revision: str = "") -> Path:
         from huggingface_hub import HfApi, snapshot_download
 
         wanted = FILES if weights else [pattern for pattern in FILES if "safetensors" not in pattern]
         with _named_hub_errors(repo):
             # one question first: a download waits minutes for a dead Hub, and does not ask how large it will be
-            about = HfApi().model_info(repo, timeout=PATIENCE_S, files_metadata=weights, token=self._token)
-            if weights:
-                self._check_room(repo, {file.rfilename: file.size or 0 for file in about.siblings or ()})
+            about = HfApi().model_info(
+                repo, revision=revision or None, timeout=PATIENCE_S, files_metadata=True, token=self._token
+            )
+            self._check_room(repo, {file.rfilename: file.size or 0 for file in about.siblings or ()}, wanted)
             say(f"Fetching {repo} from the Hub" if weights else f"Reading the configuration of {repo}")
             folder = Path(
                 snapshot_download(
-                    repo, cache_dir=self._fetched, allow_patterns=wanted, etag_timeout=PATIENCE_S, token=self._token
+                    repo,
+                    revision=about.sha,  # the files whose sizes were seen
+                    cache_dir=self._fetched,
+                    allow_patterns=wanted,
+                    etag_timeout=PATIENCE_S,
+                    token=self._token,
                 )
             )
+        if not revision:  # the client notes which commit is the newest only when it is not told one
+            newest = folder.parents[1] / "refs" / "main"
+            newest.parent.mkdir(exist_ok=True)
+            newest.write_text(folder.name)
         if not (folder / "config.json").exists():
             raise StudioError("E_MODEL_FILES", f"{repo} has no config.json.", "It is not a transformers model.")
         if weights and not _whole(folder):
@@ -456,11 +484,15 @@ class ModelLibrary:
             )
         return folder
 
-    def _check_room(self, repo: str, sizes: Mapping[str, int]) -> None:
+    def _check_room(self, repo: str, sizes: Mapping[str, int], patterns: Sequence[str] = FILES) -> None:
         """Raise E_TOO_LARGE or E_DISK before a download that would be one; files that are here already count too."""
         from huggingface_hub.utils import filter_repo_objects
 
-        wanted = sum(sizes[name] for name in filter_repo_objects(sizes, allow_patterns=FILES))
+        files = {name: sizes[name] for name in filter_repo_objects(sizes, allow_patterns=[*patterns])}
+        wanted, small = sum(files.values()), sum(size for name, size in files.items() if ".safetensors" not in name)
+        if small > SMALL_BYTES:
+            message = f"{repo} has {small / 1e6:,.0f} MB beside its weights; at most {SMALL_BYTES / 1e6:,.0f} are fetched."
+            raise StudioError("E_TOO_LARGE", message, "Choose another model.")
         if wanted > 4 * self._limits.parameters + 256 * MIB:  # in float32, and a tokenizer
             message = f"The files of {repo} have {wanted / 1e9:,.1f} GB, more than a model that is trained here."
             raise StudioError("E_TOO_LARGE", message, "Choose a smaller model.")
@@ -550,6 +582,17 @@ def _forget(kept: dict[Any, Any]) -> None:
     """Make room for one more: strangers may name any number of models."""
     while len(kept) >= REMEMBERED:
         kept.pop(next(iter(kept)), None)
+
+
+def _revision(folder: Path) -> str:
+    if folder.parent.name == "snapshots":
+        return folder.name
+    return hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()[:12]
+
+
+def _changed(name: str) -> StudioError:
+    message = f"{quote(name)} is no longer the model that this run was planned with."
+    return StudioError("E_CHANGED", message, "Start a new run with it as it is now.")
 
 
 def _whole(folder: Path) -> bool:
@@ -740,7 +783,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _named_hub_errors(repo: str) -> Iterator[None]:
-    """The Hub client's errors as ours: E_MODEL_NOT_FOUND, E_GATED, E_OFFLINE."""
+    """The Hub client's errors as ours: E_MODEL_NOT_FOUND, E_GATED, E_CHANGED, E_OFFLINE."""
     from huggingface_hub import errors
 
     try:
@@ -755,6 +798,8 @@ def _named_hub_errors(repo: str) -> Iterator[None]:
         raise StudioError(
             "E_MODEL_NOT_FOUND", f"The Hub has no model {quote(repo)}.", "Check owner and name."
         ) from error
+    except errors.RevisionNotFoundError as error:
+        raise _changed(repo) from error
     except (errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise StudioError(
             "E_OFFLINE",

@@ -2,7 +2,7 @@
 
 The real clients talk to it: point HF_ENDPOINT at `.endpoint` in a fresh process, or pass endpoint=. It knows
 repository info, trees, paths-info, auth-check and file downloads with ETag, commit and byte ranges, and the
-Hub's error codes. It does not know commits other than the one it makes up, logins, uploads, LFS or Xet.
+Hub's error codes. It does not know commits other than the one it makes up, uploads, LFS or Xet.
 """
 
 import hashlib

@@ -136,10 +136,10 @@ for name in sys.argv[2:]:
 """
 
 
-def fetch(root: Path, environment: dict[str, str], *names: str) -> list[str]:
+def fetch(root: Path, environment: dict[str, str], *names: str, script: str = FETCH) -> list[str]:
     """A fresh process, because the Hub's client reads its address when it is imported."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORA_STUDIO"))}
-    command = [sys.executable, "-c", FETCH, str(root), *names]
+    command = [sys.executable, "-c", script, str(root), *names]
     done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.splitlines()
 
@@ -200,6 +200,55 @@ def test_a_repository_is_not_fetched_when_its_files_are_too_large_for_a_model_or
         with pytest.raises(StudioError) as caught:
             models._check_room("a/b", {"model-00001-of-00002.safetensors": size})
         assert caught.value.code == code and caught.value.hint
+
+
+def test_small_files_are_fetched_only_where_they_are_small_and_have_room(tiny: Path, tmp_path: Path) -> None:
+    """Plans and tokenizers need no weights; what they do need is looked at all the same."""
+    swollen = tmp_path / "swollen"
+    shutil.copytree(tiny, swollen)
+    for name in ("notes.txt", "more.json"):
+        with (swollen / name).open("wb") as file:
+            file.truncate(module.SMALL_BYTES * 2 // 3)
+    with FakeHub(models={"some/swollen": swollen, "some/tiny": tiny}) as hub:
+        environment = hub.environment(tmp_path / "home")
+        assert fetch(tmp_path, environment, "some/swollen") == ["some/swollen E_TOO_LARGE"]
+        full = environment | {"LIMITS": f'{{"reserve_bytes": {2**60}}}'}
+        assert fetch(tmp_path, full, "some/tiny") == ["some/tiny E_DISK"]
+        assert not [request for request in hub.requests if "resolve" in request]
+
+
+PINNED = """
+import sys
+from pathlib import Path
+from lora_studio.errors import StudioError
+from lora_studio.models import ModelLibrary
+for name, revision in zip(sys.argv[2::2], sys.argv[3::2]):
+    models = ModelLibrary(Path(sys.argv[1]))
+    models.pin(name, revision)
+    try:
+        print(models.fetch(name).name)
+    except StudioError as error:
+        print(error.code)
+"""
+
+
+def test_a_run_gets_the_revision_that_it_was_planned_with_or_is_told(tiny: Path, tmp_path: Path) -> None:
+    moving = tmp_path / "moving"
+    shutil.copytree(tiny, moving)
+    with FakeHub(models={"some/moving": moving}) as hub:
+        environment = hub.environment(tmp_path / "home")
+        fetch(tmp_path, environment, "some/moving")
+        (kept,) = (tmp_path / "models" / "hub" / "models--some--moving" / "snapshots").iterdir()
+        (moving / "notes.txt").write_text("a new commit")
+        fetch(tmp_path / "later", environment, "some/moving")
+        (later,) = (tmp_path / "later" / "models" / "hub" / "models--some--moving" / "snapshots").iterdir()
+        folder, other = str(tiny), module._revision(tiny)
+        asked = ["some/moving", kept.name, "some/moving", later.name, "some/moving", "f" * 40]
+        asked += [folder, other, folder, "0" * 12]
+        found = fetch(tmp_path, environment, *asked, script=PINNED)
+        assert kept.name != later.name
+        assert found == [kept.name, later.name, "E_CHANGED", tiny.name, "E_CHANGED"]
+        assert fetch(tmp_path, environment, "some/moving")[0].endswith("True")
 
 
 def test_where_strangers_are_no_folder_is_opened_and_no_unknown_architecture(

@@ -22,7 +22,7 @@ from lora_studio.owners import home
 from lora_studio.runs.attempt import Attempt
 from lora_studio.runs.config import base_precision
 from lora_studio.runs.memory import oom_kills
-from lora_studio.runs.store import claim, write_json
+from lora_studio.runs.store import claim, read_json, write_json
 
 log = logging.getLogger(__name__)
 NICENESS = 10  # the page stays responsive while all cores train
@@ -105,7 +105,9 @@ def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
         for warning in warnings if attempt.number == 1 else ():
             attempt.append(Warned(step=0, code="W_DATA", message=warning))
     train, heldout = split(examples, config.train.holdout, config.train.seed)
-    models, on = ModelLibrary(root), device()
+    models, on = ModelLibrary(root, limits_here()), device()
+    if revision := (read_json(first.path / "run.json") or {}).get("facts", {}).get("revision"):
+        models.pin(config.model, revision)
     precision = base_precision(config.method, config.train.precision, on)
 
     def say(message: str) -> None:
