@@ -57,6 +57,7 @@ class Limits:
     starts_a_minute: float = math.inf
     calls_waiting: float = math.inf  # in the page's own queue, which has one room for all
     call_bytes: int = 64 * MIB  # of one call that is no upload
+    uploaded_bytes: float = math.inf  # from one address within ten minutes
 
     local_paths: bool = True  # whether files and folders of this machine may be named
     host_login: bool = True  # whether the machine's own login at the Hub fetches for whoever asks
@@ -96,6 +97,7 @@ SPACE = Limits(
     starts_a_minute=6,
     calls_waiting=16,
     call_bytes=8 * MIB,
+    uploaded_bytes=200 * MIB,
     local_paths=False,
     host_login=False,
     known_architectures=True,
@@ -106,6 +108,7 @@ SHARED = replace(
     starts_a_minute=SPACE.starts_a_minute,
     calls_waiting=SPACE.calls_waiting,
     call_bytes=SPACE.call_bytes,
+    uploaded_bytes=4 * LAPTOP.file_bytes,
     local_paths=False,
     host_login=False,
     known_architectures=True,

@@ -177,7 +177,8 @@ def _check_pattern(name: str, value: Any) -> None:
             raise StudioError("E_CONFIG", message, HINT)
         layers += max(1, len(part[0])) * part[1]
     if layers > most:
-        raise StudioError("E_CONFIG", f"{name} in config.json is for {layers:,} layers; at most {most:,} are built.", HINT)
+        message = f"{name} in config.json is for {layers:,} layers; at most {most:,} are built."
+        raise StudioError("E_CONFIG", message, HINT)
 
 
 def _check_code(name: str, value: Any) -> None:

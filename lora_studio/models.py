@@ -491,7 +491,9 @@ class ModelLibrary:
         files = {name: sizes[name] for name in filter_repo_objects(sizes, allow_patterns=[*patterns])}
         wanted, small = sum(files.values()), sum(size for name, size in files.items() if ".safetensors" not in name)
         if small > SMALL_BYTES:
-            message = f"{repo} has {small / 1e6:,.0f} MB beside its weights; at most {SMALL_BYTES / 1e6:,.0f} are fetched."
+            message = (
+                f"{repo} has {small / 1e6:,.0f} MB beside its weights, at most {SMALL_BYTES / 1e6:,.0f} are taken."
+            )
             raise StudioError("E_TOO_LARGE", message, "Choose another model.")
         if wanted > 4 * self._limits.parameters + 256 * MIB:  # in float32, and a tokenizer
             message = f"The files of {repo} have {wanted / 1e9:,.1f} GB, more than a model that is trained here."

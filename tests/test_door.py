@@ -122,9 +122,9 @@ def test_a_space_is_called_by_its_own_addresses(
     monkeypatch.setenv("SPACE_HOST", "a-b.hf.space,lora.example.org")
     assert door.place("0.0.0.0", 7860).origins == ("https://a-b.hf.space", "https://lora.example.org")
     client = entered(tmp_path, SPACE)
-    assert client.post("/gradio_api/cancel", headers={"origin": "https://lora.example.org"}).status_code == 200
+    assert client.post("/gradio_api/reset", headers={"origin": "https://lora.example.org"}).status_code == 200
     for origin in (HOME, "https://huggingface.co", "http://a-b.hf.space", "https://c-d.hf.space"):
-        assert client.post("/gradio_api/cancel", headers={"origin": origin}).status_code == 403
+        assert client.post("/gradio_api/reset", headers={"origin": origin}).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -378,11 +378,57 @@ def test_a_call_has_a_size_and_an_upload_leaves_room_on_the_disk(tmp_path: Path)
     assert client.post("/gradio_api/queue/join", content=b"x" * 1000).status_code == 200
     assert client.post("/gradio_api/queue/join", content=b"x" * 1001).status_code == 413
     assert client.post("/gradio_api/queue/join", content=iter([b"x"])).status_code == 411  # in pieces, of any length
+    for kind in ("chunked", "identity", "gzip, chunked"):  # and a length beside it says nothing
+        both = {"transfer-encoding": kind, "content-length": "1"}
+        assert client.post("/gradio_api/queue/join", content=b"x", headers=both).status_code == 411
     assert client.post("/gradio_api/upload", content=b"x" * 10_001).status_code == 200  # what surrounds the file
     assert client.post("/gradio_api/upload", content=b"x" * 2_000_000).status_code == 413
     full = entered(tmp_path, replace(small, reserve_bytes=2**62))
     assert full.post("/gradio_api/upload", content=b"x").status_code == 507
     assert full.post("/gradio_api/queue/join", content=b"x").status_code == 200
+
+
+def test_uploads_are_a_visitors_and_so_many_bytes_from_one_address(
+    tmp_path: Path, as_space: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(visitors.time, "monotonic", lambda: clock[0])
+    client = entered(tmp_path, replace(SPACE, uploaded_bytes=4000, reserve_bytes=0))
+
+    def send(size: int, address: str = "8.8.8.8", **who: str) -> int:
+        heads = {"x-forwarded-for": address} | (who or {"cookie": f"__Host-visitor={ANN}"})
+        return client.post("/gradio_api/upload", content=b"x" * size, headers=heads).status_code
+
+    assert [send(1000) for _ in range(6)] == [200] * 4 + [429] * 2
+    assert send(1000, cookie=f"__Host-visitor={BOB}") == 429  # a fresh cookie does not help
+    assert send(1000, "9.9.9.9") == send(10, "9.9.9.9", **{HEADER: ANN}) == 200
+    clock[0] += door.UPLOADS_S / 4
+    assert [send(1000), send(1000)] == [200, 429]
+    for stranger in ({"cookie": "a=b"}, {"cookie": "__Host-visitor=1"}, {HEADER: "x"}):
+        assert send(1, "7.7.7.7", **stranger) == 403
+    assert SPACE.uploaded_bytes == 4 * SPACE.file_bytes
+
+
+def test_only_a_pages_own_browser_cancels_what_it_asked_for(tmp_path: Path, apart: None) -> None:
+    client = entered(tmp_path)
+    mine, other = {"cookie": f"visitor={ANN}"}, {"cookie": f"visitor={BOB}"}
+    assert client.get("/gradio_api/queue/data?session_hash=abc", headers=mine).status_code == 200
+
+    def cancel(body: Any, who: dict[str, str]) -> int:
+        return client.post("/gradio_api/cancel", json=body, headers=who).status_code
+
+    hers = {"session_hash": "abc", "fn_index": 1, "event_id": "e"}
+    assert [cancel(hers, who) for who in (mine, other, {}, mine)] == [200, 404, 404, 200]
+    for body in ({}, [], "abc", {"session_hash": ["abc"]}, {"session_hash": None}, [["["] * 100]):
+        assert cancel(body, mine) == 404
+    assert cancel({**hers, "more": "x" * 5000}, mine) == 413
+
+
+def test_a_body_that_the_door_has_read_is_there_for_who_comes_after(app: Any, apart: None) -> None:
+    client = TestClient(app, base_url=HOME)
+    body = {"session_hash": "p1", "fn_index": 1, "event_id": "e"}
+    answer = client.post("/gradio_api/cancel", json=body, headers={"cookie": f"visitor={ANN}"})
+    assert answer.status_code == 200 and answer.json() == {"success": True}
 
 
 def test_one_visitor_does_not_fill_the_queue_of_all(tmp_path: Path) -> None:

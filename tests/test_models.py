@@ -181,8 +181,9 @@ def test_of_what_the_machine_has_fetched_strangers_see_the_open_models_of_the_ca
         (repo / "refs").mkdir()
         (repo / "refs" / "main").write_text("a" * 40)
     own, strict = ModelLibrary(tmp_path), ModelLibrary(tmp_path, SPACE)
-    assert [own.present(name) for name in ("gpt2", "gemma-3-1b", CATALOGUE["gemma-3-1b"].repo)] == [True] * 3
-    assert [strict.present(name) for name in ("gpt2", "gemma-3-1b", CATALOGUE["gemma-3-1b"].repo)] == [True, False, False]
+    asked = ("gpt2", "gemma-3-1b", CATALOGUE["gemma-3-1b"].repo)
+    assert [own.present(name) for name in asked] == [True, True, True]
+    assert [strict.present(name) for name in asked] == [True, False, False]
 
 
 def test_what_is_too_large_is_found_out_before_its_weights_are_asked_for(tiny: Path, tmp_path: Path) -> None:

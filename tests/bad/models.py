@@ -184,7 +184,7 @@ every(
         for name, wrong in {
             "3,000,000 labels": {"num_labels": 3_000_000},
             "a label too many": {"num_labels": 1001},
-            "names for 2,000 labels": {"id2label": {number: "x" for number in range(2000)}},
+            "names for 2,000 labels": {"id2label": dict.fromkeys(map(str, range(2000)), "x")},
             "numbers for 2,000 labels": {"label2id": {f"x{number}": number for number in range(2000)}},
             "10**9 layers in a pattern": {
                 "model_type": "gpt_neo",
