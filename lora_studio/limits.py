@@ -28,6 +28,7 @@ class Limits:
     reading_s: float = 300
     reading_cpu_s: float = 60
     reading_bytes: int = 4 * GIB  # of memory
+    tokenising_s: float = math.inf  # of a processor, for all rows of a dataset together
 
     # runs; of one owner, unless it says otherwise
     running: float = math.inf  # the device's queue is a bound already
@@ -76,6 +77,7 @@ SPACE = Limits(
     reading_s=60,
     reading_cpu_s=30,
     reading_bytes=2 * GIB,
+    tokenising_s=60,
     running=1,
     queued=2,
     queued_by_all=20,
@@ -104,6 +106,7 @@ SPACE = Limits(
 )
 SHARED = replace(
     LAPTOP,
+    tokenising_s=300,
     calls_a_minute=SPACE.calls_a_minute,
     starts_a_minute=SPACE.starts_a_minute,
     calls_waiting=SPACE.calls_waiting,

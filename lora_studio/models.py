@@ -323,7 +323,8 @@ class ModelLibrary:
                 )
             if self._guarded:
                 _check_vocabulary(tokenizer, read_config(folder))
-                tokenizer = words.Guarded(tokenizer, folder)
+                words.check_decoder(tokenizer)
+                tokenizer = words.Guarded(tokenizer, folder, self._limits.tokenising_s)
             self._tokenizers[name] = tokenizer
         return self._tokenizers[name]
 

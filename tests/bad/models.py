@@ -341,6 +341,41 @@ every(
         "more words than the model has": lambda b: (b.model(vocab_size=100), tokens(b)),
     },
 )
+
+
+def with_decoder(bench: Bench, *decoders: dict[str, Any]) -> Any:
+    about = json.loads((bench.tiny / "tokenizer.json").read_text())
+    about["decoder"] = {"type": "Sequence", "decoders": [*decoders, {"type": "Fuse"}]}
+    return without_tokenizer(bench, json.dumps(about))
+
+
+SPACES = {"type": "Strip", "content": "a", "start": 2, "stop": 2}
+every(
+    "M19",
+    "E_TOKENIZER",
+    {
+        "an expression in its decoder": lambda b: with_decoder(
+            b, {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
+        ),
+        "the same one deeper": lambda b: with_decoder(
+            b, {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"Regex": "a"}, "content": ""}]}
+        ),
+        "a decoder that doubles 60 times": lambda b: with_decoder(
+            b, *[{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 60
+        ),
+        "a decoder that gives up": lambda b: (
+            (words := with_decoder(b, SPACES)).decode([words.own.convert_tokens_to_ids("a")]) or words
+        ),
+    },
+)
+bad("M19", "the decoder of a Llama", "ok")(
+    lambda b: with_decoder(
+        b,
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ).decode([9, 10])
+)
 bad("M20", "no chat template", "ok")(lambda b: b.template(""))
 every(
     "M21",
