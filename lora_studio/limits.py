@@ -44,10 +44,14 @@ class Limits:
     kept_runs: float = math.inf
     kept_bytes: float = math.inf
     kept_bytes_by_all: float = math.inf
+    models_bytes: float = math.inf  # of models fetched from the Hub that are not the catalogue's, of all
     reserve_bytes: int = 512 * MIB  # that stay free: with less, nothing new begins
     idle_hours: float = math.inf  # after which what has ended is deleted
     log_bytes: int = 50 * MIB  # of what a worker prints; the newest half stays
     journal_bytes: int = GIB  # of a run's events; with more, answers to samples are left out
+
+    # memory
+    rows_at_hand: int = 32 * MIB  # that a visitor's Studio keeps of what it read last; larger ones share one place
 
     # answers
     prompt_characters: int = 32_000
@@ -89,6 +93,7 @@ SPACE = Limits(
     kept_runs=10,
     kept_bytes=GIB,
     kept_bytes_by_all=20 * GIB,
+    models_bytes=20 * GIB,
     reserve_bytes=2 * GIB,
     idle_hours=24,
     log_bytes=5 * MIB,

@@ -11,12 +11,14 @@ import fcntl
 import hashlib
 import importlib
 import logging
+import math
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -41,6 +43,7 @@ HEAD_SPREAD = 0.02  # standard deviation of a fresh head's weights, as in BERT a
 POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")  # their positions begin at pad_token_id + 1
 REMEMBERED = 8  # structures and tokenizers that are kept in memory
 PATIENCE_S = 4  # how long the Hub may take to answer at all
+IN_USE_S = 3600  # after its last use a fetched model stays, whoever needs the room
 SMALL_BYTES = 128 * MIB  # of all files but the weights
 
 
@@ -449,6 +452,8 @@ class ModelLibrary:
                 continue
             folder = Path(kept)
             if (folder / "config.json").exists() and _whole(folder):
+                if cache == self._fetched:
+                    os.utime(folder.parents[1])  # when it was used last
                 return folder
         return None
 
@@ -462,6 +467,7 @@ class ModelLibrary:
                 repo, revision=revision or None, timeout=PATIENCE_S, files_metadata=True, token=self._token
             )
             self._check_room(repo, {file.rfilename: file.size or 0 for file in about.siblings or ()}, wanted)
+            self._make_room(repo)
             say(f"Fetching {repo} from the Hub" if weights else f"Reading the configuration of {repo}")
             folder = Path(
                 snapshot_download(
@@ -504,6 +510,24 @@ class ModelLibrary:
         if wanted + self._limits.reserve_bytes > free:
             message = f"{repo} needs {wanted / 1e9:,.1f} GB on the disk; {free / 1e9:,.1f} GB are free."
             raise StudioError("E_DISK", message, "Delete what you need no more, or choose a smaller model.")
+
+    def _make_room(self, coming: str) -> None:
+        """Before one more comes: those longest unused go, where all of them fill more than they may.
+
+        The catalogue's own stay, and so does what may be loading at this moment.
+        """
+        if math.isinf(self._limits.models_bytes):
+            return
+        own = {_cache_name(repo) for repo in {coming, *(entry.repo for entry in CATALOGUE.values())}}
+        known = [one for one in self._fetched.glob("models--*") if one.name not in own]
+        sizes = {one: sum(path.lstat().st_size for path in one.rglob("*") if path.is_file()) for one in known}
+        used = {one: one.stat().st_mtime for one in known}
+        for one in sorted(known, key=used.__getitem__):
+            if sum(sizes.values()) <= self._limits.models_bytes or used[one] > time.time() - IN_USE_S:
+                return
+            log.info("removed as long unused: %s", one.name)
+            shutil.rmtree(one, ignore_errors=True)
+            del sizes[one]
 
     def _config(self, folder: Path, labels: int = 0) -> Any:
         """The checked configuration. Raises E_REMOTE_CODE, E_ARCH and the codes of model_files.read_config."""
@@ -585,6 +609,11 @@ def _forget(kept: dict[Any, Any]) -> None:
     """Make room for one more: strangers may name any number of models."""
     while len(kept) >= REMEMBERED:
         kept.pop(next(iter(kept)), None)
+
+
+def _cache_name(repo: str) -> str:
+    """The folder of a repository in a cache of the Hub's client."""
+    return f"models--{repo.replace('/', '--')}"
 
 
 def _revision(folder: Path) -> str:

@@ -471,6 +471,17 @@ def test_starts_are_counted_for_the_owner_and_for_the_address(tmp_path: Path) ->
     ReadyDesk(Studio(tmp_path / "laptop")).of(None).may_start()
 
 
+def test_what_is_resumed_counts_as_a_start(tmp_path: Path) -> None:
+    desk = ReadyDesk(Studio(tmp_path, replace(LAPTOP, starts_a_minute=1)), visitors=True)
+    blocks = build(desk).blocks.values()
+    found = [each for one in blocks for each in getattr(one, "server_fns", []) if each.__name__ == "resume"]
+    assert len(found) == 2  # of a run and of a study
+    for number, resume in enumerate(found):
+        visitor = asking(came(f"{number}" * 32, at=f"{number}.1.1.1"))
+        said = [resume(visitor, {"run": "0" * 32, "study": "1" * 32})["problem"] for _ in range(2)]
+        assert "More than 1 runs" not in said[0] and "More than 1 runs" in said[1]
+
+
 # ---- as whom --------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -250,6 +252,38 @@ def test_a_run_gets_the_revision_that_it_was_planned_with_or_is_told(tiny: Path,
         assert kept.name != later.name
         assert found == [kept.name, later.name, "E_CHANGED", tiny.name, "E_CHANGED"]
         assert fetch(tmp_path, environment, "some/moving")[0].endswith("True")
+
+
+def test_models_that_nobody_uses_make_room_for_others(tmp_path: Path) -> None:
+    models = ModelLibrary(tmp_path, replace(SPACE, models_bytes=2500))
+    names = ["some/old", "some/newer", "some/used", "openai-community/gpt2", "some/coming"]
+    for age, name in enumerate(reversed(names)):
+        folder = models._fetched / module._cache_name(name) / "blobs"
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"x" * 1000)
+        (folder.parent / "snapshots").mkdir()
+        (folder.parent / "snapshots" / "weights").symlink_to(folder / "weights")
+        stamp = time.time() - (module.IN_USE_S + age * 60 if name != "some/used" else 60)
+        os.utime(folder.parent, (stamp, stamp))
+
+    def left() -> set[str]:
+        return {name for name in names if (models._fetched / module._cache_name(name)).exists()}
+
+    models._make_room("some/coming")
+    assert left() == {*names} - {"some/old"}
+    models._limits = replace(SPACE, models_bytes=0)
+    models._make_room("some/coming")
+    assert left() == {"some/used", "openai-community/gpt2", "some/coming"}
+
+
+def test_a_model_that_is_asked_for_is_in_use(tiny: Path, tmp_path: Path) -> None:
+    models = ModelLibrary(tmp_path, SPACE)
+    repo = models._fetched / module._cache_name("some/tiny")
+    shutil.copytree(tiny, repo / "snapshots" / ("a" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    os.utime(repo, (1, 1))
+    assert models.fetch("some/tiny").name == "a" * 40 and repo.stat().st_mtime > time.time() - 600
 
 
 def test_where_strangers_are_no_folder_is_opened_and_no_unknown_architecture(

@@ -169,6 +169,12 @@ class DataLibrary:
                 (folder / ROWS).replace(rows)
         return _opened(rows, dataset)
 
+    def bytes_of(self, id: str) -> int:
+        """How large the rows of a dataset are, as they lie on the disk."""
+        path = self.get(id).path
+        rows = path.with_name(ROWS)
+        return (rows if rows.is_file() else path).stat().st_size
+
     def mapping(self, dataset: Dataset, format: str = "") -> dict[str, str]:
         """{role: column} as guessed with the dataset, or for another format."""
         return dataset.mapping if format in ("", dataset.format) else columns_for(format, dataset.columns)
