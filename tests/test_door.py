@@ -1,9 +1,13 @@
 """What comes in from the network, and as whom: origins, names, paths, limits, cookies, downloads, tokens."""
 
 import asyncio
+import importlib.util
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -505,6 +509,56 @@ def test_an_operator_is_an_account_that_is_named(as_space: None, monkeypatch: py
     monkeypatch.setenv("SPACE_AUTHOR_NAME", "")
     monkeypatch.setenv("LORA_STUDIO_OPERATORS", "")
     assert visitor_of(came(account="1", name="")).operator == ""
+
+
+SIGNS_IN = """
+import json, sys
+from starlette.testclient import TestClient
+from lora_studio import door
+from lora_studio.limits import SPACE
+from lora_studio.studio import Studio
+from lora_studio.ui import live, style
+from lora_studio.ui.build import build
+from lora_studio.ui.desk import Desk
+desk = Desk(Studio(sys.argv[1]), visitors=True)
+assert desk.limits is SPACE
+routes = door.routes(desk.downloads, live.PLOTLY)
+app = door.behind(build(desk), door.place("0.0.0.0", 7860), SPACE, desk.pages, routes, style.looks(SPACE))
+client = TestClient(app, base_url="https://a-b.hf.space", follow_redirects=False)
+found = client.get("/login/huggingface")
+print(json.dumps([client.get("/").status_code, found.status_code, found.headers["location"]]))
+"""
+
+
+def test_on_a_space_one_can_sign_in(tmp_path: Path) -> None:
+    class Provider(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            about = {"issuer": self.path, "authorization_endpoint": "https://hub.example/oauth/authorize"}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(about).encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Provider) as provider:
+        threading.Thread(target=provider.serve_forever, args=(0.02,), daemon=True).start()
+        told = {"SYSTEM": "spaces", "SPACE_ID": "a/b", "SPACE_HOST": "a-b.hf.space", "NO_PROXY": "127.0.0.1"}
+        told |= {"OAUTH_CLIENT_ID": "client-7", "OAUTH_CLIENT_SECRET": "s", "OAUTH_SCOPES": "openid write-repos"}
+        told |= {"OPENID_PROVIDER_URL": f"http://127.0.0.1:{provider.server_port}"}
+        told |= {"GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
+        command = [sys.executable, "-c", SIGNS_IN, str(tmp_path)]
+        done = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, check=False)
+        provider.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    page, status, goes_to = json.loads(done.stdout.splitlines()[-1])
+    assert page == 200 and status in (302, 307), goes_to
+    assert goes_to.startswith("https://hub.example/oauth/authorize?")
+    assert "client_id=client-7" in goes_to and "write-repos" in goes_to and "a-b.hf.space" in goes_to
+
+
+def test_a_space_of_this_repository_asks_the_hub_to_sign_people_in() -> None:
+    front = (Path(__file__).parents[1] / "README.md").read_text().split("---")[1]
+    assert "hf_oauth: true" in front and "write-repos" in front
+    for package in ("authlib", "itsdangerous"):  # without which Gradio does not build the page then
+        assert importlib.util.find_spec(package)
 
 
 def test_on_a_laptop_there_is_no_cookie_and_one_owner(tmp_path: Path) -> None:

@@ -199,23 +199,23 @@ def test_what_is_too_large_is_found_out_before_its_weights_are_asked_for(tiny: P
 def test_a_repository_is_not_fetched_when_its_files_are_too_large_for_a_model_or_for_the_disk(tmp_path: Path) -> None:
     small, full = (ModelLibrary(tmp_path, limits) for limits in (Limits(parameters=1000), Limits(reserve_bytes=2**60)))
     small._check_room("a/b", {"config.json": 1000, "model.safetensors": 4000, "pytorch_model.bin": 2**50})
-    for models, size, code in ((small, 2**30, "E_TOO_LARGE"), (full, 1, "E_DISK")):
+    weights, words, any_size = "model-00001-of-00002.safetensors", "vocab.json", ModelLibrary(tmp_path)
+    beside = {words: module.SMALL_BYTES, "deep/notes.txt": 1}
+    for models, sizes, code in (
+        (small, {weights: 2**30}, "E_TOO_LARGE"),
+        (full, {weights: 1}, "E_DISK"),
+        (full, {words: 1}, "E_DISK"),
+        (any_size, beside, "E_TOO_LARGE"),
+    ):
         with pytest.raises(StudioError) as caught:
-            models._check_room("a/b", {"model-00001-of-00002.safetensors": size})
+            models._check_room("a/b", sizes)
         assert caught.value.code == code and caught.value.hint
 
 
-def test_small_files_are_fetched_only_where_they_are_small_and_have_room(tiny: Path, tmp_path: Path) -> None:
+def test_small_files_are_fetched_only_where_there_is_room(tiny: Path, tmp_path: Path) -> None:
     """Plans and tokenizers need no weights; what they do need is looked at all the same."""
-    swollen = tmp_path / "swollen"
-    shutil.copytree(tiny, swollen)
-    for name in ("notes.txt", "more.json"):
-        with (swollen / name).open("wb") as file:
-            file.truncate(module.SMALL_BYTES * 2 // 3)
-    with FakeHub(models={"some/swollen": swollen, "some/tiny": tiny}) as hub:
-        environment = hub.environment(tmp_path / "home")
-        assert fetch(tmp_path, environment, "some/swollen") == ["some/swollen E_TOO_LARGE"]
-        full = environment | {"LIMITS": f'{{"reserve_bytes": {2**60}}}'}
+    with FakeHub(models={"some/tiny": tiny}) as hub:
+        full = hub.environment(tmp_path / "home") | {"LIMITS": f'{{"reserve_bytes": {2**60}}}'}
         assert fetch(tmp_path, full, "some/tiny") == ["some/tiny E_DISK"]
         assert not [request for request in hub.requests if "resolve" in request]
 
