@@ -29,7 +29,7 @@ from starlette.background import BackgroundTask
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -151,7 +151,10 @@ class Door:
         refused = self._refusal(request)
         dressed = self._dressed(request, send)
         if refused is None and told_apart() and request.method == "POST" and CANCEL.fullmatch(scope["path"]):
-            body = await Request(scope, receive).body()  # as short as it said
+            try:
+                body = await Request(scope, receive).body()  # as short as it said
+            except ClientDisconnect:
+                return None
             receive = _again(body, receive)
             refused = self._refusal_of_cancelling(request, body)
         if refused is None:
