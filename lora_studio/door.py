@@ -8,6 +8,7 @@ whose work a call may touch is decided where the handlers get their Studio (ui.d
 import base64
 import contextlib
 import hashlib
+import json
 import math
 import os
 import re
@@ -23,11 +24,12 @@ import gradio as gr
 import psutil
 import uvicorn
 from fastapi import FastAPI
+from gradio import processing_utils
 from starlette.background import BackgroundTask
 from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import HTTPConnection, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -42,12 +44,15 @@ from lora_studio.visitors import (
     address_of,
     browser_of,
     cookie_name,
+    nobody,
     on_space,
     told_apart,
     visitor_of,
 )
 
 API = "/gradio_api"
+CANCEL_BYTES = 4096  # of a call that cancels another
+UPLOADS_S = 600  # within which uploads are counted
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 COOKIE_S = 30 * 86_400
 
@@ -62,6 +67,9 @@ ASKING = (
 )
 READ = re.compile(rf"/|{FILES}|{SIGNING}|{ASKING}")
 ACT = re.compile(rf"{API}/(queue/join|component_server|upload|cancel|reset|(run|api|call|call/v2)/\w+)/?")
+FETCHING = ("async_ssrf_protected_get", "async_ssrf_protected_download", "ssrf_protected_download")
+FETCHING += ("save_url_to_cache", "unsafe_download")  # with which Gradio would get what a call names by its address
+CANCEL = re.compile(rf"{API}/cancel/?")
 INLINE = re.compile(rb"<script(?:\s+data-[\w-]+)?>(.*?)</script>", re.DOTALL)
 FREE = re.compile(FILES)  # of the count of calls: what a page is drawn from
 
@@ -132,6 +140,7 @@ class Door:
         self.app, self.place, self.limits = app, place, limits
         self.pages, self.waiting, self.uploads = pages, waiting, uploads
         self.calls = Rate(limits.calls_a_minute)
+        self.uploaded = Rate(limits.uploaded_bytes, UPLOADS_S)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -141,6 +150,13 @@ class Door:
         request = Request(scope)
         refused = self._refusal(request)
         dressed = self._dressed(request, send)
+        if refused is None and told_apart() and request.method == "POST" and CANCEL.fullmatch(scope["path"]):
+            try:
+                body = await Request(scope, receive).body()  # as short as it said
+            except ClientDisconnect:
+                return None
+            receive = _again(body, receive)
+            refused = self._refusal_of_cancelling(request, body)
         if refused is None:
             return await self.app(scope, receive, dressed)
         status, why = refused
@@ -168,16 +184,37 @@ class Door:
     def _refusal_of_call(self, request: Request, path: str) -> tuple[int, str] | None:
         uploads = path.startswith(f"{API}/upload")
         most = self.limits.file_bytes + MIB if uploads else self.limits.call_bytes
+        most = CANCEL_BYTES if CANCEL.fullmatch(path) else most
         length = request.headers.get("content-length", "")
-        if not length.isdecimal():
+        if not length.isdecimal() or "transfer-encoding" in request.headers:  # in pieces, of any length
             return 411, "The call does not say how long it is."
         if int(length) > most:
             return 413, f"That is {int(length):,} bytes; at most {most:,} are taken."
-        if uploads and shutil.disk_usage(self.uploads).free - int(length) < self.limits.reserve_bytes:
-            return 507, "The disk is nearly full. Try again later."
+        if uploads and (refused := self._refusal_of_upload(request, int(length))):
+            return refused
         waits = self.limits.calls_waiting < math.inf and self.waiting(address_of(request))
         if waits and waits >= self.limits.calls_waiting:
             return 429, f"{waits} of your calls are waiting already."
+        return None
+
+    def _refusal_of_upload(self, request: Request, length: int) -> tuple[int, str] | None:
+        if told_apart() and browser_of(request) is None:
+            return 403, str(nobody())
+        if shutil.disk_usage(self.uploads).free - length < self.limits.reserve_bytes:
+            return 507, "The disk is nearly full. Try again later."
+        if wait := self.uploaded.wait_s(address_of(request), length):
+            most = f"{self.uploaded.most / MIB:,.0f} MB in {UPLOADS_S / 60:.0f} minutes"
+            return 429, f"With this file you would have sent more than {most}; wait {math.ceil(wait)} s."
+        return None
+
+    def _refusal_of_cancelling(self, request: Request, body: bytes) -> tuple[int, str] | None:
+        """What is cancelled is what the browser's own page has asked for."""
+        try:
+            page = json.loads(body).get("session_hash")
+        except (ValueError, AttributeError, RecursionError):
+            page = None
+        if not isinstance(page, str) or not self.pages.belongs(page, browser_of(request)):
+            return 404, "There is nothing here."
         return None
 
     def _refusal_of_page(self, request: Request, path: str) -> tuple[int, str] | None:
@@ -210,6 +247,20 @@ class Door:
             await send(message)
 
         return dressed
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """`receive` for who comes after one that has read the whole body."""
+    told = False
+
+    async def once_more() -> Message:
+        nonlocal told
+        if told:
+            return await receive()
+        told = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return once_more
 
 
 class Scripts:
@@ -285,6 +336,7 @@ def behind(
     page: gr.Blocks, place: Place, limits: Limits, pages: Pages, routes: Sequence[BaseRoute], looks: Mapping[str, Any]
 ) -> FastAPI:
     """The page mounted under an app of our own, with the door in front. looks: options of Gradio's launch."""
+    fetch_nothing()
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     heads = ["content-type", HEADER]
     # its presence switches off Gradio's own CORS, which answers every origin with its own name
@@ -308,10 +360,22 @@ def launch(
 
     Gradio's own CORS then stands outside the door: a page of another site may read an answer, but each is a refusal.
     """
+    fetch_nothing()
     front = [Middleware(Door, **_settings(page, place, limits, pages)), Middleware(Scripts)]
     inside = {"routes": list(routes), "middleware": front}
     shown = {"show_error": False, "quiet": True, "mcp_server": False, "share": False, "app_kwargs": inside, **looks}
     page.launch(server_name=place.host, server_port=place.port, prevent_thread_lock=True, **shown)
+
+
+def fetch_nothing() -> None:
+    """Gradio fetches no address, for anybody: a call may name one wherever a file may stand, of any length."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise gr.Error("Files are not fetched from an address here; upload them.", print_exception=False)
+
+    for name in FETCHING:
+        assert hasattr(processing_utils, name), f"this version of Gradio fetches in another way than by {name}"
+        setattr(processing_utils, name, refuse)
 
 
 def _settings(page: gr.Blocks, place: Place, limits: Limits, pages: Pages) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Limits: how much one visitor, one file and one folder may ask for. Every bound of the app stands here.
 
 A laptop has one person on it, who may fill it; a Space has strangers, who share two cores and a disk that is lost.
+Where a machine of one's own tells visitors apart (LORA_STUDIO_VISITORS=1) they may fill it, but not borrow from it.
 """
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MIB, GIB = 2**20, 2**30
 
@@ -27,6 +28,7 @@ class Limits:
     reading_s: float = 300
     reading_cpu_s: float = 60
     reading_bytes: int = 4 * GIB  # of memory
+    tokenising_s: float = math.inf  # of a processor, for all rows of a dataset together
 
     # runs; of one owner, unless it says otherwise
     running: float = math.inf  # the device's queue is a bound already
@@ -42,10 +44,14 @@ class Limits:
     kept_runs: float = math.inf
     kept_bytes: float = math.inf
     kept_bytes_by_all: float = math.inf
+    models_bytes: float = math.inf  # of models fetched from the Hub that are not the catalogue's, of all
     reserve_bytes: int = 512 * MIB  # that stay free: with less, nothing new begins
     idle_hours: float = math.inf  # after which what has ended is deleted
     log_bytes: int = 50 * MIB  # of what a worker prints; the newest half stays
     journal_bytes: int = GIB  # of a run's events; with more, answers to samples are left out
+
+    # memory
+    rows_at_hand: int = 32 * MIB  # that a visitor's Studio keeps of what it read last; larger ones share one place
 
     # answers
     prompt_characters: int = 32_000
@@ -56,8 +62,10 @@ class Limits:
     starts_a_minute: float = math.inf
     calls_waiting: float = math.inf  # in the page's own queue, which has one room for all
     call_bytes: int = 64 * MIB  # of one call that is no upload
+    uploaded_bytes: float = math.inf  # from one address within ten minutes
 
     local_paths: bool = True  # whether files and folders of this machine may be named
+    host_login: bool = True  # whether the machine's own login at the Hub fetches for whoever asks
     known_architectures: bool = False  # whether a model must be of a type in core.layout's table
 
 
@@ -73,6 +81,7 @@ SPACE = Limits(
     reading_s=60,
     reading_cpu_s=30,
     reading_bytes=2 * GIB,
+    tokenising_s=60,
     running=1,
     queued=2,
     queued_by_all=20,
@@ -84,6 +93,7 @@ SPACE = Limits(
     kept_runs=10,
     kept_bytes=GIB,
     kept_bytes_by_all=20 * GIB,
+    models_bytes=20 * GIB,
     reserve_bytes=2 * GIB,
     idle_hours=24,
     log_bytes=5 * MIB,
@@ -94,11 +104,27 @@ SPACE = Limits(
     starts_a_minute=6,
     calls_waiting=16,
     call_bytes=8 * MIB,
+    uploaded_bytes=200 * MIB,
     local_paths=False,
+    host_login=False,
+    known_architectures=True,
+)
+SHARED = replace(
+    LAPTOP,
+    tokenising_s=300,
+    calls_a_minute=SPACE.calls_a_minute,
+    starts_a_minute=SPACE.starts_a_minute,
+    calls_waiting=SPACE.calls_waiting,
+    call_bytes=SPACE.call_bytes,
+    uploaded_bytes=4 * LAPTOP.file_bytes,
+    local_paths=False,
+    host_login=False,
     known_architectures=True,
 )
 
 
 def limits_here() -> Limits:
-    """SPACE on a Hugging Face Space, else LAPTOP."""
-    return SPACE if os.environ.get("SPACE_ID") else LAPTOP
+    """SPACE on a Hugging Face Space, SHARED where visitors are told apart elsewhere, else LAPTOP."""
+    if os.environ.get("SPACE_ID"):
+        return SPACE
+    return SHARED if os.environ.get("LORA_STUDIO_VISITORS") == "1" else LAPTOP

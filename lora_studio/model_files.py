@@ -34,11 +34,15 @@ BOUNDS: dict[str, tuple[int, str]] = {
     **dict.fromkeys(_WIDTHS.split(), (65_536, "E_TOO_LARGE")),
     **dict.fromkeys(_INNER.split(), (1_048_576, "E_TOO_LARGE")),
     **dict.fromkeys(_POSITIONS.split(), (2**25, "E_TOO_LARGE")),
+    "num_labels": (1000, "E_CONFIG"),  # transformers gives each a name
     "vocab_size": (2_000_000, "E_TOO_LARGE"),
     "type_vocab_size": (65_536, "E_TOO_LARGE"),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (1024, "E_CONFIG")),
 }
 MAY_BE_ZERO = ("type_vocab_size", "rotary_dim", "num_experts", "num_local_experts", "n_routed_experts", "n_inner")
+MAY_BE_ZERO += ("num_labels",)
+LARGEST = 2**31  # whole number that has no bound of its own
+ENTRIES = 1024  # of one list or object
 UNBOUNDED = ("time_step_limit",)  # the one setting that is rightly infinite
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
@@ -52,6 +56,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     _check_values(config, DEPTH)
     for name, value in _settings(config):
         _check_size(name, value)
+        _check_pattern(name, value)
         _check_code(name, value)
     if config.get("quantization_config") or config.get("compression_config"):
         message = "The model's weights are quantised; LoRA Studio packs a model itself and reads only plain ones."
@@ -118,25 +123,33 @@ def _read_json(path: Path, most: int, code: str) -> dict[str, Any]:
 
 
 def _check_values(value: Any, depth: int, name: str = "config.json") -> None:
-    """Every number finite, and no deeper than a config is."""
+    """Every number finite and no larger, every list no longer, and nothing deeper than in any config that is real."""
     if isinstance(value, float) and not math.isfinite(value) and name not in UNBOUNDED:
         raise StudioError("E_CONFIG", f"{quote(name)} in config.json is {value}.", HINT)
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 2**63:
-        raise StudioError("E_CONFIG", f"{quote(name)} in config.json is a number of {len(str(value))} digits.", HINT)
+    if isinstance(value, int) and abs(value) > LARGEST and name not in BOUNDS:
+        raise StudioError("E_CONFIG", f"{quote(name)} in config.json is a number of {_digits(value)} digits.", HINT)
     if not isinstance(value, (dict, list)):
         return
+    if len(value) > ENTRIES:
+        message = f"{quote(name)} in config.json has {len(value):,} entries; at most {ENTRIES:,} are read."
+        raise StudioError("E_CONFIG", message, HINT)
     if depth == 0:
         raise StudioError("E_CONFIG", "config.json is nested too deeply.", HINT)
     for key, part in value.items() if isinstance(value, dict) else ((name, part) for part in value):
         _check_values(part, depth - 1, str(key))
 
 
+def _digits(number: int) -> int:
+    return len(str(abs(number)))
+
+
 def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Every setting by its name, those of inner configs too."""
     for name, value in config.items():
         yield name, value
-        if isinstance(value, dict):
-            yield from _settings(value)
+        for inner in value if isinstance(value, list) else [value]:
+            if isinstance(inner, dict):
+                yield from _settings(inner)
 
 
 def _check_size(name: str, value: Any) -> None:
@@ -150,6 +163,22 @@ def _check_size(name: str, value: Any) -> None:
             raise StudioError("E_CONFIG", f"{name} in config.json is {quote(one)}; expected a whole number.", HINT)
         if one > most:
             raise StudioError(code, f"{name} in config.json is {one:,}; at most {most:,} is built.", HINT)
+
+
+def _check_pattern(name: str, value: Any) -> None:
+    """E_CONFIG for kinds of layers with how often each comes ([[kinds, times], ...]), where that makes too many."""
+    if name != "attention_types" or not isinstance(value, list):
+        return
+    most, layers = BOUNDS["num_layers"][0], 0
+    for part in value:
+        whole = isinstance(part, list) and len(part) == 2 and isinstance(part[0], list) and type(part[1]) is int
+        if not whole or part[1] < 0:
+            message = f"{name} in config.json is {quote(part)}; expected kinds of layers and a number."
+            raise StudioError("E_CONFIG", message, HINT)
+        layers += max(1, len(part[0])) * part[1]
+    if layers > most:
+        message = f"{name} in config.json is for {layers:,} layers; at most {most:,} are built."
+        raise StudioError("E_CONFIG", message, HINT)
 
 
 def _check_code(name: str, value: Any) -> None:

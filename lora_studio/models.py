@@ -11,13 +11,16 @@ import fcntl
 import hashlib
 import importlib
 import logging
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +38,13 @@ log = logging.getLogger(__name__)
 
 STARTER = "starter"
 FILES = ["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"]  # never *.bin, never *.py
+COMMIT = re.compile(r"[0-9a-f]{40}")
 HEAD_SPREAD = 0.02  # standard deviation of a fresh head's weights, as in BERT and GPT-2
 POSITIONS_BEHIND_PADDING = ("roberta", "xlm-roberta", "camembert")  # their positions begin at pad_token_id + 1
 REMEMBERED = 8  # structures and tokenizers that are kept in memory
 PATIENCE_S = 4  # how long the Hub may take to answer at all
+IN_USE_S = 3600  # after its last use a fetched model stays, whoever needs the room
+SMALL_BYTES = 128 * MIB  # of all files but the weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +56,7 @@ class Entry:
     parameters: int
     licence: str
     note: str
+    gated: bool = False  # the Hub gives it only to those who accepted its terms
     labels_only: bool = False  # an encoder: it chooses labels and writes no text
 
 
@@ -139,6 +146,7 @@ CATALOGUE: dict[str, Entry] = {
             repo="google/gemma-3-1b-it",
             parameters=999_885_952,
             licence="Gemma terms, gated",
+            gated=True,
             note="Needs an accepted licence on the Hub",
         ),
         Entry(
@@ -171,6 +179,8 @@ CATALOGUE: dict[str, Entry] = {
         ),
     )
 }
+
+OPEN = {entry.repo for entry in CATALOGUE.values() if not entry.gated}
 
 
 # ---- this machine ----------------------------------------------------------------------------------------------------
@@ -252,14 +262,23 @@ def parameter_count(model: Any) -> int:
 class ModelLibrary:
     """Models by name, fetched into one folder (LORA_STUDIO_MODELS, else `root`/models).
 
+    Where the limits lend nobody the host's login, what that login may have fetched is not given out either: such a
+    library has a folder of its own for what anybody can have, and looks elsewhere for the catalogue's open models only.
     guarded: for a process that others depend on; what a tokenizer does to text is then done in the sandbox.
     """
 
     def __init__(self, root: Path, limits: Limits = LAPTOP, *, guarded: bool = False) -> None:
         self._limits, self._guarded = limits, guarded
         self.folder = Path(os.environ.get("LORA_STUDIO_MODELS") or root / "models").expanduser().absolute()
+        self._fetched = self.folder / ("hub" if limits.host_login else "hub-open")
+        self._token = None if limits.host_login else False  # as the Hub's client takes it
         self._skeletons: dict[tuple[str, int], Any] = {}
         self._tokenizers: dict[str, Any] = {}
+        self._pinned: dict[str, str] = {}
+
+    def pin(self, name: str, revision: str) -> None:
+        """From now on a name means the model as it was at this revision (see `revision`), or is E_CHANGED."""
+        self._pinned[name] = revision
 
     def skeleton(self, name: str, labels: int = 0) -> Any:
         """The model's structure without weights (meta device): enough for plans and estimates."""
@@ -307,7 +326,8 @@ class ModelLibrary:
                 )
             if self._guarded:
                 _check_vocabulary(tokenizer, read_config(folder))
-                tokenizer = words.Guarded(tokenizer, folder)
+                words.check_decoder(tokenizer)
+                tokenizer = words.Guarded(tokenizer, folder, self._limits.tokenising_s)
             self._tokenizers[name] = tokenizer
         return self._tokenizers[name]
 
@@ -380,10 +400,7 @@ class ModelLibrary:
 
     def revision(self, name: str) -> str:
         """Commit of a Hub snapshot, or a short hash of the folder's config; says which weights a run used."""
-        folder = self._folder(name, weights=False)
-        if folder.parent.name == "snapshots":
-            return folder.name
-        return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:12]
+        return _revision(self._folder(name, weights=False))
 
     def _local(self, name: str) -> Path | None:
         """The folder that a name means; None where folders of this machine may not be named."""
@@ -391,6 +408,16 @@ class ModelLibrary:
         return path.absolute() if self._limits.local_paths and (path / CONFIG).is_file() else None
 
     def _folder(self, name: str, *, weights: bool, say: Callable[[str], None] = log.info) -> Path:
+        pinned = self._pinned.get(name, "")
+        repo = CATALOGUE[name].repo if name in CATALOGUE else name
+        if COMMIT.fullmatch(pinned) and is_hub_id(repo) and not self._local(name):
+            return self._cached(repo, pinned) or self._download(repo, weights=weights, say=say, revision=pinned)
+        folder = self._newest(name, weights=weights, say=say)
+        if pinned and _revision(folder) != pinned:
+            raise _changed(name)
+        return folder
+
+    def _newest(self, name: str, *, weights: bool, say: Callable[[str], None]) -> Path:
         local = self._local(name)
         if local:
             return local
@@ -410,33 +437,52 @@ class ModelLibrary:
             )
         return self._cached(repo) or self._download(repo, weights=weights, say=say)
 
-    def _cached(self, repo: str) -> Path | None:
-        """A complete snapshot in our folder or in the Hub's own cache (where a Space preloads to)."""
+    def _cached(self, repo: str, revision: str | None = None) -> Path | None:
+        """A complete snapshot in our folders or in the Hub's own cache (where a Space preloads to)."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-        for cache in (self.folder / "hub", None):
+        anybodys = self._limits.host_login or repo in OPEN
+        for cache in (self._fetched, self.folder / "hub", None) if anybodys else (self._fetched,):
             try:
-                folder = Path(snapshot_download(repo, cache_dir=cache, local_files_only=True))
+                kept = snapshot_download(
+                    repo, revision=revision, cache_dir=cache, local_files_only=True, token=self._token
+                )
             except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError):
                 continue
+            folder = Path(kept)
             if (folder / "config.json").exists() and _whole(folder):
+                if cache == self._fetched:
+                    os.utime(folder.parents[1])  # when it was used last
                 return folder
         return None
 
-    def _download(self, repo: str, *, weights: bool, say: Callable[[str], None]) -> Path:
+    def _download(self, repo: str, *, weights: bool, say: Callable[[str], None], revision: str = "") -> Path:
         from huggingface_hub import HfApi, snapshot_download
 
         wanted = FILES if weights else [pattern for pattern in FILES if "safetensors" not in pattern]
         with _named_hub_errors(repo):
             # one question first: a download waits minutes for a dead Hub, and does not ask how large it will be
-            about = HfApi().model_info(repo, timeout=PATIENCE_S, files_metadata=weights)
-            if weights:
-                self._check_room(repo, {file.rfilename: file.size or 0 for file in about.siblings or ()})
+            about = HfApi().model_info(
+                repo, revision=revision or None, timeout=PATIENCE_S, files_metadata=True, token=self._token
+            )
+            self._check_room(repo, {file.rfilename: file.size or 0 for file in about.siblings or ()}, wanted)
+            self._make_room(repo)
             say(f"Fetching {repo} from the Hub" if weights else f"Reading the configuration of {repo}")
             folder = Path(
-                snapshot_download(repo, cache_dir=self.folder / "hub", allow_patterns=wanted, etag_timeout=PATIENCE_S)
+                snapshot_download(
+                    repo,
+                    revision=about.sha,  # the files whose sizes were seen
+                    cache_dir=self._fetched,
+                    allow_patterns=wanted,
+                    etag_timeout=PATIENCE_S,
+                    token=self._token,
+                )
             )
+        if not revision:  # the client notes which commit is the newest only when it is not told one
+            newest = folder.parents[1] / "refs" / "main"
+            newest.parent.mkdir(exist_ok=True)
+            newest.write_text(folder.name)
         if not (folder / "config.json").exists():
             raise StudioError("E_MODEL_FILES", f"{repo} has no config.json.", "It is not a transformers model.")
         if weights and not _whole(folder):
@@ -445,11 +491,17 @@ class ModelLibrary:
             )
         return folder
 
-    def _check_room(self, repo: str, sizes: Mapping[str, int]) -> None:
+    def _check_room(self, repo: str, sizes: Mapping[str, int], patterns: Sequence[str] = FILES) -> None:
         """Raise E_TOO_LARGE or E_DISK before a download that would be one; files that are here already count too."""
         from huggingface_hub.utils import filter_repo_objects
 
-        wanted = sum(sizes[name] for name in filter_repo_objects(sizes, allow_patterns=FILES))
+        files = {name: sizes[name] for name in filter_repo_objects(sizes, allow_patterns=[*patterns])}
+        wanted, small = sum(files.values()), sum(size for name, size in files.items() if ".safetensors" not in name)
+        if small > SMALL_BYTES:
+            message = (
+                f"{repo} has {small / 1e6:,.0f} MB beside its weights, at most {SMALL_BYTES / 1e6:,.0f} are taken."
+            )
+            raise StudioError("E_TOO_LARGE", message, "Choose another model.")
         if wanted > 4 * self._limits.parameters + 256 * MIB:  # in float32, and a tokenizer
             message = f"The files of {repo} have {wanted / 1e9:,.1f} GB, more than a model that is trained here."
             raise StudioError("E_TOO_LARGE", message, "Choose a smaller model.")
@@ -458,6 +510,24 @@ class ModelLibrary:
         if wanted + self._limits.reserve_bytes > free:
             message = f"{repo} needs {wanted / 1e9:,.1f} GB on the disk; {free / 1e9:,.1f} GB are free."
             raise StudioError("E_DISK", message, "Delete what you need no more, or choose a smaller model.")
+
+    def _make_room(self, coming: str) -> None:
+        """Before one more comes: those longest unused go, where all of them fill more than they may.
+
+        The catalogue's own stay, and so does what may be loading at this moment.
+        """
+        if math.isinf(self._limits.models_bytes):
+            return
+        own = {_cache_name(repo) for repo in {coming, *(entry.repo for entry in CATALOGUE.values())}}
+        known = [one for one in self._fetched.glob("models--*") if one.name not in own]
+        sizes = {one: sum(path.lstat().st_size for path in one.rglob("*") if path.is_file()) for one in known}
+        used = {one: one.stat().st_mtime for one in known}
+        for one in sorted(known, key=used.__getitem__):
+            if sum(sizes.values()) <= self._limits.models_bytes or used[one] > time.time() - IN_USE_S:
+                return
+            log.info("removed as long unused: %s", one.name)
+            shutil.rmtree(one, ignore_errors=True)
+            del sizes[one]
 
     def _config(self, folder: Path, labels: int = 0) -> Any:
         """The checked configuration. Raises E_REMOTE_CODE, E_ARCH and the codes of model_files.read_config."""
@@ -539,6 +609,22 @@ def _forget(kept: dict[Any, Any]) -> None:
     """Make room for one more: strangers may name any number of models."""
     while len(kept) >= REMEMBERED:
         kept.pop(next(iter(kept)), None)
+
+
+def _cache_name(repo: str) -> str:
+    """The folder of a repository in a cache of the Hub's client."""
+    return f"models--{repo.replace('/', '--')}"
+
+
+def _revision(folder: Path) -> str:
+    if folder.parent.name == "snapshots":
+        return folder.name
+    return hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()[:12]
+
+
+def _changed(name: str) -> StudioError:
+    message = f"{quote(name)} is no longer the model that this run was planned with."
+    return StudioError("E_CHANGED", message, "Start a new run with it as it is now.")
 
 
 def _whole(folder: Path) -> bool:
@@ -729,7 +815,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _named_hub_errors(repo: str) -> Iterator[None]:
-    """The Hub client's errors as ours: E_MODEL_NOT_FOUND, E_GATED, E_OFFLINE."""
+    """The Hub client's errors as ours: E_MODEL_NOT_FOUND, E_GATED, E_CHANGED, E_OFFLINE."""
     from huggingface_hub import errors
 
     try:
@@ -744,6 +830,8 @@ def _named_hub_errors(repo: str) -> Iterator[None]:
         raise StudioError(
             "E_MODEL_NOT_FOUND", f"The Hub has no model {quote(repo)}.", "Check owner and name."
         ) from error
+    except errors.RevisionNotFoundError as error:
+        raise _changed(repo) from error
     except (errors.LocalEntryNotFoundError, errors.HTTPError, OSError) as error:  # pyright: ignore[reportPrivateImportUsage]
         raise StudioError(
             "E_OFFLINE",

@@ -128,6 +128,7 @@ class _Kept:
 
     def __init__(self) -> None:
         self.loaded: _Loaded | None = None
+        self._read: tuple[Any, Any] = (None, None)  # the latest rows that are large, by owner and choice
         self.busy = threading.Lock()
 
 
@@ -610,11 +611,12 @@ class Studio:
     def archive(self, run: str, *, merged: bool = False, dtype: str = "", rank: int | None = None) -> Exported:
         """A fresh zip of the adapter or the merged model under `exports`, for a download; kept for an hour.
 
-        rank: cuts the adapter to it, as `smaller` does.
+        rank: cuts the adapter to it, as `smaller` does. Raises E_DISK, and as `export` does.
         """
         from lora_studio.export import archive_of, fresh_download, pack
 
         view = self.runs.get(run)
+        self._check_room(view, merged=merged)
         folder = fresh_download(self.exports)
         cut = "" if rank is None else f"-r{rank}"
         unpacked = folder / f"{'merged' if merged else 'adapter'}-{view.id[:8]}{cut}"
@@ -645,6 +647,15 @@ class Studio:
         self.runs.check_room(facts)
         return config, facts
 
+    def _check_room(self, view: Run, *, merged: bool) -> None:
+        """Raise E_DISK where an export and its zip would not fit beside what is to stay free."""
+        files = (view.path / "adapter").glob("*")
+        needs = 2 * (4 * self._parameters(view) if merged else sum(file.stat().st_size for file in files))
+        free = shutil.disk_usage(self.root).free
+        if free < needs + self.limits.reserve_bytes:
+            message = f"This export needs {needs / 1e6:,.0f} MB on the disk for a while; {free / 1e6:,.0f} MB are free."
+            raise StudioError("E_DISK", message, "Make room, for instance by deleting runs.")
+
     def _writes(self, model: str) -> bool:
         """Whether a model can write text; encoders can only choose labels. Raises E_ARCH for one that does neither."""
         try:
@@ -656,11 +667,16 @@ class Studio:
             raise
 
     def _examples(self, choice: DataChoice) -> tuple[list[Any], list[str]]:
-        """The rows of a choice and the warnings on the way; the latest are kept."""
-        key, found = _key(choice), self._read
+        """The rows of a choice and the warnings on the way; the latest are kept, large ones in one place for all."""
+        key, found = (self.owner, *_key(choice)), self._read
         if key != found[0]:
-            found = key, self.data.examples(choice.id, choice.format, choice.columns or None)
-            self._read = found
+            large = self.data.bytes_of(choice.id) > self.limits.rows_at_hand
+            keeper = self._kept if large else self
+            found = keeper._read
+            if key != found[0]:
+                keeper._read = None, None  # or two of them would be in memory for a while
+                found = key, self.data.examples(choice.id, choice.format, choice.columns or None)
+                keeper._read = found
         return found[1]
 
     def _with_adapters(self, views: Sequence[Run], precision: str = "") -> _Loaded:

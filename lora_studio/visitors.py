@@ -119,26 +119,26 @@ def _operators() -> set[str]:
 
 
 class Rate:
-    """So many calls a minute for each client; who has been silent for a minute has them all again."""
+    """So much within a while for each client, calls in a minute or bytes; who has been silent as long has it again."""
 
-    def __init__(self, a_minute: float) -> None:
-        self.a_minute = a_minute
-        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # calls left, and when that was
+    def __init__(self, most: float, within_s: float = 60) -> None:
+        self.most, self._within_s = most, within_s
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()  # what is left, and when that was
         self._lock = threading.Lock()
 
-    def wait_s(self, client: str) -> float:
-        """Count one call: 0 when it may be made, else the seconds after which the next one may."""
-        if math.isinf(self.a_minute):
+    def wait_s(self, client: str, amount: float = 1) -> float:
+        """Count one call of this amount: 0 when it may be made, else the seconds after which it may."""
+        if math.isinf(self.most):
             return 0.0
-        now, a_second = time.monotonic(), self.a_minute / 60
+        now, a_second = time.monotonic(), self.most / self._within_s
         with self._lock:
-            left, then = self._left.pop(client, (self.a_minute, now))
-            left = min(self.a_minute, left + (now - then) * a_second)
-            may = left >= 1
-            self._left[client] = left - may, now
+            left, then = self._left.pop(client, (self.most, now))
+            left = min(self.most, left + (now - then) * a_second)
+            may = left >= amount
+            self._left[client] = (left - amount if may else left), now
             if len(self._left) > KNOWN:
                 self._left.popitem(last=False)
-        return 0.0 if may else (1 - left) / a_second
+        return 0.0 if may else (amount - left) / a_second
 
 
 class Pages:

@@ -2,7 +2,7 @@
 
 The real clients talk to it: point HF_ENDPOINT at `.endpoint` in a fresh process, or pass endpoint=. It knows
 repository info, trees, paths-info, auth-check and file downloads with ETag, commit and byte ranges, and the
-Hub's error codes. It does not know commits other than the one it makes up, logins, uploads, LFS or Xet.
+Hub's error codes. It does not know commits other than the one it makes up, uploads, LFS or Xet.
 """
 
 import hashlib
@@ -23,17 +23,22 @@ FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
 class FakeHub:
-    """A context manager; `requests` lists "METHOD path" in order of arrival."""
+    """A context manager; `requests` lists "METHOD path" in order of arrival, `logins` those that came with a token.
+
+    private: repositories that are there only for who comes with one.
+    """
 
     def __init__(
         self,
         models: Mapping[str, Path] | None = None,
         datasets: Mapping[str, Path] | None = None,
         gated: set[str] | None = None,
+        private: set[str] | None = None,
     ) -> None:
         self.repos = {"models": dict(models or {}), "datasets": dict(datasets or {})}
-        self.gated = gated or set()
+        self.gated, self.private = gated or set(), private or set()
         self.requests: list[str] = []
+        self.logins: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.server.daemon_threads = True
         self.endpoint = f"http://127.0.0.1:{self.server.server_address[1]}"
@@ -78,6 +83,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _route(self) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(f"{self.command} {path}")
+        if self.headers.get("Authorization"):
+            self.hub.logins.append(self.hub.requests[-1])
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if found := FILE.fullmatch(path):
             self._resolve(*found.groups())
@@ -130,7 +137,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _folder(self, kind: str, repo: str, revision: str | None, needs_access: bool) -> Path | None:
         """The repository's folder; answers the request itself where there is none to be had."""
         folder = self.hub.repos[kind].get(repo)
-        if folder is None:
+        hidden = repo in self.hub.private and not self.headers.get("Authorization")
+        if folder is None or hidden:
             self._fail(404, "RepoNotFound", "Repository not found")
         elif needs_access and repo in self.hub.gated:
             self._fail(403, "GatedRepo", f"Access to {repo} is restricted")

@@ -1,6 +1,8 @@
 """What is supervised: exactly the answer and the mark that ends it; for a classifier, the label of the text."""
 
+import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given, settings
@@ -12,6 +14,7 @@ from lora_studio.data.batches import encode, encode_all, encode_label, encode_la
 from lora_studio.data.formats import Example, Message
 from lora_studio.data.words import prompt_ids, render
 from lora_studio.errors import StudioError
+from lora_studio.limits import LAPTOP
 from lora_studio.models import ModelLibrary
 from tests.tiny import SPECIAL, tokenizer
 
@@ -190,6 +193,35 @@ def test_the_sandbox_reads_what_would_be_read_here(length: int, tiny, tmp_path, 
     assert reading.read_texts(guarded, ["né<|end|>e", ""]) == reading.read_texts(own, ["né<|end|>e", ""])
     texts = [labelled("some text"), labelled("another", "bad")]
     assert encode_labels(guarded, texts, ["bad", "good"], 5) == encode_labels(own, texts, ["bad", "good"], 5)
+
+
+def test_all_rows_together_have_a_bound_of_their_own(tiny, tmp_path, monkeypatch) -> None:
+    """Each batch has one, but there may be thousands, and all visitors share one reader."""
+    monkeypatch.setattr(reading, "BATCH_LENGTH", 1)
+    guarded = ModelLibrary(tmp_path, replace(LAPTOP, tokenising_s=10), guarded=True).tokenizer(str(tiny))
+    calls, own = [], reading._READER.call
+
+    def slow(function: str, *given, **bounds):
+        found = own(function, *given, **bounds)
+        if function.endswith(":load"):
+            return found
+        calls.append(bounds["bounds"].cpu_s)
+        return found[0], 4.0  # as long as a hostile tokenizer takes with each
+
+    monkeypatch.setattr(reading._READER, "call", slow)
+    with pytest.raises(StudioError, match="10 s of work") as caught:
+        encode_all(guarded, ROWS * 10, 50)
+    assert caught.value.code == "E_TEMPLATE" and len(calls) == 3
+    assert calls[2] <= 2.0
+
+
+def test_a_template_that_changes_is_read_anew(tiny, tmp_path) -> None:
+    shutil.copytree(tiny, tmp_path / "model")
+    guarded = ModelLibrary(tmp_path, guarded=True).tokenizer(str(tmp_path / "model"))
+    before = prompt_ids(guarded, CHAT[:1])
+    file = tmp_path / "model" / "chat_template.jinja"
+    file.write_text("{% for m in messages %}<<{{ m['content'] }}>>{% endfor %}")
+    assert prompt_ids(guarded, CHAT[:1]) != before
 
 
 def test_a_worker_sets_a_clock_on_the_template(monkeypatch) -> None:

@@ -1,12 +1,18 @@
 """What comes in from the network, and as whom: origins, names, paths, limits, cookies, downloads, tokens."""
 
 import asyncio
+import importlib.util
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +20,7 @@ import gradio_client
 import httpx
 import psutil
 import pytest
+from gradio import processing_utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.applications import Starlette
@@ -24,7 +31,7 @@ from starlette.testclient import TestClient
 from lora_studio import door, visitors
 from lora_studio.door import ACT, READ, Door
 from lora_studio.errors import StudioError, redacted
-from lora_studio.limits import LAPTOP, SPACE, Limits
+from lora_studio.limits import LAPTOP, SPACE, Limits, limits_here
 from lora_studio.owners import NOBODY, owner_name
 from lora_studio.studio import Studio
 from lora_studio.ui import data_tab, live, style
@@ -46,6 +53,7 @@ FOREIGN = (
     "",
 )
 GONE = "There is nothing here."
+FILE = {"_type": "gradio.FileData"}
 
 
 @pytest.fixture
@@ -118,9 +126,9 @@ def test_a_space_is_called_by_its_own_addresses(
     monkeypatch.setenv("SPACE_HOST", "a-b.hf.space,lora.example.org")
     assert door.place("0.0.0.0", 7860).origins == ("https://a-b.hf.space", "https://lora.example.org")
     client = entered(tmp_path, SPACE)
-    assert client.post("/gradio_api/cancel", headers={"origin": "https://lora.example.org"}).status_code == 200
+    assert client.post("/gradio_api/reset", headers={"origin": "https://lora.example.org"}).status_code == 200
     for origin in (HOME, "https://huggingface.co", "http://a-b.hf.space", "https://c-d.hf.space"):
-        assert client.post("/gradio_api/cancel", headers={"origin": origin}).status_code == 403
+        assert client.post("/gradio_api/reset", headers={"origin": origin}).status_code == 403
 
 
 @pytest.mark.parametrize(
@@ -285,6 +293,31 @@ def test_events_wait_their_turn_in_the_queue(app: Any) -> None:
     assert told.status_code == 500 and "E_RUN_NOT_FOUND" in told.text and "Traceback" not in told.text
 
 
+def test_an_address_in_a_call_is_never_fetched(app: Any) -> None:
+    asked: list[str] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Listener) as near, pytest.MonkeyPatch.context() as patch:
+        threading.Thread(target=near.serve_forever, args=(0.02,), daemon=True).start()
+        patch.setattr(processing_utils.sh, "get", lambda url, **_: asked.append(url))  # with which it would fetch
+        client = TestClient(app, base_url=HOME)
+        named = (f"http://127.0.0.1:{near.server_port}/a", "https://1.1.1.1/a.csv", "https://huggingface.co/a")
+        events = [one for one in app.routes[-1].app.get_blocks().config["dependencies"] if one["api_name"] == "plan"]
+        for url in named:
+            for file in ({"path": url, "meta": FILE}, {"path": "a", "url": url, "meta": FILE}):
+                for value in (file, [file], {"a": {"b": file}}):
+                    called = client.post("/gradio_api/run/plan", json={"data": [value, 8], "session_hash": "s"})
+                    assert called.status_code == 500, called.text
+                    call = {"fn_index": events[0]["id"], "session_hash": "s", "data": [value, 8]}
+                    assert client.post("/gradio_api/queue/join", json=call).status_code < 500
+        near.shutdown()
+    assert asked == []
+
+
 # ---- how often and how much -----------------------------------------------------------------------------------------
 
 
@@ -349,11 +382,57 @@ def test_a_call_has_a_size_and_an_upload_leaves_room_on_the_disk(tmp_path: Path)
     assert client.post("/gradio_api/queue/join", content=b"x" * 1000).status_code == 200
     assert client.post("/gradio_api/queue/join", content=b"x" * 1001).status_code == 413
     assert client.post("/gradio_api/queue/join", content=iter([b"x"])).status_code == 411  # in pieces, of any length
+    for kind in ("chunked", "identity", "gzip, chunked"):  # and a length beside it says nothing
+        both = {"transfer-encoding": kind, "content-length": "1"}
+        assert client.post("/gradio_api/queue/join", content=b"x", headers=both).status_code == 411
     assert client.post("/gradio_api/upload", content=b"x" * 10_001).status_code == 200  # what surrounds the file
     assert client.post("/gradio_api/upload", content=b"x" * 2_000_000).status_code == 413
     full = entered(tmp_path, replace(small, reserve_bytes=2**62))
     assert full.post("/gradio_api/upload", content=b"x").status_code == 507
     assert full.post("/gradio_api/queue/join", content=b"x").status_code == 200
+
+
+def test_uploads_are_a_visitors_and_so_many_bytes_from_one_address(
+    tmp_path: Path, as_space: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(visitors.time, "monotonic", lambda: clock[0])
+    client = entered(tmp_path, replace(SPACE, uploaded_bytes=4000, reserve_bytes=0))
+
+    def send(size: int, address: str = "8.8.8.8", **who: str) -> int:
+        heads = {"x-forwarded-for": address} | (who or {"cookie": f"__Host-visitor={ANN}"})
+        return client.post("/gradio_api/upload", content=b"x" * size, headers=heads).status_code
+
+    assert [send(1000) for _ in range(6)] == [200] * 4 + [429] * 2
+    assert send(1000, cookie=f"__Host-visitor={BOB}") == 429  # a fresh cookie does not help
+    assert send(1000, "9.9.9.9") == send(10, "9.9.9.9", **{HEADER: ANN}) == 200
+    clock[0] += door.UPLOADS_S / 4
+    assert [send(1000), send(1000)] == [200, 429]
+    for stranger in ({"cookie": "a=b"}, {"cookie": "__Host-visitor=1"}, {HEADER: "x"}):
+        assert send(1, "7.7.7.7", **stranger) == 403
+    assert SPACE.uploaded_bytes == 4 * SPACE.file_bytes
+
+
+def test_only_a_pages_own_browser_cancels_what_it_asked_for(tmp_path: Path, apart: None) -> None:
+    client = entered(tmp_path)
+    mine, other = {"cookie": f"visitor={ANN}"}, {"cookie": f"visitor={BOB}"}
+    assert client.get("/gradio_api/queue/data?session_hash=abc", headers=mine).status_code == 200
+
+    def cancel(body: Any, who: dict[str, str]) -> int:
+        return client.post("/gradio_api/cancel", json=body, headers=who).status_code
+
+    hers = {"session_hash": "abc", "fn_index": 1, "event_id": "e"}
+    assert [cancel(hers, who) for who in (mine, other, {}, mine)] == [200, 404, 404, 200]
+    for body in ({}, [], "abc", {"session_hash": ["abc"]}, {"session_hash": None}, [["["] * 100]):
+        assert cancel(body, mine) == 404
+    assert cancel({**hers, "more": "x" * 5000}, mine) == 413
+
+
+def test_a_body_that_the_door_has_read_is_there_for_who_comes_after(app: Any, apart: None) -> None:
+    client = TestClient(app, base_url=HOME)
+    body = {"session_hash": "p1", "fn_index": 1, "event_id": "e"}
+    answer = client.post("/gradio_api/cancel", json=body, headers={"cookie": f"visitor={ANN}"})
+    assert answer.status_code == 200 and answer.json() == {"success": True}
 
 
 def test_one_visitor_does_not_fill_the_queue_of_all(tmp_path: Path) -> None:
@@ -362,6 +441,20 @@ def test_one_visitor_does_not_fill_the_queue_of_all(tmp_path: Path) -> None:
     assert refused.status_code == 429 and "4 of your calls" in refused.json()["detail"]
     free = entered(tmp_path, replace(LAPTOP, calls_waiting=5), waiting={"testclient": 4})
     assert free.post("/gradio_api/queue/join", content=b"{}").status_code == 200
+
+
+def test_where_visitors_are_told_apart_they_borrow_nothing_of_the_machine(
+    apart: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = limits_here()
+    assert not here.local_paths and not here.host_login and here.known_architectures
+    assert (here.calls_a_minute, here.starts_a_minute) == (SPACE.calls_a_minute, SPACE.starts_a_minute)
+    assert (here.calls_waiting, here.call_bytes) == (SPACE.calls_waiting, SPACE.call_bytes)
+    monkeypatch.setenv("SPACE_ID", "a/b")
+    assert limits_here() is SPACE and not SPACE.host_login
+    monkeypatch.delenv("SPACE_ID")
+    monkeypatch.delenv("LORA_STUDIO_VISITORS")
+    assert limits_here() is LAPTOP and LAPTOP.host_login
 
 
 def test_starts_are_counted_for_the_owner_and_for_the_address(tmp_path: Path) -> None:
@@ -380,6 +473,17 @@ def test_starts_are_counted_for_the_owner_and_for_the_address(tmp_path: Path) ->
         start(secret="c3" * 16)  # a fresh cookie does not help
     start(secret="c3" * 16, at="4.4.4.4")
     ReadyDesk(Studio(tmp_path / "laptop")).of(None).may_start()
+
+
+def test_what_is_resumed_counts_as_a_start(tmp_path: Path) -> None:
+    desk = ReadyDesk(Studio(tmp_path, replace(LAPTOP, starts_a_minute=1)), visitors=True)
+    blocks = build(desk).blocks.values()
+    found = [each for one in blocks for each in getattr(one, "server_fns", []) if each.__name__ == "resume"]
+    assert len(found) == 2  # of a run and of a study
+    for number, resume in enumerate(found):
+        visitor = asking(came(f"{number}" * 32, at=f"{number}.1.1.1"))
+        said = [resume(visitor, {"run": "0" * 32, "study": "1" * 32})["problem"] for _ in range(2)]
+        assert "More than 1 runs" not in said[0] and "More than 1 runs" in said[1]
 
 
 # ---- as whom --------------------------------------------------------------------------------------------------------
@@ -405,6 +509,56 @@ def test_an_operator_is_an_account_that_is_named(as_space: None, monkeypatch: py
     monkeypatch.setenv("SPACE_AUTHOR_NAME", "")
     monkeypatch.setenv("LORA_STUDIO_OPERATORS", "")
     assert visitor_of(came(account="1", name="")).operator == ""
+
+
+SIGNS_IN = """
+import json, sys
+from starlette.testclient import TestClient
+from lora_studio import door
+from lora_studio.limits import SPACE
+from lora_studio.studio import Studio
+from lora_studio.ui import live, style
+from lora_studio.ui.build import build
+from lora_studio.ui.desk import Desk
+desk = Desk(Studio(sys.argv[1]), visitors=True)
+assert desk.limits is SPACE
+routes = door.routes(desk.downloads, live.PLOTLY)
+app = door.behind(build(desk), door.place("0.0.0.0", 7860), SPACE, desk.pages, routes, style.looks(SPACE))
+client = TestClient(app, base_url="https://a-b.hf.space", follow_redirects=False)
+found = client.get("/login/huggingface")
+print(json.dumps([client.get("/").status_code, found.status_code, found.headers["location"]]))
+"""
+
+
+def test_on_a_space_one_can_sign_in(tmp_path: Path) -> None:
+    class Provider(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            about = {"issuer": self.path, "authorization_endpoint": "https://hub.example/oauth/authorize"}
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(about).encode())
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Provider) as provider:
+        threading.Thread(target=provider.serve_forever, args=(0.02,), daemon=True).start()
+        told = {"SYSTEM": "spaces", "SPACE_ID": "a/b", "SPACE_HOST": "a-b.hf.space", "NO_PROXY": "127.0.0.1"}
+        told |= {"OAUTH_CLIENT_ID": "client-7", "OAUTH_CLIENT_SECRET": "s", "OAUTH_SCOPES": "openid write-repos"}
+        told |= {"OPENID_PROVIDER_URL": f"http://127.0.0.1:{provider.server_port}"}
+        told |= {"GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
+        command = [sys.executable, "-c", SIGNS_IN, str(tmp_path)]
+        done = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, check=False)
+        provider.shutdown()
+    assert done.returncode == 0, done.stderr[-2000:]
+    page, status, goes_to = json.loads(done.stdout.splitlines()[-1])
+    assert page == 200 and status in (302, 307), goes_to
+    assert goes_to.startswith("https://hub.example/oauth/authorize?")
+    assert "client_id=client-7" in goes_to and "write-repos" in goes_to and "a-b.hf.space" in goes_to
+
+
+def test_a_space_of_this_repository_asks_the_hub_to_sign_people_in() -> None:
+    front = (Path(__file__).parents[1] / "README.md").read_text().split("---")[1]
+    assert "hf_oauth: true" in front and "write-repos" in front
+    for package in ("authlib", "itsdangerous"):  # without which Gradio does not build the page then
+        assert importlib.util.find_spec(package)
 
 
 def test_on_a_laptop_there_is_no_cookie_and_one_owner(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import random
 import socket
 import subprocess
 import sys
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -452,6 +454,51 @@ def test_what_the_hub_refuses_has_a_code_each(hub_answers):
 
 def test_nobody_but_the_endpoint_is_ever_looked_up(hub_answers):
     assert hub_answers["hosts"] == ["127.0.0.1"]
+
+
+def test_a_readme_leads_to_no_file_and_no_host_outside_its_dataset(tmp_path):
+    asked, stolen = [], tmp_path / "stolen.jsonl"
+    stolen.write_text('{"question": "zebra-4711", "answer": "a"}\n')
+    with socket.create_server(("127.0.0.1", 0)) as near:
+        port = near.getsockname()[1]
+
+        def listen() -> None:
+            with suppress(OSError):
+                while True:
+                    near.accept()[0].close()
+                    asked.append("somebody came")
+
+        named = {
+            "path": f"{stolen}",
+            "all": f"{tmp_path}/**",
+            "file": f"file://{stolen}",
+            "local": f"local://{stolen}",
+            "up": "../../../stolen.jsonl",
+            "http": f"http://127.0.0.1:{port}/a.jsonl",
+            "webhdfs": f"webhdfs://127.0.0.1:{port}/a.jsonl",
+            "ftp": f"ftp://127.0.0.1:{port}/a.jsonl",
+            "zip": f"zip://a.jsonl::http://127.0.0.1:{port}/a.zip",
+            "behind": f"a b::ftp://127.0.0.1:{port}/a.jsonl",
+            "other": "hf://datasets/org/plain/train.csv",
+        }
+        repos = {f"org/{name}": tmp_path / "repos" / name for name in named} | {
+            "org/plain": tmp_path / "repos" / "plain"
+        }
+        for folder in repos.values():
+            folder.mkdir(parents=True)
+            written(folder / "train.csv")
+        for name, pattern in named.items():
+            about = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": pattern}]}]}
+            (tmp_path / "repos" / name / "README.md").write_text(f"---\n{json.dumps(about)}\n---\n")
+        threading.Thread(target=listen, daemon=True).start()
+        with FakeHub(datasets=repos) as hub:
+            told = in_fresh_process(hub.environment(tmp_path / "home"), tmp_path, [{"repo": one} for one in repos])
+    answers = dict(zip(repos, told["answers"], strict=True))
+    assert answers.pop("org/plain")[0] == 2
+    assert {name: answer[0] for name, answer in answers.items()} == dict.fromkeys(
+        (f"org/{name}" for name in named), "E_HUB_DATA"
+    ) | {"org/up": "E_OFFLINE"}
+    assert asked == [] and "zebra" not in json.dumps(told)
 
 
 def test_a_dataset_of_the_hub_is_decoded_in_the_sandbox(tmp_path):

@@ -7,7 +7,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -136,10 +138,10 @@ for name in sys.argv[2:]:
 """
 
 
-def fetch(root: Path, environment: dict[str, str], *names: str) -> list[str]:
+def fetch(root: Path, environment: dict[str, str], *names: str, script: str = FETCH) -> list[str]:
     """A fresh process, because the Hub's client reads its address when it is imported."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "LORA_STUDIO"))}
-    command = [sys.executable, "-c", FETCH, str(root), *names]
+    command = [sys.executable, "-c", script, str(root), *names]
     done = subprocess.run(command, env=kept | environment, capture_output=True, text=True, timeout=120, check=True)
     return done.stdout.splitlines()
 
@@ -157,6 +159,35 @@ def test_a_hub_model_is_fetched_once_and_then_needs_no_network(tiny: Path, tmp_p
     assert offline == [lines[0], "some/other E_OFFLINE"]
 
 
+def test_nobody_borrows_the_login_of_the_machine(tiny: Path, tmp_path: Path) -> None:
+    repos = {"some/tiny": tiny, "some/private": tiny}
+    with FakeHub(models=repos, private={"some/private"}) as hub:
+        environment = hub.environment(tmp_path / "home") | {"HF_TOKEN": "hf_" + "a1B2" * 8}
+        strict = environment | {"LIMITS": '{"host_login": false}'}
+        (mine,) = fetch(tmp_path, environment, "some/private")
+        assert mine.endswith("True") and hub.logins
+        hub.logins.clear()
+        lines = fetch(tmp_path, strict, "some/private", "some/tiny")
+        assert lines[0] == "some/private E_MODEL_NOT_FOUND" and lines[1].startswith("some/tiny 3")
+        assert hub.logins == []
+    assert fetch(tmp_path, strict, "some/private", "some/tiny") == ["some/private E_OFFLINE", lines[1]]
+    assert fetch(tmp_path, environment, "some/private") == [mine]
+
+
+def test_of_what_the_machine_has_fetched_strangers_see_the_open_models_of_the_catalogue(
+    tiny: Path, tmp_path: Path
+) -> None:
+    for name in ("gpt2", "gemma-3-1b"):
+        repo = tmp_path / "models" / "hub" / f"models--{CATALOGUE[name].repo.replace('/', '--')}"
+        shutil.copytree(tiny, repo / "snapshots" / ("a" * 40))
+        (repo / "refs").mkdir()
+        (repo / "refs" / "main").write_text("a" * 40)
+    own, strict = ModelLibrary(tmp_path), ModelLibrary(tmp_path, SPACE)
+    asked = ("gpt2", "gemma-3-1b", CATALOGUE["gemma-3-1b"].repo)
+    assert [own.present(name) for name in asked] == [True, True, True]
+    assert [strict.present(name) for name in asked] == [True, False, False]
+
+
 def test_what_is_too_large_is_found_out_before_its_weights_are_asked_for(tiny: Path, tmp_path: Path) -> None:
     with FakeHub(models={"some/tiny": tiny}) as hub:
         environment = hub.environment(tmp_path / "home") | {"LIMITS": '{"parameters": 1000}'}
@@ -168,10 +199,91 @@ def test_what_is_too_large_is_found_out_before_its_weights_are_asked_for(tiny: P
 def test_a_repository_is_not_fetched_when_its_files_are_too_large_for_a_model_or_for_the_disk(tmp_path: Path) -> None:
     small, full = (ModelLibrary(tmp_path, limits) for limits in (Limits(parameters=1000), Limits(reserve_bytes=2**60)))
     small._check_room("a/b", {"config.json": 1000, "model.safetensors": 4000, "pytorch_model.bin": 2**50})
-    for models, size, code in ((small, 2**30, "E_TOO_LARGE"), (full, 1, "E_DISK")):
+    weights, words, any_size = "model-00001-of-00002.safetensors", "vocab.json", ModelLibrary(tmp_path)
+    beside = {words: module.SMALL_BYTES, "deep/notes.txt": 1}
+    for models, sizes, code in (
+        (small, {weights: 2**30}, "E_TOO_LARGE"),
+        (full, {weights: 1}, "E_DISK"),
+        (full, {words: 1}, "E_DISK"),
+        (any_size, beside, "E_TOO_LARGE"),
+    ):
         with pytest.raises(StudioError) as caught:
-            models._check_room("a/b", {"model-00001-of-00002.safetensors": size})
+            models._check_room("a/b", sizes)
         assert caught.value.code == code and caught.value.hint
+
+
+def test_small_files_are_fetched_only_where_there_is_room(tiny: Path, tmp_path: Path) -> None:
+    """Plans and tokenizers need no weights; what they do need is looked at all the same."""
+    with FakeHub(models={"some/tiny": tiny}) as hub:
+        full = hub.environment(tmp_path / "home") | {"LIMITS": f'{{"reserve_bytes": {2**60}}}'}
+        assert fetch(tmp_path, full, "some/tiny") == ["some/tiny E_DISK"]
+        assert not [request for request in hub.requests if "resolve" in request]
+
+
+PINNED = """
+import sys
+from pathlib import Path
+from lora_studio.errors import StudioError
+from lora_studio.models import ModelLibrary
+for name, revision in zip(sys.argv[2::2], sys.argv[3::2]):
+    models = ModelLibrary(Path(sys.argv[1]))
+    models.pin(name, revision)
+    try:
+        print(models.fetch(name).name)
+    except StudioError as error:
+        print(error.code)
+"""
+
+
+def test_a_run_gets_the_revision_that_it_was_planned_with_or_is_told(tiny: Path, tmp_path: Path) -> None:
+    moving = tmp_path / "moving"
+    shutil.copytree(tiny, moving)
+    with FakeHub(models={"some/moving": moving}) as hub:
+        environment = hub.environment(tmp_path / "home")
+        fetch(tmp_path, environment, "some/moving")
+        (kept,) = (tmp_path / "models" / "hub" / "models--some--moving" / "snapshots").iterdir()
+        (moving / "notes.txt").write_text("a new commit")
+        fetch(tmp_path / "later", environment, "some/moving")
+        (later,) = (tmp_path / "later" / "models" / "hub" / "models--some--moving" / "snapshots").iterdir()
+        folder, other = str(tiny), module._revision(tiny)
+        asked = ["some/moving", kept.name, "some/moving", later.name, "some/moving", "f" * 40]
+        asked += [folder, other, folder, "0" * 12]
+        found = fetch(tmp_path, environment, *asked, script=PINNED)
+        assert kept.name != later.name
+        assert found == [kept.name, later.name, "E_CHANGED", tiny.name, "E_CHANGED"]
+        assert fetch(tmp_path, environment, "some/moving")[0].endswith("True")
+
+
+def test_models_that_nobody_uses_make_room_for_others(tmp_path: Path) -> None:
+    models = ModelLibrary(tmp_path, replace(SPACE, models_bytes=2500))
+    names = ["some/old", "some/newer", "some/used", "openai-community/gpt2", "some/coming"]
+    for age, name in enumerate(reversed(names)):
+        folder = models._fetched / module._cache_name(name) / "blobs"
+        folder.mkdir(parents=True)
+        (folder / "weights").write_bytes(b"x" * 1000)
+        (folder.parent / "snapshots").mkdir()
+        (folder.parent / "snapshots" / "weights").symlink_to(folder / "weights")
+        stamp = time.time() - (module.IN_USE_S + age * 60 if name != "some/used" else 60)
+        os.utime(folder.parent, (stamp, stamp))
+
+    def left() -> set[str]:
+        return {name for name in names if (models._fetched / module._cache_name(name)).exists()}
+
+    models._make_room("some/coming")
+    assert left() == {*names} - {"some/old"}
+    models._limits = replace(SPACE, models_bytes=0)
+    models._make_room("some/coming")
+    assert left() == {"some/used", "openai-community/gpt2", "some/coming"}
+
+
+def test_a_model_that_is_asked_for_is_in_use(tiny: Path, tmp_path: Path) -> None:
+    models = ModelLibrary(tmp_path, SPACE)
+    repo = models._fetched / module._cache_name("some/tiny")
+    shutil.copytree(tiny, repo / "snapshots" / ("a" * 40))
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("a" * 40)
+    os.utime(repo, (1, 1))
+    assert models.fetch("some/tiny").name == "a" * 40 and repo.stat().st_mtime > time.time() - 600
 
 
 def test_where_strangers_are_no_folder_is_opened_and_no_unknown_architecture(

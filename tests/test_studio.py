@@ -1,16 +1,20 @@
 """The one object that page, command line and tests hold."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lora_studio.core.spec import BaselineSpec, LoraSpec
 from lora_studio.errors import StudioError
+from lora_studio.limits import LAPTOP
 from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio, default_root
 from tests.tiny import tiny_encoder
+from tests.visits import trained
 
 
 @pytest.fixture
@@ -103,3 +107,35 @@ def test_the_root_is_one_folder_given_by_the_environment(monkeypatch: pytest.Mon
     assert studio.root == default_root() == tmp_path / "here"
     folders = (studio.models.folder, studio.data.folder, studio.runs.folder)
     assert all(folder.is_relative_to(tmp_path / "here") for folder in folders)
+
+
+def test_rows_of_many_visitors_are_kept_where_they_are_small_and_in_one_place_where_they_are_large(
+    tmp_path: Path, tiny: Path
+) -> None:
+    studio = Studio(tmp_path, replace(LAPTOP, rows_at_hand=2000))
+    visitors = [studio.of(f"{number}" * 32) for number in range(3)]
+    for size, shared in ((1, False), (500, True)):
+        text = "\n".join(json.dumps({"question": "q" * size, "answer": f"a{n}"}) for n in range(9))
+        choices = [DataChoice(id=one.data.add_text(text).id) for one in visitors]
+        assert len({choice.id for choice in choices}) == 1  # the same rows have the same id, whosoever they are
+        for one, choice in zip(visitors, choices, strict=True):
+            first = one._examples(choice)
+            assert first is one._examples(choice) and len(first[0]) == 9
+            assert (one._kept._read[1] is first) == shared and (one._read[1] is first) != shared
+    visitors[2].data.delete(choices[2].id)
+    with pytest.raises(StudioError):
+        visitors[2]._examples(choices[2])
+    assert visitors[1]._examples(choices[1])[0]
+
+
+def test_an_export_leaves_the_reserve_free(tmp_path: Path, tiny: Path) -> None:
+    studio = Studio(tmp_path)
+    choice = DataChoice(id=studio.data.add_text("question,answer\nq,a\nr,b\n").id)
+    run = trained(studio, tiny, choice, "one")
+    assert studio.archive(run.id).files
+    studio.limits = replace(LAPTOP, reserve_bytes=2**60)
+    shutil.rmtree(studio.exports)
+    for merged in (False, True):
+        with pytest.raises(StudioError) as caught:
+            studio.archive(run.id, merged=merged)
+        assert caught.value.code == "E_DISK" and not studio.exports.exists()

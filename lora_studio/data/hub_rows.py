@@ -13,6 +13,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 from datasets import config as client
+from datasets import data_files
 from datasets.exceptions import DatasetsError
 from huggingface_hub import errors
 
@@ -20,6 +21,19 @@ from lora_studio.errors import StudioError, quote
 
 client.STREAMING_READ_MAX_RETRIES = client.STREAMING_OPEN_MAX_RETRIES = 3  # its own default waits for minutes
 client.USE_PARQUET_EXPORT = client.HF_UPDATE_DOWNLOAD_COUNTS = False  # talk to the Hub and to nobody else
+
+_resolve = data_files.resolve_pattern
+
+
+def _resolve_own(pattern: str, base_path: str, *given: Any, **more: Any) -> list[str]:
+    """The files of a pattern in a dataset's README; the client looks for one elsewhere before it refuses it."""
+    if "::" in pattern or not (data_files.is_relative_path(pattern) or pattern.startswith("hf://datasets/")):
+        message = f"The dataset's README names files that are not in it: {quote(pattern, 60)}."
+        raise StudioError("E_HUB_DATA", message, "Download its files and give one of them.")
+    return _resolve(pattern, base_path, *given, **more)
+
+
+data_files.resolve_pattern = _resolve_own
 
 
 def fetch(

@@ -109,10 +109,10 @@ class DataLibrary:
     ) -> Dataset:
         """Keep the first rows of a dataset on the Hugging Face Hub as JSON lines.
 
-        token: None for the login of this machine, False for no login at all; on a Space, where the machine's login is
-        the host's, nobody else borrows it.
+        token: None for the login of this machine, False for no login at all; where strangers come, they do not borrow
+        the host's.
         """
-        if token is None and os.environ.get("SPACE_ID"):
+        if token is None and not self.limits.host_login:
             token = False
         if not is_hub_id(repo):
             raise StudioError("E_HUB_ID", f"{quote(repo)} is no dataset id.", "Write owner/name as on huggingface.co.")
@@ -168,6 +168,12 @@ class DataLibrary:
                 self._parse(dataset.path, dataset.path.name, folder / ROWS)
                 (folder / ROWS).replace(rows)
         return _opened(rows, dataset)
+
+    def bytes_of(self, id: str) -> int:
+        """How large the rows of a dataset are, as they lie on the disk."""
+        path = self.get(id).path
+        rows = path.with_name(ROWS)
+        return (rows if rows.is_file() else path).stat().st_size
 
     def mapping(self, dataset: Dataset, format: str = "") -> dict[str, str]:
         """{role: column} as guessed with the dataset, or for another format."""

@@ -10,11 +10,14 @@ sandbox only; a worker, a process of its own, reads by itself, with a clock set 
 This file does not know where rows come from, what is cut off, or how a model is trained.
 """
 
-import os
+import json
+import math
 import re
 import signal
 import sys
 import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +37,8 @@ TEMPLATE_S = 4  # for one rendering in a worker
 BATCH_LENGTH = 100_000  # characters that are read in one call
 CPU_S, CHARACTERS_A_SECOND = 2.0, 250_000  # of work in one call: so much, and more for more text
 WAITING_S = 20  # that a busy machine may add to it
+GROWTH = 64  # times as long as its tokens, at most, a decoder may make a text
+READ_TOO = (".json", ".jinja", ".model", ".txt")  # beside weights, in a model's folder
 LOADING = Bounds(wall_s=60, cpu_s=30, memory=GIB, on_top=True)
 
 
@@ -59,10 +64,11 @@ class Guarded:
     """A tokenizer whose folder is a stranger's: what it does to text it does in the sandbox.
 
     Its facts (marks, names of tokens) and the way back from ids to text are at hand; calling it is not.
+    most_s: of a processor, that one reading may take in all.
     """
 
-    def __init__(self, tokenizer: Any, folder: Path) -> None:
-        vars(self).update(own=tokenizer, folder=folder)
+    def __init__(self, tokenizer: Any, folder: Path, most_s: float = math.inf) -> None:
+        vars(self).update(own=tokenizer, folder=folder, most_s=most_s)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(vars(self)["own"], name)
@@ -72,6 +78,15 @@ class Guarded:
 
     def __len__(self) -> int:
         return len(self.own)
+
+    def decode(self, *ids: Any, **options: Any) -> Any:
+        """As the tokenizer's own; E_TOKENIZER where it gives up, which is no Exception."""
+        try:
+            return self.own.decode(*ids, **options)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of a library in Rust
+                raise
+            raise StudioError("E_TOKENIZER", "The model's tokenizer cannot write its tokens.", "Try another.") from None
 
     def __call__(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("a guarded tokenizer reads through lora_studio.data.words")
@@ -83,6 +98,26 @@ def check(folder: Path) -> None:
         _READER.call(f"{__name__}:load", str(folder), _version(folder), bounds=LOADING)
     except StudioError as error:
         raise StudioError("E_TOKENIZER", error.message, "Choose another model.") from None
+
+
+def check_decoder(tokenizer: Any) -> None:
+    """E_TOKENIZER for one whose way back from ids to text, which goes on in the app, may cost what it likes."""
+    decoder, growth = tokenizer.backend_tokenizer.decoder, 1
+    for part in _objects(json.loads(decoder.__getstate__()) if decoder else {}):
+        if "Regex" in part:
+            message = f"The tokenizer's decoder looks for the expression {quote(part['Regex'], 40)}."
+            raise StudioError("E_TOKENIZER", message, "Such tokenizers are not used; choose another model.")
+        growth *= 1 + len(part.get("content", "")) if part.get("type") == "Replace" else 1
+    if growth > GROWTH:
+        message = f"The tokenizer's decoder could make a text {growth:,} times as long."
+        raise StudioError("E_TOKENIZER", message, "Such tokenizers are not used; choose another model.")
+
+
+def _objects(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _objects(inner)
 
 
 def read_rows(tokenizer: Any, examples: Sequence[Example], *, texts: bool = False) -> list[Reading]:
@@ -134,19 +169,23 @@ def _ask(tokenizer: Any, what: str, items: list[Any]) -> list[Any]:
     if not isinstance(tokenizer, Guarded):
         return _read(tokenizer, what, items)
     folder, version = str(tokenizer.folder), _version(tokenizer.folder)
-    found = []
+    found, left_s = [], tokenizer.most_s
     for batch, length in _batches(items):
-        spent = CPU_S + length / CHARACTERS_A_SECOND
+        spent = min(CPU_S + length / CHARACTERS_A_SECOND, left_s)
         try:
+            if left_s <= 0:  # all visitors wait for one reader
+                raise StudioError("E_READING_LIMIT", f"Reading took more than {tokenizer.most_s:.3g} s of work.")
             _READER.call(f"{__name__}:load", folder, version, bounds=LOADING)
             bounds = Bounds(wall_s=WAITING_S + spent, cpu_s=spent, memory=GIB // 2, on_top=True)
-            found += _READER.call(f"{__name__}:answer", folder, version, what, batch, bounds=bounds)
+            read, took_s = _READER.call(f"{__name__}:answer", folder, version, what, batch, bounds=bounds)
+            found += read
+            left_s -= took_s
         except StudioError as error:
             if error.code not in ("E_READING_LIMIT", "E_READING"):
                 raise
             code, which = ("E_TEMPLATE", "chat template") if tokenizer.chat_template else ("E_TOKENIZER", "tokenizer")
             message = f"The model's {which} does not come to an end or takes too much memory: {error.message}"
-            raise StudioError(code, message, "Try another model, or shorter rows.") from None
+            raise StudioError(code, message, "Try another model, or shorter or fewer rows.") from None
     return found
 
 
@@ -169,9 +208,10 @@ def load(folder: str, version: int) -> bool:
     return _loaded(folder, version) is not None
 
 
-def answer(folder: str, version: int, what: str, items: list[Any]) -> list[Any]:
-    """In the sandbox: read these items with the tokenizer of a folder."""
-    return _read(_loaded(folder, version), what, items)
+def answer(folder: str, version: int, what: str, items: list[Any]) -> tuple[list[Any], float]:
+    """In the sandbox: read these items with the tokenizer of a folder; and the work of it, in seconds."""
+    begun = time.process_time()
+    return _read(_loaded(folder, version), what, items), time.process_time() - begun
 
 
 @lru_cache(maxsize=4)
@@ -191,7 +231,9 @@ def _loaded(folder: str, version: int) -> Any:
 
 def _version(folder: Path) -> int:
     """A number that changes with the files of a tokenizer."""
-    return max((os.stat(path).st_mtime_ns for path in folder.glob("*token*")), default=0)
+    files = sorted(path for path in folder.iterdir() if path.suffix in READ_TOO and path.is_file())
+    stamps = [(path.name, path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    return zlib.crc32(repr(stamps).encode())
 
 
 _READER = Sandbox()  # one for the process: a tokenizer takes a second to load

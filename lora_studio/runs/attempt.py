@@ -54,6 +54,7 @@ class Attempt:
         self.owner: str = record.get("owner", NOBODY)
         self.labels: Sequence[str] = record["facts"].get("labels", ())
         self.base_name = record["facts"].get("repo") or self.config.model  # which a loader of the adapter looks for
+        self.revision: str = record["facts"].get("revision", "")  # of the base; empty where it was not looked up
         self._checkpoint_bytes = checkpoint_bytes(record["facts"])
         self.number = 1 + len(earlier_logs(path))
         self.ended = False

@@ -106,7 +106,9 @@ def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
         for warning in warnings if attempt.number == 1 else ():
             attempt.append(Warned(step=0, code="W_DATA", message=warning))
     train, heldout = split(examples, config.train.holdout, config.train.seed)
-    models, on = ModelLibrary(root), device()
+    models, on = ModelLibrary(root, limits_here()), device()
+    if first.revision:
+        models.pin(config.model, first.revision)
     precision = base_precision(config.method, config.train.precision, on)
 
     def say(message: str) -> None:

@@ -74,7 +74,7 @@ class Desk:
         """Count one start of training. Raises E_TOO_MANY, when the visitor has had as many within a minute."""
         for client in {self._who.owner or "", self._who.address} if self._who else ():
             if wait := self._starts.wait_s(client):
-                message = f"More than {self._starts.a_minute:.0f} runs were started within a minute."
+                message = f"More than {self._starts.most:.0f} runs were started within a minute."
                 raise StudioError("E_TOO_MANY", message, f"Wait {wait:.0f} s.")
 
     def hand_out(self, path: Path) -> str:

@@ -54,6 +54,7 @@ def build(desk: Desk) -> gr.HTML:
         return pause_run(desk.studio, ask)
 
     def resume(desk: Desk, ask: dict) -> dict:
+        desk.may_start()
         return resume_run(desk.studio, ask)
 
     def restart(desk: Desk, ask: dict) -> dict:

@@ -88,6 +88,7 @@ def _view(desk: Desk) -> gr.HTML:
         return live.stop_run(desk.studio, ask)
 
     def resume(desk: Desk, ask: dict) -> dict:
+        desk.may_start()
         return resume_all(desk.studio, ask)
 
     return gr.HTML(

@@ -177,6 +177,30 @@ every(
     },
 )
 every(
+    "M11",
+    "E_CONFIG",
+    {
+        name: lambda b, wrong=wrong: b.load(b.model(**wrong))
+        for name, wrong in {
+            "3,000,000 labels": {"num_labels": 3_000_000},
+            "a label too many": {"num_labels": 1001},
+            "names for 2,000 labels": {"id2label": dict.fromkeys(map(str, range(2000)), "x")},
+            "numbers for 2,000 labels": {"label2id": {f"x{number}": number for number in range(2000)}},
+            "10**9 layers in a pattern": {
+                "model_type": "gpt_neo",
+                "attention_types": [[["global", "local"], 10**9]],
+                "num_layers": 2,
+            },
+            "a pattern of patterns": {"model_type": "gpt_neo", "attention_types": [[["global"] * 300, 3]]},
+            "a pattern of no number": {"model_type": "gpt_neo", "attention_types": [[["global"], "9" * 9]]},
+            "the same inside": {"text_config": {"num_labels": 10**6}},
+            "a list of 5,000": {"layer_types": ["full_attention"] * 5000},
+            "a list inside a list": {"anything": [{"long_factor": [1.0] * 5000}]},
+            "a number of 11 digits": {"anything": 10**10},
+        }.items()
+    },
+)
+every(
     "M12",
     "E_CONFIG",
     {
@@ -316,6 +340,41 @@ every(
         "of no model": lambda b: without_tokenizer(b, '{"version": "1.0"}'),
         "more words than the model has": lambda b: (b.model(vocab_size=100), tokens(b)),
     },
+)
+
+
+def with_decoder(bench: Bench, *decoders: dict[str, Any]) -> Any:
+    about = json.loads((bench.tiny / "tokenizer.json").read_text())
+    about["decoder"] = {"type": "Sequence", "decoders": [*decoders, {"type": "Fuse"}]}
+    return without_tokenizer(bench, json.dumps(about))
+
+
+SPACES = {"type": "Strip", "content": "a", "start": 2, "stop": 2}
+every(
+    "M19",
+    "E_TOKENIZER",
+    {
+        "an expression in its decoder": lambda b: with_decoder(
+            b, {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": ""}
+        ),
+        "the same one deeper": lambda b: with_decoder(
+            b, {"type": "Sequence", "decoders": [{"type": "Replace", "pattern": {"Regex": "a"}, "content": ""}]}
+        ),
+        "a decoder that doubles 60 times": lambda b: with_decoder(
+            b, *[{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 60
+        ),
+        "a decoder that gives up": lambda b: (
+            (words := with_decoder(b, SPACES)).decode([words.own.convert_tokens_to_ids("a")]) or words
+        ),
+    },
+)
+bad("M19", "the decoder of a Llama", "ok")(
+    lambda b: with_decoder(
+        b,
+        {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+    ).decode([9, 10])
 )
 bad("M20", "no chat template", "ok")(lambda b: b.template(""))
 every(
