@@ -133,7 +133,8 @@ def test_a_worker_that_the_system_ends_saves_and_leaves_a_run_that_goes_on(studi
     list(studio.follow(run.id, interval_s=0.02))
     ended = studio.runs.get(run.id)
     assert ended.status == "stopped" and ended.has_adapter
-    steps = [one["step"] for one in studio.runs.events(run.id) if "train_loss" in one.get("values", {})]
+    metrics = [one for one in studio.runs.events(run.id) if one["type"] == "Metric"]
+    steps = [one["step"] for one in metrics if "train_loss" in one["values"]]
     assert steps == [*range(1, ended.step + 1)], "a step is missing or was taken twice"
 
 
