@@ -107,11 +107,15 @@ def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
     seen_by = [data.choice, train.model, settings["max_length"], settings["holdout"], settings["seed"], train.task]
     changed = [data.choice.change, train.model.change, settings["max_length"].change, train.task.change]
     changed += [settings["holdout"].change]
-    gr.on(changed, desk.mine(data_tab.inspect), seen_by, [data.understood, data.pager], **LATEST)
+    gr.on(changed, desk.mine(data_tab.inspect), seen_by, data.seen, **LATEST)
+    tried = [data.choice, data.limit, *seen_by[1:]]
+    data.limit.input(desk.mine(data_tab.try_limit), tried, data.costs, **LATEST)
+    data.use_limit.click(data_tab.use_limit, data.limit, settings["max_length"], **QUICK)
     shown = [data.choice, data.row, train.model, settings["max_length"], train.task]
     show_row = desk.mine(data_tab.show_row)
     changed = [data.choice.change, train.model.change, settings["max_length"].change, train.task.change]
     gr.on(changed, show_row, shown, data.preview, **LATEST)
+    data.row.input(show_row, shown, data.preview, **LATEST)
     for button, by in ((data.back, -1), (data.on, 1)):
         turned = button.click(desk.mine(data_tab.turn, by), [data.choice, data.row], data.row, **QUICK)
         turned.then(show_row, shown, data.preview, **LATEST)
