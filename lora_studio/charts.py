@@ -190,9 +190,8 @@ def token_lengths(told: Mapping[str, Mapping[str, Any]]) -> go.Figure:
 
     told: data.health.Health.as_json["histograms"]; the last bar of a panel has everything longer too.
     """
-    figure = make_subplots(
-        len(told), 1, shared_xaxes=True, vertical_spacing=0.2, subplot_titles=[name.capitalize() for name in told]
-    )
+    names = [name.capitalize() for name in told]
+    figure = make_subplots(len(told), 1, shared_xaxes=True, vertical_spacing=0.2, subplot_titles=names)
     figure.update_annotations(x=0, xanchor="left", font_size=12)
     for place, (name, one) in enumerate(told.items(), start=1):
         width, counts = one["width"], one["counts"]

@@ -30,11 +30,8 @@ def test_inspection_follows_the_choice_the_model_and_the_limit(studio: Studio, r
     assert (seen.health.rows, seen.health.train, seen.health.heldout, seen.lengths.cut) == (20, 18, 2, 0)
     assert seen == studio.inspect(rows, str(tiny))
     cut = studio.inspect(rows, str(tiny), TrainConfig(max_length=20, holdout=0.0))
-    assert (
-        cut.lengths.cut > 0
-        and cut.health.heldout == 0
-        and any("cut at 20 tokens" in warning for warning in cut.warnings)
-    )
+    assert cut.lengths.cut > 0 and cut.health.heldout == 0
+    assert any("cut at 20 tokens" in warning for warning in cut.warnings)
     other = studio.inspect(DataChoice(id=rows.id, columns={"prompt": "note", "completion": "question"}), str(tiny))
     assert other.lengths.supervised == seen.lengths.supervised and other.lengths.total != seen.lengths.total
     text = studio.inspect(DataChoice(id=rows.id, format="text", columns={"text": "note"}), str(tiny))

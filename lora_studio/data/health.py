@@ -81,9 +81,9 @@ class Health:
                 return Verdict("look", found)
         cut = self.cut(lengths)
         repeated = _count(self.duplicates, "duplicate") if self.duplicates else "no duplicates"
-        whole = f"{_count(cut, NAMES[self.kind])} cut at {limit:,} tokens"
-        whole = whole if cut else f"nothing is cut at {limit:,} tokens"
-        return Verdict("fit", f"Fit to train on: {_count(self.rows, 'row')}, {repeated}, {whole}.")
+        shortened = f"{_count(cut, NAMES[self.kind])} cut" if cut else "nothing is cut"
+        said = f"{_count(self.rows, 'row')}, {repeated}, {shortened} at {limit:,} tokens"
+        return Verdict("fit", f"Fit to train on: {said}.")
 
     def learnt(self, limit: int) -> str:
         """What will be trained, in words."""
@@ -92,20 +92,21 @@ class Health:
             return f"Learnt is the label of each text; its {lengths.total:,} tokens are only read."
         if self.kind == "documents":
             said = f"All tokens of each document are learnt, {lengths.supervised:,} in all; each is one row."
-            cut = (
-                f"{_count(lengths.cut, 'document')} {'is' if lengths.cut == 1 else 'are'} longer than {limit:,} tokens"
-            )
-            cut += f" and cut there: {lengths.lost:,} tokens are not trained, and not continued in another row."
-            return f"{said} {cut}" if lengths.cut else f"{said} None is longer than {limit:,} tokens."
+            if not lengths.cut:
+                return f"{said} None is longer than {limit:,} tokens."
+            longer = f"{_count(lengths.cut, 'document')} {_are(lengths.cut)} longer than {limit:,} tokens and cut there"
+            return f"{said} {longer}: {lengths.lost:,} tokens are left out, not continued in another row."
         read = lengths.total - lengths.supervised
         return f"Learnt are the answers, {lengths.supervised:,} tokens; the prompts, {read:,} tokens, are only read."
 
     def histograms(self) -> dict[str, Histogram]:
         """Tokens of the prompts and of the answers, or of the texts, with bars of one width."""
-        kinds = {"answers": {"prompt": "read", "answer": "learnt"}, "labels": {"text": "read"}}
+        known = self.measured
         counts = {
-            name: getattr(self.measured, which) for name, which in kinds.get(self.kind, {"document": "tokens"}).items()
-        }
+            "answers": {"prompt": known.read, "answer": known.learnt},
+            "labels": {"text": known.tokens},
+            "documents": {"document": known.tokens},
+        }[self.kind]
         width = _bar_width(max(_quantile(one, 0.99) for one in counts.values()))
         return {name: _histogram(one, width) for name, one in counts.items()}
 
@@ -141,7 +142,7 @@ class Health:
         wholly = f", and {lengths.unsupervised:,} lose all there is to learn" if lengths.unsupervised else ""
         most, all_whole = self.enough(0.99), self.enough()
         cure = f"{all_whole:,} would cut none" if most == all_whole else f"{most:,} would leave 99 % whole"
-        of = f"{cut:,} of {_count(self.rows, name)} {'is' if cut == 1 else 'are'} cut at {limit:,} tokens{wholly}"
+        of = f"{cut:,} of {_count(self.rows, name)} {_are(cut)} cut at {limit:,} tokens{wholly}"
         return f"Look at the length limit first: {of}. {cure}."
 
     def _empty(self) -> str:
@@ -154,14 +155,12 @@ class Health:
     def _repeats(self) -> str:
         repeated = self.duplicates + self.near_duplicates
         if repeated >= MUCH_REPEATED * self.rows:
-            said = (
-                f"{repeated:,} of {_count(self.rows, 'row')} {'repeats' if repeated == 1 else 'repeat'} an earlier one"
-            )
-            return f"Look at the duplicates first: {said}, so they are learnt more often than the others."
+            said = f"{repeated:,} of {_count(self.rows, 'row')} {_are(repeated)} like an earlier one"
+            return f"Look at the duplicates first: {said}, and what they say is learnt more often."
         leaked = self.shared_prompts + self.near_prompts
         if leaked and leaked >= MUCH_REPEATED * self.heldout:
-            said = f"{leaked:,} of {_count(self.heldout, 'held-out prompt')} {'is' if leaked == 1 else 'are'} trained on too"
-            return f"Look at the shared prompts first: {said}, so the held-out loss will look better than it is."
+            said = f"{leaked:,} of {_count(self.heldout, 'held-out prompt')} {_are(leaked)} trained on too"
+            return f"Look at the shared prompts first: {said}, so that the held-out loss will flatter."
         return ""
 
     def _labels(self) -> str:
@@ -185,12 +184,12 @@ def examine(
     train: Sequence[Example], heldout: Sequence[Example], measured: Measured, *, kind: str, labels: bool, empty: int = 0
 ) -> Health:
     """The health of rows that are split and measured. labels: whether the answers are labels."""
-    rows = [*train, *heldout]
-    exact, near = {_all(one) for one in rows}, {_plainly(_all(one)) for one in rows}
-    prompts = {_asked(one) for one in train}
-    near_prompts, answers = {_plainly(one) for one in prompts}, {one.target for one in train}
-    shared = sum(_asked(one) in prompts for one in heldout)
-    nearly = sum(_plainly(_asked(one)) in near_prompts for one in heldout)
+    trained, held = [_Row.of(one) for one in train], [_Row.of(one) for one in heldout]
+    rows, answers = [*trained, *held], {row.answer for row in trained}
+    prompts, near_prompts = {row.prompt for row in trained}, {row.near_prompt for row in trained}
+    exact = {(row.prompt, row.answer) for row in rows}
+    near = {(row.near_prompt, row.near_answer) for row in rows}
+    shared = sum(row.prompt in prompts for row in held)
     return Health(
         kind=kind,
         rows=len(rows),
@@ -200,28 +199,31 @@ def examine(
         duplicates=len(rows) - len(exact),
         near_duplicates=len(exact) - len(near),
         shared_prompts=shared,
-        near_prompts=nearly - shared,
-        shared_answers=sum(one.target in answers for one in heldout) if kind == "answers" and not labels else None,
-        labels=_by_frequency([one.target.strip() for one in rows]) if labels else (),
+        near_prompts=sum(row.near_prompt in near_prompts for row in held) - shared,
+        shared_answers=sum(row.answer in answers for row in held) if kind == "answers" and not labels else None,
+        labels=_by_frequency([row.answer.strip() for row in rows]) if labels else (),
         measured=measured,
     )
 
 
-Said = tuple[tuple[str, str], ...]  # role and words of each message; a document's role is ""
+class _Row(NamedTuple):
+    """What is compared of a row. The near ones are 64 bits, since the words themselves would be held twice."""
+
+    prompt: tuple[str, ...]  # role and words of each message before the answer, or the document
+    answer: str
+    near_prompt: int
+    near_answer: int
+
+    @classmethod
+    def of(cls, example: Example) -> "_Row":
+        said = tuple(part for message in example.prompt for part in (message.role, message.content))
+        prompt = said or (example.text,)
+        return cls(prompt, example.target, hash(tuple(map(_plainly, prompt))), hash(_plainly(example.target)))
 
 
-def _all(example: Example) -> Said:
-    return tuple((message.role, message.content) for message in example.messages) or (("", example.text),)
-
-
-def _asked(example: Example) -> Said:
-    """What the split keeps together: the messages before the answer, or the whole document."""
-    return _all(example)[:-1] if example.messages else _all(example)
-
-
-def _plainly(said: Said) -> int:
-    """64 bits that are equal where only capitals and spaces differ; the words themselves would be held twice."""
-    return hash(tuple((role, " ".join(words.casefold().split())) for role, words in said))
+def _plainly(words: str) -> str:
+    """Without capitals and with single spaces."""
+    return " ".join(words.casefold().split())
 
 
 def _by_frequency(labels: Sequence[str]) -> tuple[tuple[str, int], ...]:
@@ -248,6 +250,10 @@ def _histogram(counts: Sequence[int], width: int) -> Histogram:
 
 def _count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
+def _are(number: int) -> str:
+    return "is" if number == 1 else "are"
 
 
 def _short(label: str, most: int = 40) -> str:

@@ -100,9 +100,8 @@ def read_texts(tokenizer: Any, given: Sequence[str], *, around: bool = True, tex
 
     With `texts`, the text of each token too.
     """
-    return [
-        Plain(*one) for one in _ask(tokenizer, "shown texts" if texts else "texts", [[one, around] for one in given])
-    ]
+    found = _ask(tokenizer, "shown texts" if texts else "texts", [[text, around] for text in given])
+    return [Plain(*one) for one in found]
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -228,10 +227,8 @@ def _row(tokenizer: Any, pattern: re.Pattern[str], item: Mapping[str, Any], text
         text, spans = _spans(tokenizer, messages, item["row"])
     templated = bool(getattr(tokenizer, "chat_template", None)) and not plain
     found = list(_pieces(tokenizer, text, around=not templated))
-    marks = "".join(
-        "1" if end > start and any(first <= start < last for first, last in spans) else "0"
-        for _, start, end, _ in found
-    )
+    learnt = (end > start and any(first <= start < last for first, last in spans) for _, start, end, _ in found)
+    marks = "".join("1" if one else "0" for one in learnt)
     return [[token for token, *_ in found], marks, _shown(tokenizer, text, found) if texts else [], quoted]
 
 

@@ -387,32 +387,33 @@ def understood(seen: Inspection) -> str:
     )
 
 
+TOLD = {  # what a figure says, for who rests on it
+    "Rows": "Rows of the file that are trained on or held out",
+    "Train / held out": "Held-out rows are never trained on: their loss tells learning from memorising",
+    "Left out, empty": "Rows of the file with nothing to learn in them",
+    "Duplicates": "Rows equal to an earlier one in prompt and answer; near: but for capitals and spaces",
+    "Prompts on both sides": "Held-out rows whose prompt is trained on too: the split keeps equal ones together;"
+    " near: but for capitals and spaces",
+    "Answers on both sides": "Held-out rows whose answer some row of training has too",
+    "Tokens, median / 95 %": "Half of the rows, and 95 of 100, have at most so many tokens",
+    "Cut": "Rows that are longer than the length limit",
+}
+
+
 def _tiles(health: Health, lengths: Any, limit: int) -> Iterable[str]:
-    """Each figure with a line that says what it is."""
-    near, shared = _and_near(health.near_duplicates), _and_near(health.near_prompts)
-    cut = health.cut(lengths)
-    yield _tile("Rows", f"{health.rows:,}", "Rows of the file that are trained on or held out")
-    held = "Held-out rows are never trained on; the loss on them says whether the model has learnt or memorised"
-    yield _tile("Train / held out", f"{health.train:,} / {health.heldout:,}", held)
-    yield _tile("Left out, empty", f"{health.empty:,}", "Rows of the file with nothing to learn in them")
-    yield _tile(
-        "Duplicates", f"{health.duplicates:,}{near}", "Rows equal to an earlier one; near: but for capitals and spaces"
-    )
-    both = "Held-out rows whose prompt is trained on too; equal prompts stay on one side. Near: but for capitals and spaces"
-    yield _tile("Prompts on both sides", f"{health.shared_prompts:,}{shared}", both)
+    yield _tile("Rows", f"{health.rows:,}")
+    yield _tile("Train / held out", f"{health.train:,} / {health.heldout:,}")
+    yield _tile("Left out, empty", f"{health.empty:,}")
+    yield _tile("Duplicates", f"{health.duplicates:,}{_and_near(health.near_duplicates)}")
+    yield _tile("Prompts on both sides", f"{health.shared_prompts:,}{_and_near(health.near_prompts)}")
     if health.shared_answers is not None:
-        known = "Held-out rows whose answer some row of training has too; many make the held-out loss easy"
-        yield _tile("Answers on both sides", _with_share(health.shared_answers, health.heldout), known)
-    yield _tile(
-        "Tokens, median / 95 %",
-        f"{lengths.median:,} / {lengths.p95:,}",
-        "Half, and 95 of 100 rows, have at most so many",
-    )
-    yield _tile(f"Cut at {limit:,} tokens", _with_share(cut, health.rows), "Rows that are longer than the length limit")
+        yield _tile("Answers on both sides", _with_share(health.shared_answers, health.heldout))
+    yield _tile("Tokens, median / 95 %", f"{lengths.median:,} / {lengths.p95:,}")
+    yield _tile("Cut", _with_share(health.cut(lengths), health.rows), f" at {limit:,} tokens")
 
 
-def _tile(label: str, value: str, about: str) -> str:
-    return f"<div title='{about}'><span>{label}</span><b>{value}</b></div>"
+def _tile(label: str, value: str, more: str = "") -> str:
+    return f"<div title='{TOLD[label]}'><span>{label}{more}</span><b>{value}</b></div>"
 
 
 def _and_near(count: int) -> str:
