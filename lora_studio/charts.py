@@ -186,13 +186,11 @@ def study(told: Mapping[str, Any]) -> go.Figure:
 
 
 def token_lengths(told: Mapping[str, Mapping[str, Any]]) -> go.Figure:
-    """Bars of how many rows have how many tokens, a panel per part of a row under one axis.
+    """Bars of how many rows have how many tokens, a panel per part of a row.
 
     told: data.health.Health.as_json["histograms"]; the last bar of a panel has everything longer too.
     """
-    names = [name.capitalize() for name in told]
-    figure = make_subplots(len(told), 1, shared_xaxes=True, vertical_spacing=0.2, subplot_titles=names)
-    figure.update_annotations(x=0, xanchor="left", font_size=12)
+    figure = make_subplots(len(told), 1, vertical_spacing=0.36)
     for place, (name, one) in enumerate(told.items(), start=1):
         width, counts = one["width"], one["counts"]
         starts = [width * bar for bar in range(len(counts))]
@@ -209,10 +207,10 @@ def token_lengths(told: Mapping[str, Mapping[str, Any]]) -> go.Figure:
             place,
             1,
         )
+        figure.update_xaxes(title_text=f"tokens of the {name}", row=place)
     figure.update_yaxes(title_text="rows", rangemode="tozero", nticks=4)
-    figure.update_xaxes(showgrid=False, rangemode="tozero")
-    figure.update_xaxes(title_text="tokens", row=len(told))
-    return _dressed(figure, height=70 + 110 * len(told), top=24)
+    figure.update_xaxes(showgrid=False, rangemode="tozero", tickformat=",d", nticks=8)
+    return _dressed(figure, height=56 + 124 * len(told))
 
 
 def label_counts(labels: Sequence[tuple[str, int]]) -> go.Figure:

@@ -185,8 +185,7 @@ def test_documents_are_compared_whole_and_labels_are_counted() -> None:
 @given(counts=some.lists(some.integers(0, 5000), min_size=1, max_size=60))
 def test_every_row_is_in_one_bar(counts: list[int]) -> None:
     counts = sorted(counts)
-    width = health._bar_width(health._quantile(counts, 0.99))
-    width, bars, longest = health._histogram(counts, width)
+    width, bars, longest = health._histogram(counts)
     assert sum(bars) == len(counts) and len(bars) <= health.BARS and longest == counts[-1] and bars[-1] > 0
     for bar, count in enumerate(bars[:-1]):
         assert count == sum(width * bar <= one < width * (bar + 1) for one in counts)

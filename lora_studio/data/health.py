@@ -100,15 +100,14 @@ class Health:
         return f"Learnt are the answers, {lengths.supervised:,} tokens; the prompts, {read:,} tokens, are only read."
 
     def histograms(self) -> dict[str, Histogram]:
-        """Tokens of the prompts and of the answers, or of the texts, with bars of one width."""
+        """Tokens of the prompts and of the answers, or of the texts."""
         known = self.measured
         counts = {
             "answers": {"prompt": known.read, "answer": known.learnt},
             "labels": {"text": known.tokens},
             "documents": {"document": known.tokens},
         }[self.kind]
-        width = _bar_width(max(_quantile(one, 0.99) for one in counts.values()))
-        return {name: _histogram(one, width) for name, one in counts.items()}
+        return {name: _histogram(one) for name, one in counts.items()}
 
     def as_json(self, limit: int) -> dict[str, Any]:
         """Everything as plain JSON, at the limits that are always told and at this one."""
@@ -230,19 +229,11 @@ def _by_frequency(labels: Sequence[str]) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(Counter(labels).items(), key=lambda one: (-one[1], one[0])))
 
 
-def _quantile(counts: Sequence[int], share: float) -> int:
-    """Of sorted counts."""
-    return counts[min(len(counts) - 1, int(share * len(counts)))]
-
-
-def _bar_width(longest: int) -> int:
-    """1, 2 or 5 times a power of ten, with which BARS bars reach as far as this."""
-    least = max(1, math.ceil((longest + 1) / BARS))
+def _histogram(counts: Sequence[int]) -> Histogram:
+    """Of sorted counts: bars of 1, 2 or 5 times a power of ten that reach as far as 99 of 100 do."""
+    least = math.ceil((counts[int(0.99 * (len(counts) - 1))] + 1) / BARS)
     power = 10 ** (len(str(least)) - 1)
-    return next(digit * power for digit in (1, 2, 5, 10) if digit * power >= least)
-
-
-def _histogram(counts: Sequence[int], width: int) -> Histogram:
+    width = next(digit * power for digit in (1, 2, 5, 10) if digit * power >= least)
     bars = min(BARS, counts[-1] // width + 1)
     edges = [bisect_left(counts, width * bar) for bar in range(bars)] + [len(counts)]
     return Histogram(width, tuple(edges[bar + 1] - edges[bar] for bar in range(bars)), counts[-1])

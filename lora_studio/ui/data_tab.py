@@ -452,10 +452,9 @@ def labels_line(health: Health) -> str:
     def told(label: str, rows: int) -> str:
         return f"<b>{charts.text(label)}</b> ({rows:,}, {rows / health.rows:.1%})"
 
-    return (
-        f"<h4>{len(health.labels):,} labels</h4>"
-        f"<p class='soft'>Most frequent: {told(most, many)}. Least: {told(least, few)}.</p>"
-    )
+    spread = f"Most frequent: {told(most, many)}. Least: {told(least, few)}."
+    spread = spread if many > few else f"Each has {few:,} rows."
+    return f"<h4>{len(health.labels):,} labels</h4><p class='soft'>{spread}</p>"
 
 
 def preview(pieces: Sequence[Any], row: int) -> str:
