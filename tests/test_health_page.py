@@ -51,7 +51,10 @@ def test_a_limit_is_tried_and_then_used(opened: tuple[Page, Watch]) -> None:
     page.get_by_role("button", name="Use this limit").click()
     expect(costs.locator("tr[aria-current]")).to_contain_text("64 in use", timeout=20_000)
     expect(verdict).to_contain_text("Look at the length limit first: 19 of 39 answers are cut at 64 tokens")
+    page.get_by_role("tab", name="2 Train").click()
+    page.locator("#more").get_by_role("button", name="More").click()
     expect(page.locator("#set-max-length input")).to_have_value("64")
+    page.get_by_role("tab", name="1 Data").click()
     assert overflow(page) <= 0 and watch.wrong == []
 
 

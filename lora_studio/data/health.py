@@ -138,7 +138,7 @@ class Health:
         if cut < MUCH_CUT * self.rows:
             return ""
         name = NAMES[self.kind]
-        wholly = f", and {lengths.unsupervised:,} lose all there is to learn" if lengths.unsupervised else ""
+        wholly = f", {lengths.unsupervised:,} of them wholly" if lengths.unsupervised else ""
         most, all_whole = self.enough(0.99), self.enough()
         cure = f"{all_whole:,} would cut none" if most == all_whole else f"{most:,} would leave 99 % whole"
         of = f"{cut:,} of {_count(self.rows, name)} {_are(cut)} cut at {limit:,} tokens{wholly}"
