@@ -19,8 +19,10 @@ from lora_studio.errors import StudioError
 from lora_studio.runs.config import DataChoice
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
+from lora_studio.ui import data_tab
 from tests.test_batches import closing_tokenizer
 from tests.tiny import tiny_encoder, tokenizer
+from tests.visits import ReadyDesk
 
 WORDS = tokenizer()
 LAW = settings(max_examples=40, deadline=None, derandomize=True)
@@ -205,7 +207,7 @@ LONG = [*GOOD[:30], *((f"{number} long", "x" * 100) for number in range(10))]
         (LONG, 64, {}, "look", "10 of 40 answers are cut at 64 tokens. 128 would cut none."),
         ([*GOOD, *GOOD], 64, {}, "look", "40 of 80 rows are like an earlier one"),
         ([*GOOD, *((one.upper(), two) for one, two in GOOD)], 64, {}, "look", "40 of 80 rows are like an earlier one"),
-        (GOOD, 64, {"empty": 10}, "look", "10 of 50 rows have no answer and are left out."),
+        (GOOD, 64, {"empty": 10}, "look", "no answer in 10 of 50, which are left out."),
         (GOOD, 64, {"labels": True}, "look", "40 of them have fewer than 5 rows"),
         ([(one, "x") for one, _ in GOOD], 64, {"labels": True}, "look", "40 of 40 rows have “x”"),
         (GOOD[:5], 64, {}, "look", "5 are few to learn from"),
@@ -262,3 +264,20 @@ def test_a_dataset_is_told_by_its_format_and_its_task(tmp_path: Path, tiny: Path
     seen = studio.inspect(prose, str(tiny))
     assert (seen.health.kind, seen.health.rows, seen.health.empty) == ("documents", 2, 1)
     assert seen.as_json()["health"]["empty"] == 1
+
+
+def test_the_tab_shows_a_limit_before_it_is_used_and_turns_round_at_the_last_row(tmp_path: Path, tiny: Path) -> None:
+    desk = ReadyDesk(Studio(tmp_path))
+    choice = data_tab.opened(desk.studio.data.add_text("q,a\n" + "".join(f"q{n},{'a' * n}\n" for n in range(60))))[0]
+    seen = data_tab.inspect(desk, choice, str(tiny), 512, 0.1, 0)
+    assert len(seen) == data_tab.SEEN and "no answer in 1 of 60, which is left out" in seen[0]
+    assert "<tr aria-current='true'><th scope='row'>512 <small>in use</small></th><td>0</td>" in seen[-1]
+    tried = data_tab.try_limit(desk, choice, 32, str(tiny), 512, 0.1, 0)
+    cut = desk.studio.inspect(DataChoice(**choice), str(tiny), TrainConfig(max_length=32)).lengths.cut_answers
+    assert f"<tr aria-current='true'><th scope='row'>32</th><td>{cut:,} <small>" in tried and "512 <small>in" in tried
+    assert "E_CONFIG" in data_tab.try_limit(desk, choice, 0, str(tiny), 512, 0.1, 0)
+    assert data_tab.use_limit(32) == 32
+    assert [data_tab.turn(desk, 1, choice, row) for row in (1, 60)] == [2, 1]
+    assert [data_tab.turn(desk, -1, choice, row) for row in (1, 60)] == [60, 59]
+    assert "Row 1 is left out" in data_tab.show_row(desk, choice, 1, str(tiny), 512)
+    assert "<span class='cut'>" in data_tab.show_row(desk, choice, 60, str(tiny), 32)

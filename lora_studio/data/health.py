@@ -149,7 +149,9 @@ class Health:
         if self.empty < MUCH_EMPTY * file or not self.empty:
             return ""
         what = "text" if self.kind == "documents" else "answer"
-        return f"Look at the empty rows first: {self.empty:,} of {file:,} rows have no {what} and are left out."
+        return (
+            f"Look at the empty rows first: no {what} in {self.empty:,} of {file:,}, which {_are(self.empty)} left out."
+        )
 
     def _repeats(self) -> str:
         repeated = self.duplicates + self.near_duplicates

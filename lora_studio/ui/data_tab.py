@@ -139,8 +139,8 @@ def _limit_card() -> tuple[gr.Slider, gr.HTML, gr.Button]:
     """What a length limit would cost, and the button that sets it."""
     gr.HTML(
         "<h3>What the length limit costs</h3>"
-        "<p class='soft'>A row longer than the limit is cut at its end, where its answer is. Longer rows take more"
-        " memory and time.</p>",
+        "<p class='soft'>A row longer than the limit loses its end, which is where an answer stands. Longer rows"
+        " take more memory and time.</p>",
         apply_default_css=False,
     )
     setting = SETTINGS["max_length"]
@@ -290,7 +290,7 @@ def change_columns(desk: Desk, choice: dict[str, Any] | None, *slots: str | None
 # ---- handlers: what a model sees of it ---------------------------------------------------------------------------
 
 
-SEEN = 8
+SEEN = 8  # outputs of inspect
 
 
 def inspect(
