@@ -1,6 +1,6 @@
 """Data in, a plotly Figure out: pure functions that know no model, no file and no page.
 
-The rows are those of `inside.Report.as_json`. Backgrounds are transparent and colours are of middle lightness or
+The rows are those of the reports' `as_json`. Backgrounds are transparent and colours are of middle lightness or
 safe for colour-blind eyes (Okabe and Ito's, viridis), so that a figure can be read on light and on dark; a page may
 set the font colour of its own. Names come from people and from model files, and plotly reads tags in text: they are
 escaped and shortened here.
@@ -21,6 +21,8 @@ SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8c
 SYMBOLS = ("circle", "square", "diamond", "cross", "triangle-up", "x", "star")
 COLORBAR = {"thickness": 12, "outlinewidth": 0, "x": 1.01, "xpad": 4}
 TIMES = [digit * 10.0**power for power in range(-4, 6) for digit in (1, 2, 5)]  # ticks of a logarithmic axis
+LEARNT = ("answer", "document")  # parts of a row that are trained on
+MOST_BARS = 20  # labels with a bar of their own
 OUTSIDE = "outside"  # where a matrix stands that belongs to no block, such as the embedding
 
 
@@ -181,6 +183,59 @@ def study(told: Mapping[str, Any]) -> go.Figure:
     figure.update_yaxes(title_text="held-out loss, nats")
     figure.update_layout(legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}, showlegend=True)
     return _dressed(figure, height=320, top=40)
+
+
+def token_lengths(told: Mapping[str, Mapping[str, Any]]) -> go.Figure:
+    """Bars of how many rows have how many tokens, a panel per part of a row.
+
+    told: data.health.Health.as_json["histograms"]; the last bar of a panel has everything longer too.
+    """
+    figure = make_subplots(len(told), 1, vertical_spacing=0.36)
+    for place, (name, one) in enumerate(told.items(), start=1):
+        width, counts = one["width"], one["counts"]
+        starts = [width * bar for bar in range(len(counts))]
+        ends = [f"{start + width - 1:,}" for start in starts[:-1]] + [f"{one['longest']:,}"]
+        figure.add_trace(
+            go.Bar(
+                x=[start + width / 2 for start in starts],
+                y=list(counts),
+                width=0.9 * width,
+                marker_color=STRONG if name in LEARNT else INK,
+                customdata=[f"{start:,} to {end}" for start, end in zip(starts, ends, strict=True)],
+                hovertemplate="%{customdata} tokens: %{y:,} rows<extra></extra>",
+            ),
+            place,
+            1,
+        )
+        figure.update_xaxes(title_text=f"tokens of the {name}", row=place)
+    figure.update_yaxes(title_text="rows", rangemode="tozero", nticks=4)
+    figure.update_xaxes(showgrid=False, rangemode="tozero", tickformat=",d", nticks=8)
+    return _dressed(figure, height=56 + 124 * len(told))
+
+
+def label_counts(labels: Sequence[tuple[str, int]]) -> go.Figure:
+    """Bars of how many rows have each label, the most frequent on top; what is beyond MOST_BARS is one bar."""
+    bars = [(text(label, 24), rows) for label, rows in labels[:MOST_BARS]]
+    if rest := labels[MOST_BARS:]:
+        bars.append((f"{len(rest):,} more", sum(rows for _, rows in rest)))
+    places = list(range(len(bars)))
+    figure = go.Figure(
+        go.Bar(
+            x=[rows for _, rows in bars],
+            y=places,
+            orientation="h",
+            text=[f"{rows:,}" for _, rows in bars],
+            textposition="outside",
+            cliponaxis=False,
+            marker_color=[STRONG] * len(bars[:MOST_BARS]) + [INK] * bool(rest),
+            customdata=[label for label, _ in bars],
+            hovertemplate="%{customdata}: %{x:,} rows<extra></extra>",
+        )
+    )
+    names = [label for label, _ in bars]
+    figure.update_yaxes(title_text="label", autorange="reversed", tickvals=places, ticktext=names, showgrid=False)
+    figure.update_xaxes(title_text="rows", rangemode="tozero", nticks=5)
+    return _dressed(figure, height=70 + 22 * len(bars))
 
 
 def shade(row: int, column: int, columns: int) -> str:

@@ -171,10 +171,18 @@ def inspect_data(
         return _print_json(result)
     columns = ", ".join(f"{role} from {name}" for role, name in result["columns"].items())
     print(f"{result['name']}: {result['rows']} rows, {result['format']} ({columns})")
+    print(result["health"]["sentence"])
     print(f"train {result['train']}, held out {result['heldout']}")
     tokens = result["tokens"]
     print(f"tokens: median {tokens['median']}, 95 % below {tokens['p95']}, longest {tokens['max']}")
     print(f"supervised tokens {result['supervised_tokens']}, rows cut {result['cut']}")
+    health = result["health"]
+    print(f"duplicates {health['duplicates']} and {health['near_duplicates']} near, left out {health['empty']}")
+    for cost in health["limits"]:
+        print(
+            f"at {cost['limit']:,} tokens: {cost['cut_answers']:,} answers cut, "
+            f"{cost['supervised_tokens_lost']:,} supervised tokens lost"
+        )
     for warning in result["warnings"]:
         print(f"note: {warning}")
 

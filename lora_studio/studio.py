@@ -15,6 +15,7 @@ import shutil
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -53,11 +54,18 @@ class Inspection:
     dataset: Dataset
     format: str
     columns: Mapping[str, str]
-    rows: int
-    train: int
-    heldout: int
-    lengths: Any  # data.batches.Lengths
-    warnings: tuple[str, ...]
+    limit: int  # tokens of a row
+    health: Any  # data.health.Health
+    lengths: Any  # data.batches.Lengths, at the limit
+    notes: tuple[str, ...]  # what happened to rows on the way
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """The notes, and what the limit takes away."""
+        cut, rows, unsupervised = self.lengths.cut, self.health.rows, self.lengths.unsupervised
+        said = (f"{cut:,} of {rows:,} examples are cut at {self.limit} tokens",) * (cut > 0)
+        left_out = f"{unsupervised:,} examples keep no token to learn from and are left out"
+        return (*self.notes, *said, *(left_out,) * (unsupervised > 0))
 
     def as_json(self) -> dict[str, Any]:
         tokens = {"median": self.lengths.median, "p95": self.lengths.p95, "max": self.lengths.max}
@@ -66,14 +74,15 @@ class Inspection:
             "name": self.dataset.name,
             "format": self.format,
             "columns": dict(self.columns),
-            "rows": self.rows,
-            "train": self.train,
-            "heldout": self.heldout,
+            "rows": self.health.rows,
+            "train": self.health.train,
+            "heldout": self.health.heldout,
             "tokens": tokens,
             "histogram": list(self.lengths.histogram),
             "cut": self.lengths.cut,
             "supervised_tokens": self.lengths.supervised,
             "warnings": list(self.warnings),
+            "health": self.health.as_json(self.limit),
         }
 
 
@@ -179,7 +188,9 @@ class Studio:
         self.owner = owner
         self.data = DataLibrary(home(self.root, owner), self.limits)
         self._read: tuple[Any, Any] = (None, None)  # the rows looked at last, by their choice
-        self._measured: tuple[Any, Any] = (None, None)  # their lengths, by choice, model and limit
+        self._measured: tuple[Any, Any] = (None, None)  # their lengths, by choice, model and task
+        self._health: tuple[Any, Any] = (None, None)  # and what is known of them, by that and the split
+        self._measuring = threading.Lock()
         self._report: tuple[Any, Any] = (None, None)  # what was seen inside last, by the adapters looked into
 
     # ---- before a run ------------------------------------------------------------------------------------------------
@@ -207,53 +218,69 @@ class Studio:
     def inspect(
         self, choice: DataChoice, model: str = "starter", config: TrainConfig = TrainConfig(), task: str = "causal"
     ) -> Inspection:
-        """Rows, split, token lengths and warnings of a dataset under a model's tokenizer."""
-        from lora_studio.data.batches import encode_all, encode_labels, lengths
-
-        dataset = self.data.get(choice.id)
-        examples, warnings = self._examples(choice)
-        key, kept = (*_key(choice), model, config.max_length, task), self._measured
-        if key != kept[0]:  # the form asks at every change, mostly about the same rows
-            tokenizer, most = self.models.tokenizer(model), config.max_length
-            if task == "classify":
-                labels = self.labels(choice)
-                encoded = encode_labels(tokenizer, examples, labels, most)
-            else:
-                encoded = encode_all(tokenizer, examples, most)
-            kept = key, lengths(encoded)
-            self._measured = kept
-        measured = kept[1]
-        train, heldout = split(examples, config.holdout, config.seed)
-        if measured.cut:
-            warnings = [*warnings, f"{measured.cut} of {len(examples)} examples are cut at {config.max_length} tokens"]
-        if measured.unsupervised:
-            warnings = [*warnings, f"{measured.unsupervised} examples keep no token to learn from and are left out"]
-        if measured.quoted:
-            warnings = [*warnings, f"{measured.quoted} examples quote control tokens of the model; read as plain text"]
+        """Rows, split, token lengths, health and warnings of a dataset under a model's tokenizer."""
+        _, notes = self._examples(choice)
+        health = self._examined(choice, model, config, task)
+        if health.measured.quoted:
+            quoted = f"{health.measured.quoted:,} examples quote control tokens of the model; read as plain text"
+            notes = [*notes, quoted]
         return Inspection(
-            dataset=dataset,
+            dataset=self.data.get(choice.id),
             format=self.format(choice),
-            columns=choice.columns or self.data.mapping(dataset, choice.format),
-            rows=len(examples),
-            train=len(train),
-            heldout=len(heldout),
-            lengths=measured,
-            warnings=tuple(warnings),
+            columns=choice.columns or self.data.mapping(self.data.get(choice.id), choice.format),
+            limit=config.max_length,
+            health=health,
+            lengths=health.at(config.max_length),
+            notes=tuple(notes),
         )
 
-    def preview(
-        self, choice: DataChoice, row: int = 0, model: str = "starter", max_length: int = 512, task: str = "causal"
-    ) -> list[Any]:
-        """Row number `row` as the model will see it: data.batches.Piece per token; a classifier's ends in its label."""
-        from lora_studio.data.batches import Piece, encode_label, preview
+    def _examined(self, choice: DataChoice, model: str, config: TrainConfig, task: str) -> Any:
+        """The health of a choice's rows; the latest is kept, and its lengths for every limit and split."""
+        from lora_studio.data.batches import measure, measure_labels
+        from lora_studio.data.health import examine
 
         examples, _ = self._examples(choice)
-        tokenizer, example = self.models.tokenizer(model), examples[row % len(examples)]
-        if task != "classify":
-            return preview(tokenizer, example, max_length)
-        texts = map(tokenizer.decode, encode_label(tokenizer, example, self.labels(choice), max_length).tokens.ids)
-        *pieces, last = (Piece(text, "context") for text in texts)
-        return [*pieces, replace(last, text=f"{last.text} → "), Piece(example.target, "trained")]
+        rows = (*_key(choice), model, task)
+        key = (*rows, config.holdout, config.seed)
+        with self._measuring:  # the form asks at every change from several places, mostly about the same rows
+            if rows != self._measured[0]:
+                tokenizer = self.models.tokenizer(model)
+                if task == "classify":
+                    self.labels(choice)
+                self._measured = rows, (measure_labels if task == "classify" else measure)(tokenizer, examples)
+            if key != self._health[0]:
+                format = self.format(choice)
+                kind = "labels" if task == "classify" else "documents" if format == "text" else "answers"
+                found = examine(
+                    *split(examples, config.holdout, config.seed),
+                    self._measured[1],
+                    kind=kind,
+                    labels=kind == "labels" or format == "text_label",
+                    empty=self.data.get(choice.id).rows - len(examples),
+                )
+                self._health = key, found
+            return self._health[1]
+
+    def preview(
+        self, choice: DataChoice, row: int = 1, model: str = "starter", max_length: int = 512, task: str = "causal"
+    ) -> list[Any]:
+        """A row by its number in the file, from 1, as the model will see it: data.batches.Piece per token.
+
+        A classifier's ends in its label. Raises E_ROW for a number that is no row's or belongs to one left out.
+        """
+        from lora_studio.data.batches import preview, preview_label
+
+        examples, _ = self._examples(choice)
+        last = self.data.get(choice.id).rows
+        if not 1 <= row <= last:
+            raise StudioError("E_ROW", f"There is no row {row:,}.", f"Rows are 1 to {last:,}.")
+        place = bisect_left(examples, row, key=lambda example: example.row)
+        if place == len(examples) or examples[place].row != row:
+            raise StudioError("E_ROW", f"Row {row:,} is left out.", "There is nothing to learn in it.")
+        tokenizer, example = self.models.tokenizer(model), examples[place]
+        if task == "classify":
+            self.labels(choice)
+        return (preview_label if task == "classify" else preview)(tokenizer, example, max_length)
 
     def matrices(self, model: str) -> list[Any]:
         """Every matrix of a model that LoRA can adapt (core.layout.Target), in forward order."""
@@ -291,6 +318,10 @@ class Studio:
             message = f"The length limit is {config.max_length}, this model reads at most {most} tokens."
             raise StudioError("E_CONTEXT", message, f"Set the length limit to {most} or less.")
         seen = self.inspect(choice, model, config, task) if choice else None
+        if seen and not seen.lengths.supervised:
+            message = f"None of the {seen.health.rows:,} examples has a token to learn from."
+            hint = "Raise the length limit, or check which column holds the answer."
+            raise StudioError("E_NO_TARGET", message, hint)
         on = device()
         precision = base_precision(method, config.precision, on)
         if precision in QUANTISED:
@@ -302,7 +333,7 @@ class Studio:
             precision=precision,
             device=on,
             lengths=seen.lengths if seen else None,
-            rows=seen.rows if seen else 100,
+            rows=seen.health.rows if seen else 100,
         )
         return Plan(pieces=pieces, method=method, labels=labels, estimate=forecast)
 

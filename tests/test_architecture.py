@@ -15,7 +15,7 @@ HOUSE = [
     ["core.spec", "core.layout", "core.slot", "core.lora"],
     ["core.baselines", "core.analysis", "core.merge", "core.functions", "core.lean"],
     ["settings"],
-    ["data.readers", "data.hub_rows", "data.formats", "data.library", "data.words", "data.batches"],
+    ["data.readers", "data.hub_rows", "data.formats", "data.library", "data.words", "data.batches", "data.health"],
     [
         "model_files",
         "models",

@@ -10,7 +10,7 @@ from hypothesis import strategies as some
 from tokenizers.processors import TemplateProcessing
 
 from lora_studio.data import words as reading
-from lora_studio.data.batches import encode, encode_all, encode_label, encode_labels, lengths, preview
+from lora_studio.data.batches import encode, encode_all, encode_label, encode_labels, measure, measure_labels, preview
 from lora_studio.data.formats import Example, Message
 from lora_studio.data.words import prompt_ids, render
 from lora_studio.errors import StudioError
@@ -76,18 +76,12 @@ def test_length_statistics_agree_with_the_rows() -> None:
     words = tokenizer()
     rows = [Example(messages=(Message("user", "q" * count), Message("assistant", "a"))) for count in range(1, 41)]
     encoded = [encode(words, row, 30) for row in rows]
-    measured = lengths(encoded)
+    measured = measure(words, rows).at(30)
     full = [len(one.tokens.ids) + one.cut for one in encoded]
     assert measured.max == max(full) and sum(measured.histogram) == 40
     assert measured.cut == sum(length > 30 for length in full)
     assert measured.unsupervised == sum(not any(one.tokens.supervised) for one in encoded) > 0
     assert measured.total == sum(min(30, length) for length in full)
-
-
-def test_when_nothing_is_left_to_learn_it_is_said() -> None:
-    with pytest.raises(StudioError) as caught:
-        lengths([encode(tokenizer(), Example(messages=CHAT[:3]), 8)])
-    assert caught.value.code == "E_NO_TARGET"
 
 
 def test_a_template_that_refuses_is_named() -> None:
@@ -128,7 +122,7 @@ def test_a_long_text_is_cut_inside_and_keeps_what_closes_it(limit: int) -> None:
     assert len(one.tokens.ids) == min(limit, 15) and one.cut == 15 - len(one.tokens.ids)
     text = words.decode(one.tokens.ids)
     assert text == f"<|user|>{'a text of 12'[: limit - 3]}<|assistant|><|end|>"
-    measured = lengths([one])
+    measured = measure_labels(words, [labelled("a text of 12")]).at(limit)
     assert (measured.max, measured.cut, measured.unsupervised) == (15, int(limit < 15), 0)
 
 
@@ -191,6 +185,7 @@ def test_the_sandbox_reads_what_would_be_read_here(length: int, tiny, tmp_path, 
     assert preview(guarded, ROWS[0], 30) == preview(own, ROWS[0], 30)
     assert prompt_ids(guarded, CHAT[:2]) == prompt_ids(own, CHAT[:2])
     assert reading.read_texts(guarded, ["né<|end|>e", ""]) == reading.read_texts(own, ["né<|end|>e", ""])
+    assert measure(guarded, ROWS) == measure(own, ROWS)
     texts = [labelled("some text"), labelled("another", "bad")]
     assert encode_labels(guarded, texts, ["bad", "good"], 5) == encode_labels(own, texts, ["bad", "good"], 5)
 

@@ -29,12 +29,15 @@ CURVE = {
     "points": [{"rank": rank, "loss": loss, "parameters": 10 * rank} for rank, loss in [(0, 5.0), (2, 1.01), (4, 1.0)]],
 }
 GRID = [[0.5, 0.25], [0.25, 0.4], [0.2, 0.3]]
+LENGTHS = {name: {"width": 20, "counts": [1, 0, 2], "longest": 99} for name in ("prompt", "answer")}
 FIGURES: dict[str, Callable[[str], go.Figure]] = {
     "relative change": lambda name: charts.relative_change([module(role=name, name=name), module(None, role="embed")]),
     "singular values": lambda name: charts.singular_values(module(name=name)),
     "similarity": lambda name: charts.similarity(GRID, GRID, (name, name)),
     "rank curve": lambda name: charts.rank_curve(CURVE),
     "amplification": lambda name: charts.amplification([row(role=name), row(1)]),
+    "token lengths": lambda name: charts.token_lengths(LENGTHS),
+    "labels": lambda name: charts.label_counts([(name, 3), ("b", 1)]),
 }
 
 
@@ -110,3 +113,19 @@ def test_amplification_has_a_line_per_role_and_a_gap_where_it_has_no_bound() -> 
     assert (q.name, list(q.x), list(q.y)) == ("attn.q", ["0", "1"], [8.0, None])
     assert list(v.y) == [2.0, 3.0] and figure.layout.yaxis.type == "log"
     assert q.line.color != v.line.color and q.marker.symbol != v.marker.symbol  # told apart without colour
+
+
+def test_every_bar_of_lengths_says_from_where_to_where_and_the_last_has_the_rest() -> None:
+    prompts, answers = charts.token_lengths(LENGTHS).data
+    assert list(prompts.x) == [10, 30, 50] and list(prompts.y) == [1, 0, 2]
+    assert list(prompts.customdata) == ["0 to 19", "20 to 39", "40 to 99"]
+    assert prompts.marker.color != answers.marker.color == charts.STRONG
+
+
+def test_labels_beyond_the_last_bar_are_one_bar_and_no_row_is_lost() -> None:
+    labels = [(f"{'x' * 30} {number}", 100 - number) for number in range(charts.MOST_BARS + 7)]
+    (bars,) = charts.label_counts(labels).data
+    assert sum(bars.x) == sum(rows for _, rows in labels) and len(bars.x) == charts.MOST_BARS + 1
+    assert list(bars.y) == list(range(len(bars.x)))  # names that are cut alike stay apart
+    assert bars.customdata[-1] == "7 more"
+    assert len(charts.label_counts(labels[:3]).data[0].x) == 3

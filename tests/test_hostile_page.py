@@ -17,17 +17,18 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
 
 from lora_studio import charts  # noqa: E402
-from lora_studio.data.batches import Lengths, Piece  # noqa: E402
+from lora_studio.data.batches import Piece, measure  # noqa: E402
+from lora_studio.data.formats import Example, Message  # noqa: E402
+from lora_studio.data.health import examine  # noqa: E402
 from lora_studio.data.library import Dataset  # noqa: E402
 from lora_studio.errors import StudioError, quote  # noqa: E402
 from lora_studio.generate import Answer  # noqa: E402
 from lora_studio.runs.config import DataChoice  # noqa: E402
 from lora_studio.runs.store import write_json  # noqa: E402
-from lora_studio.settings import TrainConfig  # noqa: E402
 from lora_studio.studio import Comparison, Inspection, Studio  # noqa: E402
 from lora_studio.ui import boundary, compare_tab, data_tab, inside_tab, live  # noqa: E402
 from tests.screenshots import CHROMIUM, chromium, served  # noqa: E402
-from tests.tiny import tiny_model  # noqa: E402
+from tests.tiny import tiny_model, tokenizer  # noqa: E402
 from tests.visits import trained  # noqa: E402
 
 pytestmark = [
@@ -139,12 +140,13 @@ def texts() -> Iterator[str]:
             id="0" * 32, name=evil, kind="csv", path=Path("x"), rows=1, columns=(evil,), format="text",
             mapping={"text": evil}, warnings=(evil,), created=0.0, source=evil,
         )  # fmt: skip
-        lengths = Lengths(histogram=(1, 2), median=1, p95=1, max=2, total=3, supervised=1, cut=1, unsupervised=0)
-        about = {"dataset": kept, "format": "text", "columns": {"text": evil}, "lengths": lengths, "warnings": (evil,)}
-        seen = Inspection(**about, rows=1, train=1, heldout=0)
+        rows = [Example((Message("user", evil), Message("assistant", evil)), row=1)]
+        health = examine(rows, [], measure(tokenizer(), rows), kind="answers", labels=True)
+        about = {"dataset": kept, "format": "text", "columns": {"text": evil}, "health": health, "notes": (evil,)}
+        seen = Inspection(**about, lengths=health.at(9), limit=9)
         moment = Comparison(("base", "run"), [Answer(evil, 1), Answer(evil, 1)], 0.0, 1.0)
         yield boundary.as_html(error)
-        yield data_tab.understood(seen, TrainConfig())
+        yield data_tab.understood(seen) + data_tab.labels_line(health) + data_tab.limit_costs(health, 9, 512)
         yield data_tab.preview([Piece(evil, "context"), Piece(evil, "trained")], 0)
         yield "".join(compare_tab.picture(moment)) + compare_tab.expectation(evil)
         row = {"role": evil, "layer": None, "rank": 1, "weight_norm": 1.0, "delta_norm": 1.0, "along_delta": None}

@@ -31,10 +31,11 @@ def rows(studio: Studio) -> DataChoice:
 def test_inspection_follows_the_choice_the_model_and_the_limit(studio: Studio, rows: DataChoice, tiny: Path) -> None:
     seen = studio.inspect(rows, str(tiny))
     assert (seen.format, dict(seen.columns)) == ("prompt_completion", {"prompt": "question", "completion": "answer"})
-    assert (seen.rows, seen.train, seen.heldout, seen.lengths.cut) == (20, 18, 2, 0)
+    assert (seen.health.rows, seen.health.train, seen.health.heldout, seen.lengths.cut) == (20, 18, 2, 0)
     assert seen == studio.inspect(rows, str(tiny))
     cut = studio.inspect(rows, str(tiny), TrainConfig(max_length=20, holdout=0.0))
-    assert cut.lengths.cut > 0 and cut.heldout == 0 and any("cut at 20 tokens" in warning for warning in cut.warnings)
+    assert cut.lengths.cut > 0 and cut.health.heldout == 0
+    assert any("cut at 20 tokens" in warning for warning in cut.warnings)
     other = studio.inspect(DataChoice(id=rows.id, columns={"prompt": "note", "completion": "question"}), str(tiny))
     assert other.lengths.supervised == seen.lengths.supervised and other.lengths.total != seen.lengths.total
     text = studio.inspect(DataChoice(id=rows.id, format="text", columns={"text": "note"}), str(tiny))
@@ -42,9 +43,12 @@ def test_inspection_follows_the_choice_the_model_and_the_limit(studio: Studio, r
 
 
 def test_the_preview_shows_any_row(studio: Studio, rows: DataChoice, tiny: Path) -> None:
-    for row in (0, 7, 19, 20, -1):
+    for row in (1, 7, 19, 20):
         text = "".join(piece.text for piece in studio.preview(rows, row, str(tiny)) if piece.kind == "trained")
-        assert text == "a" * (row % 20 + 11) + "<|end|>"
+        assert text == "a" * (row + 10) + "<|end|>"
+    for row in (0, -1, 21):
+        with pytest.raises(StudioError, match=f"no row {row}. Rows are 1 to 20"):
+            studio.preview(rows, row, str(tiny))
 
 
 def test_a_plan_knows_the_dataset(studio: Studio, rows: DataChoice, tiny: Path) -> None:

@@ -166,9 +166,9 @@ def test_answers_and_names_are_escaped() -> None:
 
 def test_data_tab_opens_inspects_and_corrects(desk: Desk, tiny: Path, choice: dict) -> None:
     assert choice["name"] == "tickets" and choice["format"] == "" and choice["columns"] == {}  # as guessed
-    told, _ = data_tab.inspect(desk, choice, str(tiny), 512, 0.1, 0)
-    assert "Support tickets" in told and "Text and label" in told and "class='bars'" in told
-    shown = data_tab.show_row(desk, choice, 0, str(tiny), 512)
+    told, *_ = data_tab.inspect(desk, choice, str(tiny), 512, 0.1, 0)
+    assert "Support tickets" in told and "Text and label" in told and "data-grade='fit'" in told
+    shown = data_tab.show_row(desk, choice, 1, str(tiny), 512)
     assert "class='trained'" in shown
 
     changed = data_tab.change_format(desk, choice, "prompt_completion")[0]
@@ -257,7 +257,7 @@ def test_the_task_is_open_where_rows_have_labels_and_the_model_writes(
 
 
 def test_labels_in_the_data_tab_and_mistakes_with_them(desk: Desk, tiny: Path, choice: dict, tmp_path: Path) -> None:
-    shown = data_tab.show_row(desk, choice, 0, str(tiny), 512, "classify")
+    shown = data_tab.show_row(desk, choice, 1, str(tiny), 512, "classify")
     label = desk.studio._examples(DataChoice(**choice))[0][0].target
     assert f" → </span><span class='trained'>{label}</span>" in shown and "1 of " in shown
     encoder = str(tiny_encoder(tmp_path / "bert"))

@@ -21,6 +21,7 @@ SPEAKERS = {  # what data sets call them -> what chat templates call them
     **{"user": "user", "human": "user", "prompter": "user"},
     **{"assistant": "assistant", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant"},
 }
+LEFT_OUT, REPEATED = "rows left out: nothing to learn in them", "rows repeat an earlier row"  # after their number
 MOST_LABELS = 100  # that a run may choose among
 NEVER_TEXT = ("id", "idx", "index", "uuid", "split", "url")  # columns no guess takes
 
@@ -130,9 +131,9 @@ def convert(table: Table, format: str, columns: Mapping[str, str]) -> tuple[list
         message = f"All {len(table.rows):,} rows have nothing to learn in column {empty}."
         raise StudioError("E_NO_TARGET", message, "Choose the column that holds the answers.")
     if dropped := len(table.rows) - len(examples):
-        notes["rows left out: nothing to learn in them"] = dropped
+        notes[LEFT_OUT] = dropped
     if repeated := len(examples) - len({(example.messages, example.text) for example in examples}):
-        notes["rows repeat an earlier row"] = repeated
+        notes[REPEATED] = repeated
     return examples, [f"{count:,} {what}" for what, count in notes.items() if count]
 
 

@@ -53,10 +53,11 @@ class Reading:
 
 
 class Plain(NamedTuple):
-    """One text without a template: its ids, and whether each is one that the tokenizer put around it."""
+    """One text without a template: its ids, whether each is one that the tokenizer put around it, and their texts."""
 
     ids: list[int]
     around: list[bool]
+    texts: list[str]
     quoted: int
 
 
@@ -129,9 +130,13 @@ def read_rows(tokenizer: Any, examples: Sequence[Example], *, texts: bool = Fals
     ]
 
 
-def read_texts(tokenizer: Any, texts: Sequence[str], *, around: bool = True) -> list[Plain]:
-    """Texts that no template frames; with `around`, the tokens that the tokenizer itself puts around a text."""
-    return [Plain(*one) for one in _ask(tokenizer, "texts", [[text, around] for text in texts])]
+def read_texts(tokenizer: Any, given: Sequence[str], *, around: bool = True, texts: bool = False) -> list[Plain]:
+    """Texts that no template frames; with `around`, the tokens that the tokenizer itself puts around a text.
+
+    With `texts`, the text of each token too.
+    """
+    found = _ask(tokenizer, "shown texts" if texts else "texts", [[text, around] for text in given])
+    return [Plain(*one) for one in found]
 
 
 def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -263,20 +268,27 @@ def _row(tokenizer: Any, pattern: re.Pattern[str], item: Mapping[str, Any], text
     else:
         text, spans = _spans(tokenizer, messages, item["row"])
     templated = bool(getattr(tokenizer, "chat_template", None)) and not plain
-    ids, marks, shown = [], [], []
-    for token, start, end, _ in _pieces(tokenizer, text, around=not templated):
-        ids.append(token)
-        marks.append("1" if end > start and any(first <= start < last for first, last in spans) else "0")
-        if texts:
-            shown.append(text[start:end] if end > start else str(tokenizer.convert_ids_to_tokens(token)))
-    return [ids, "".join(marks), shown, quoted]
+    found = list(_pieces(tokenizer, text, around=not templated))
+    learnt = (end > start and any(first <= start < last for first, last in spans) for _, start, end, _ in found)
+    marks = "".join("1" if one else "0" for one in learnt)
+    return [[token for token, *_ in found], marks, _shown(tokenizer, text, found) if texts else [], quoted]
 
 
-def _text(tokenizer: Any, pattern: re.Pattern[str], item: tuple[str, bool]) -> list[Any]:
-    """[ids, which are around, quoted control tokens] of one text."""
+def _text(tokenizer: Any, pattern: re.Pattern[str], item: tuple[str, bool], texts: bool = False) -> list[Any]:
+    """[ids, which are around, texts, quoted control tokens] of one text."""
     text = _part(pattern, item[0])
     found = list(_pieces(tokenizer, text, around=item[1]))
-    return [[token for token, *_ in found], [around for *_, around in found], text.count(CUT)]
+    shown = _shown(tokenizer, text, found) if texts else []
+    return [[token for token, *_ in found], [around for *_, around in found], shown, text.count(CUT)]
+
+
+def _shown(tokenizer: Any, text: str, found: Sequence[tuple[int, int, int, bool]]) -> list[str]:
+    """The text of each token, together all of it; a sign made of several tokens stands with the first of them."""
+    at, shown = 0, []
+    for token, start, end, _ in found:
+        shown.append(text[at:end].replace(CUT, "") if end > start else str(tokenizer.convert_ids_to_tokens(token)))
+        at = max(at, end)
+    return shown
 
 
 def _prompt(tokenizer: Any, pattern: re.Pattern[str], item: list[list[str]]) -> list[int]:
@@ -289,6 +301,7 @@ _READ: dict[str, Callable[[Any, re.Pattern[str], Any], Any]] = {
     "rows": _row,
     "shown rows": partial(_row, texts=True),
     "texts": _text,
+    "shown texts": partial(_text, texts=True),
     "prompts": _prompt,
 }
 

@@ -103,18 +103,24 @@ def _join_data(desk: Desk, data: DataTab, train: TrainTab, tabs: gr.Tabs) -> Non
 
 
 def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
-    settings = train.settings
-    seen_by = [data.choice, train.model, settings["max_length"], settings["holdout"], settings["seed"], train.task]
+    settings, row = train.settings, [data.choice, data.row, train.model]
+    inspect, show_row = desk.mine(data_tab.inspect), desk.mine(data_tab.show_row)
+    split = [settings["holdout"], settings["seed"], train.task]
+    seen_by = [data.choice, train.model, settings["max_length"], *split]
+    shown = [*row, settings["max_length"], train.task]
     changed = [data.choice.change, train.model.change, settings["max_length"].change, train.task.change]
-    changed += [settings["holdout"].change]
-    gr.on(changed, desk.mine(data_tab.inspect), seen_by, [data.understood, data.pager], **LATEST)
-    shown = [data.choice, data.row, train.model, settings["max_length"], train.task]
-    show_row = desk.mine(data_tab.show_row)
-    changed = [data.choice.change, train.model.change, settings["max_length"].change, train.task.change]
+    gr.on([*changed, settings["holdout"].change], inspect, seen_by, data.seen, **LATEST)
     gr.on(changed, show_row, shown, data.preview, **LATEST)
+    data.row.input(show_row, shown, data.preview, **LATEST)
     for button, by in ((data.back, -1), (data.on, 1)):
         turned = button.click(desk.mine(data_tab.turn, by), [data.choice, data.row], data.row, **QUICK)
         turned.then(show_row, shown, data.preview, **LATEST)
+
+    tried = [data.choice, data.limit, *seen_by[1:]]
+    data.limit.input(desk.mine(data_tab.try_limit), tried, data.costs, **LATEST)
+    # the control of the Train tab says nothing of a change before that tab was opened once
+    data.use_limit.click(inspect, [data.choice, train.model, data.limit, *split], data.seen, **LATEST)
+    data.use_limit.click(show_row, [*row, data.limit, train.task], data.preview, **LATEST)
 
 
 def _join_settings(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab) -> None:
@@ -131,6 +137,8 @@ def _join_settings(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab) 
     shown = settled.then(desk.mine(train_tab.show_matrices), described, train.picker, **LATEST)
     shown.then(cost, **asked)
     page.load(desk.mine(train_tab.label_models), None, train.model, **QUIET)
+    used = data.use_limit.click(data_tab.use_limit, data.limit, train.settings["max_length"], **QUICK)
+    used.then(cost, **asked)
     pressed = train.preset.input(train_tab.press_preset, [train.picker, train.preset], train.picker, **QUICK)
     pressed.then(cost, **asked)
     train.picker.pick(train_tab.name_preset, train.picker, train.preset, **QUICK)

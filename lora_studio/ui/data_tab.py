@@ -1,4 +1,4 @@
-"""Tab 1: bring a dataset, correct what was guessed of it, and see which tokens will be learnt.
+"""Tab 1: bring a dataset, correct what was guessed of it, and see its health and which tokens will be learnt.
 
 The rest of the page knows the dataset by its choice: {"id", "name", "format", "columns"}, as DataChoice has it,
 where format and columns hold only what the person has corrected.
@@ -7,7 +7,7 @@ where format and columns hold only what the person has corrected.
 import html
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -16,7 +16,9 @@ from typing import Any
 
 import gradio as gr
 
-from lora_studio.data.formats import FORMATS
+from lora_studio import charts
+from lora_studio.data.formats import FORMATS, LEFT_OUT, REPEATED
+from lora_studio.data.health import LIMITS, Health
 from lora_studio.data.library import SAMPLES, Dataset
 from lora_studio.data.readers import EXTENSIONS
 from lora_studio.errors import StudioError
@@ -24,12 +26,13 @@ from lora_studio.limits import MIB, Limits
 from lora_studio.runs.config import DataChoice
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Inspection
+from lora_studio.ui import figure
 from lora_studio.ui.boundary import as_html, problem_instead, problem_last
 from lora_studio.ui.desk import Desk
-from lora_studio.ui.form import training
+from lora_studio.ui.form import SETTINGS, training
 
 SLOTS = max(len(format.roles) + len(format.optional) for format in FORMATS.values())
-PREVIEW_CHARACTERS = 6_000
+PREVIEW_CHARACTERS = 100_000
 NO_COLUMN = ("none", "")
 EMPTY = "<div class='empty'><b>Nothing chosen yet.</b> Take an example with one click, or bring your own data.</div>"
 
@@ -54,9 +57,22 @@ class DataTab:
     preview: gr.HTML
     pager: gr.Row
     back: gr.Button
+    row: gr.Number
     on: gr.Button
+    health: gr.Row
+    lengths: gr.HTML
+    labels: gr.HTML
+    labels_line: gr.HTML
+    limit: gr.Slider
+    costs: gr.HTML
+    use_limit: gr.Button
     choice: gr.State
-    row: gr.State
+
+    @property
+    def seen(self) -> list[Any]:
+        """What shows a dataset under a model, SEEN of them."""
+        own = [self.understood, self.pager, self.health, self.lengths, self.labels, self.labels_line]
+        return [*own, self.limit, self.costs]
 
 
 def build(limits: Limits) -> DataTab:
@@ -86,7 +102,16 @@ def build(limits: Limits) -> DataTab:
             preview = gr.HTML("", apply_default_css=False, elem_id="preview")
             with gr.Row(visible=False, elem_classes="pager", elem_id="pager") as pager:
                 back = gr.Button("Previous row", size="sm", min_width=110)
+                row = gr.Number(1, label="Row", precision=0, min_width=90, scale=0, elem_id="row")
                 on = gr.Button("Next row", size="sm", min_width=110)
+    with gr.Row(visible=False, equal_height=False, elem_id="health") as health:
+        with gr.Column(min_width=300, elem_classes="card"):
+            costs = _limit_card()
+        with gr.Column(min_width=300, elem_classes="card"):
+            gr.HTML("<h3>How long the rows are</h3>", apply_default_css=False)
+            lengths = figure.build("Histograms of the rows by their tokens", "data-lengths")
+            labels_line = gr.HTML("", apply_default_css=False, elem_id="data-labels-line")
+            labels = figure.build("Rows of each label", "data-labels")
     return DataTab(
         samples,
         *sources,
@@ -99,10 +124,37 @@ def build(limits: Limits) -> DataTab:
         preview,
         pager,
         back,
+        row,
         on,
+        health,
+        lengths,
+        labels,
+        labels_line,
+        *costs,
         gr.State(None),
-        gr.State(0),
     )
+
+
+def _limit_card() -> tuple[gr.Slider, gr.HTML, gr.Button]:
+    """What a length limit would cost, and the button that sets it."""
+    gr.HTML(
+        "<h3>What the length limit costs</h3>"
+        "<p class='soft'>A row longer than the limit loses its end, which is where an answer stands. Longer rows"
+        " take more memory and time.</p>",
+        apply_default_css=False,
+    )
+    setting = SETTINGS["max_length"]
+    limit = gr.Slider(
+        setting.min,
+        setting.default,
+        value=setting.default,
+        step=1,
+        label="Try a limit",
+        info="In tokens; shows what would be lost and changes nothing",
+        elem_id="try-limit",
+    )
+    costs = gr.HTML("", apply_default_css=False, elem_id="limit-costs")
+    return limit, costs, gr.Button("Use this limit", elem_id="use-limit")
 
 
 def _sources(limits: Limits) -> tuple[gr.File, gr.Textbox, gr.Button, gr.Textbox, gr.Button, gr.Dropdown]:
@@ -192,7 +244,7 @@ def opened(dataset: Dataset, chosen: DataChoice | None = None) -> tuple[Any, ...
     choice = {"id": dataset.id, "name": short_name(dataset), **corrected}
     format = corrected["format"] or dataset.format
     columns = corrected["columns"] or dataset.mapping
-    return choice, gr.Column(visible=True), format, *slot_updates(dataset, format, columns), 0
+    return choice, gr.Column(visible=True), format, *slot_updates(dataset, format, columns), 1
 
 
 def short_name(dataset: Dataset) -> str:
@@ -223,7 +275,7 @@ def change_format(desk: Desk, choice: dict[str, Any] | None, format: str) -> tup
     dataset = desk.studio.data.get(_chosen(choice).id)
     columns = desk.studio.data.mapping(dataset, format)
     new = {**(choice or {}), "format": "" if format == dataset.format else format, "columns": {}}
-    return new, gr.skip(), gr.skip(), *slot_updates(dataset, format, columns), 0
+    return new, gr.skip(), gr.skip(), *slot_updates(dataset, format, columns), 1
 
 
 @problem_last(1)
@@ -238,6 +290,9 @@ def change_columns(desk: Desk, choice: dict[str, Any] | None, *slots: str | None
 # ---- handlers: what a model sees of it ---------------------------------------------------------------------------
 
 
+SEEN = 8  # outputs of inspect
+
+
 def inspect(
     desk: Desk,
     choice: dict[str, Any] | None,
@@ -246,75 +301,160 @@ def inspect(
     holdout: Any,
     seed: Any,
     task: str = "causal",
-) -> tuple[str, Any]:
-    """Title, warnings, figures and histogram of the chosen dataset under the chosen model; and whether to page."""
+) -> tuple[Any, ...]:
+    """Everything that shows the chosen dataset under the chosen model: its health, and whether to page."""
+    hidden = (gr.Row(visible=False), gr.Row(visible=False), *(gr.skip(),) * (SEEN - 3))
     if not choice:
-        return EMPTY, gr.Row(visible=False)
+        return EMPTY, *hidden
     try:
         config = training({"max_length": max_length, "holdout": holdout, "seed": seed})
         seen = desk.ready(model).inspect(_chosen(choice), model, config, task)
-        return understood(seen, config), gr.Row(visible=True)
     except Exception as error:
-        return f"<h3>{html.escape(str(choice.get('name')))}</h3>{as_html(error)}", gr.Row(visible=False)
+        return f"<h3>{html.escape(str(choice.get('name')))}</h3>{as_html(error)}", *hidden
+    health, limit = seen.health, config.max_length
+    most = min(max(health.measured.tokens[-1], limit, *LIMITS), desk.limits.tokens)
+    drawn = {name: one._asdict() for name, one in health.histograms().items()}
+    return (
+        understood(seen),
+        gr.Row(visible=True),
+        gr.Row(visible=True),
+        figure.value(charts.token_lengths(drawn)),
+        figure.value(charts.label_counts(health.labels)) if health.labels else {},
+        labels_line(health),
+        gr.Slider(maximum=most, value=limit),
+        limit_costs(health, limit, limit),
+    )
+
+
+@problem_instead
+def try_limit(
+    desk: Desk,
+    choice: dict[str, Any] | None,
+    limit: Any,
+    model: str,
+    max_length: Any,
+    holdout: Any,
+    seed: Any,
+    task: str = "causal",
+) -> str:
+    """What another length limit would cost, from lengths that were measured once."""
+    if not choice:
+        return ""
+    config = training({"max_length": max_length, "holdout": holdout, "seed": seed})
+    tried = training({"max_length": limit}).max_length
+    health = desk.ready(model).inspect(_chosen(choice), model, config, task).health
+    return limit_costs(health, tried, config.max_length)
+
+
+def use_limit(limit: Any) -> Any:
+    """The limit that was tried, for the Train tab."""
+    return limit
 
 
 @problem_instead
 def show_row(
     desk: Desk, choice: dict[str, Any] | None, row: int, model: str, max_length: Any, task: str = "causal"
 ) -> str:
-    """One row as the model will see it, the trained tokens coloured."""
+    """One row, by its number in the file, as the model will see it, the trained tokens coloured."""
     if not choice:
         return ""
+    number = row if isinstance(row, int) else 1
     length = max_length if isinstance(max_length, int) and max_length > 0 else TrainConfig().max_length
-    return preview(desk.ready(model).preview(_chosen(choice), row, model, length, task), row)
+    return preview(desk.ready(model).preview(_chosen(choice), number, model, length, task), number)
 
 
 def turn(desk: Desk, by: int, choice: dict[str, Any] | None, row: int) -> int:
-    """The row before or after, around at the ends."""
-    return (row + by) % desk.studio.data.get(choice["id"]).rows if choice else 0
+    """The number of the row before or after, around at the ends."""
+    return ((row or 1) - 1 + by) % desk.studio.data.get(choice["id"]).rows + 1 if choice else 1
 
 
 # ---- HTML out of plain values ------------------------------------------------------------------------------------
 
 
-def understood(seen: Inspection, config: TrainConfig) -> str:
-    """The right-hand card's head."""
-    lengths = seen.lengths
-    share = f" <small>({lengths.cut / seen.rows:.1%})</small>" if lengths.cut else ""
-    tiles = [
-        ("Examples", f"{seen.rows:,}"),
-        ("Train / held out", f"{seen.train:,} / {seen.heldout:,}"),
-        ("Tokens, median / 95 %", f"{lengths.median:,} / {lengths.p95:,}"),
-        (f"Cut at {config.max_length:,} tokens", f"{lengths.cut:,}{share}"),
-    ]
-    notes = [*seen.dataset.warnings, *seen.warnings]
-    warned = "".join(f"<li>{html.escape(note)}</li>" for note in notes)
+def understood(seen: Inspection) -> str:
+    """The right-hand card's head: the verdict, then what it rests on."""
+    health, lengths = seen.health, seen.lengths
+    verdict = health.verdict(seen.limit)
+    notes = [note for note in seen.notes if not note.endswith((LEFT_OUT, REPEATED))]  # those have figures
+    warned = "".join(f"<li>{html.escape(note)}</li>" for note in (*seen.dataset.warnings, *notes))
     return (
         f"<h3>{html.escape(seen.dataset.name)}</h3>"
         f"<p class='soft'>{html.escape(_about(seen))}</p>"
+        f"<p class='verdict-line' data-grade='{verdict.grade}'>{html.escape(verdict.sentence)}</p>"
+        f"<p class='soft'>{html.escape(health.learnt(seen.limit))}</p>"
         + (f"<ul class='warned'>{warned}</ul>" if warned else "")
-        + "<div class='tiles'>"
-        + "".join(f"<div><span>{label}</span><b>{value}</b></div>" for label, value in tiles)
-        + "</div>"
-        + histogram(lengths.histogram, lengths.max)
+        + f"<div class='tiles'>{''.join(_tiles(health, lengths, seen.limit))}</div>"
     )
 
 
-def histogram(bins: Sequence[int], longest: int) -> str:
-    """How many examples have how many tokens, as bars."""
-    if not bins:
+TOLD = {  # what a figure says, for who rests on it
+    "Rows": "Rows of the file that are trained on or held out",
+    "Train / held out": "Held-out rows are never trained on: their loss tells learning from memorising",
+    "Left out, empty": "Rows of the file with nothing to learn in them",
+    "Duplicates": "Rows equal to an earlier one in prompt and answer; near: but for capitals and spaces",
+    "Prompts on both sides": "Held-out rows whose prompt is trained on too: the split keeps equal ones together;"
+    " near: but for capitals and spaces",
+    "Answers on both sides": "Held-out rows whose answer some row of training has too",
+    "Tokens, median / 95 %": "Half of the rows, and 95 of 100, have at most so many tokens",
+    "Cut": "Rows that are longer than the length limit",
+}
+
+
+def _tiles(health: Health, lengths: Any, limit: int) -> Iterable[str]:
+    yield _tile("Rows", f"{health.rows:,}")
+    yield _tile("Train / held out", f"{health.train:,} / {health.heldout:,}")
+    yield _tile("Left out, empty", f"{health.empty:,}")
+    yield _tile("Duplicates", f"{health.duplicates:,}{_and_near(health.near_duplicates)}")
+    yield _tile("Prompts on both sides", f"{health.shared_prompts:,}{_and_near(health.near_prompts)}")
+    if health.shared_answers is not None:
+        yield _tile("Answers on both sides", _with_share(health.shared_answers, health.heldout))
+    yield _tile("Tokens, median / 95 %", f"{lengths.median:,} / {lengths.p95:,}")
+    yield _tile("Cut", _with_share(health.cut(lengths), health.rows), f" at {limit:,} tokens")
+
+
+def _tile(label: str, value: str, more: str = "") -> str:
+    return f"<div title='{TOLD[label]}'><span>{label}{more}</span><b>{value}</b></div>"
+
+
+def _and_near(count: int) -> str:
+    return f" <small>+ {count:,} near</small>" if count else ""
+
+
+def _with_share(count: int, of: int) -> str:
+    return f"{count:,} <small>({count / of:.1%})</small>" if count else f"{count:,}"
+
+
+def limit_costs(health: Health, tried: int, used: int) -> str:
+    """A table of what length limits take away: the usual ones, the one in use and the one that is tried."""
+    learns = health.kind == "answers"
+    what = {"answers": "Answers cut", "labels": "Texts cut", "documents": "Documents cut"}[health.kind]
+    heads = ["Limit", what, "Learnt tokens lost" if learns else "Tokens lost", *["Nothing left"] * learns]
+    rows = []
+    for limit in sorted({*LIMITS, tried, used}):
+        lengths = health.at(limit)
+        lost, kept = (lengths.lost_supervised, lengths.supervised) if learns else (lengths.lost, lengths.total)
+        cells = [_with_share(health.cut(lengths), health.rows), _with_share(lost, lost + kept)]
+        cells += [f"{lengths.unsupervised:,}"] * learns
+        named = " <small>in use</small>" * (limit == used)
+        current = " aria-current='true'" * (limit == tried)
+        values = "".join(f"<td>{cell}</td>" for cell in cells)
+        rows.append(f"<tr{current}><th scope='row'>{limit:,}{named}</th>{values}</tr>")
+    head = "".join(f"<th scope='col'>{one}</th>" for one in heads)
+    return f"<table class='limits'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def labels_line(health: Health) -> str:
+    """Which label is the most frequent and which the least."""
+    if not health.labels:
         return ""
-    top = max(bins) or 1
-    width = (longest + 1) / len(bins)
-    bars = "".join(
-        f"<i style='height:{max(100 * count / top, 1.5 if count else 0):.0f}%'"
-        f" title='{count:,} examples of {width * place:.0f} to {width * (place + 1):.0f} tokens'></i>"
-        for place, count in enumerate(bins)
-    )
-    return (
-        f"<div class='bars' role='img' aria-label='Histogram of the tokens per example, up to {longest:,}'>{bars}</div>"
-        f"<div class='axis'><span>0</span><span>tokens per example</span><span>{longest:,}</span></div>"
-    )
+    (most, many), (least, few) = health.labels[0], health.labels[-1]
+
+    def told(label: str, rows: int) -> str:
+        return f"<b>{charts.text(label)}</b> ({rows:,}, {rows / health.rows:.1%})"
+
+    spread = f"Most frequent: {told(most, many)}. Least: {told(least, few)}."
+    spread = spread if many > few else f"Each has {few:,} rows."
+    return f"<h4>{len(health.labels):,} labels</h4><p class='soft'>{spread}</p>"
 
 
 def preview(pieces: Sequence[Any], row: int) -> str:
@@ -325,17 +465,18 @@ def preview(pieces: Sequence[Any], row: int) -> str:
         room = PREVIEW_CHARACTERS - shown
         shown += len(text)
         spans.append(f"<span class='{kind}'>{html.escape(text[: max(room, 0)])}</span>")
-    more = "<span class='soft'> …</span>" if shown > PREVIEW_CHARACTERS else ""
-    trained = sum(piece.kind == "trained" for piece in pieces)
+    more = f"<p class='soft'>{shown - PREVIEW_CHARACTERS:,} more characters</p>" if shown > PREVIEW_CHARACTERS else ""
+    trained, cut = (sum(piece.kind == kind for piece in pieces) for kind in ("trained", "cut"))
+    lost = f", {cut:,} are cut off" if cut else ""
     legend = "".join(
         f"<span class='{kind}'>{label}</span>"
         for kind, label in (("context", "read only"), ("trained", "learnt"), ("cut", "cut off"))
     )
     return (
-        f"<div class='preview-head'><h4>What the model sees of row {row + 1}</h4>"
-        f"<span class='soft'>{trained:,} of {len(pieces):,} tokens are learnt</span>"
+        f"<div class='preview-head'><h4>What the model sees of row {row:,}</h4>"
+        f"<span class='soft'>{trained:,} of {len(pieces):,} tokens are learnt{lost}</span>"
         f"<span class='legend'>{legend}</span></div>"
-        f"<div class='rendered' tabindex='0' aria-label='Rendered row'>{''.join(spans)}{more}</div>"
+        f"<div class='rendered' tabindex='0' role='region' aria-label='Rendered row'>{''.join(spans)}</div>{more}"
     )
 
 
