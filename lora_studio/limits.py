@@ -47,6 +47,8 @@ class Limits:
     log_bytes: int = 50 * MIB  # of what a worker prints; the newest half stays
     journal_bytes: int = GIB  # of a run's events; with more, answers to samples are left out
 
+    note_characters: int = 4_000  # about one run, by its owner
+
     # answers
     prompt_characters: int = 32_000
     answer_tokens: int = 2048

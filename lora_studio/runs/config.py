@@ -65,10 +65,12 @@ class Run:
     facts: Mapping[str, Any] = field(default_factory=dict)  # model revision, estimate before launch
     owner: str = NOBODY
     shared: bool = False  # whether others may see its figures and its config, never its rows or what it wrote
+    renamed: str = ""  # what its owner calls it since; empty: as its config does
+    remarks: str = ""  # what its owner has noted about it
 
     @property
     def name(self) -> str:
-        return self.config.name
+        return self.renamed or self.config.name
 
     @property
     def active(self) -> bool:

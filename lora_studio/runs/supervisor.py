@@ -93,6 +93,7 @@ class Supervisor:
             runs = self.store.list()
             running = [run for run in runs if run.status == "running"]
             self._look_after(running)
+            self.store.sweep_deleted()
             if self._owned:
                 for run in runs:
                     if run.status == "lost":
