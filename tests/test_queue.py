@@ -894,35 +894,34 @@ def test_the_next_app_knows_nothing_of_what_was_deleted(queue: Queue) -> None:
     other.supervisor.close()
 
 
-def test_a_crash_at_any_call_of_deleting_restoring_or_removing_leaves_a_whole_run_or_none(tmp_path: Path) -> None:
-    for act in ("delete", "restore", "remove"):
-        for at in range(1, 4):
-            store = RunStore(tmp_path / f"{act}{at}")
-            run = store.create(CONFIG, {})
-            store.describe(run.id, remarks="all of it")
-            before = contents(run.path)
-            if act != "delete":
-                store.delete(run.id)
-            with pytest.MonkeyPatch.context() as patch:
-                break_off(patch, [(Path, "rename"), (os, "unlink"), (os, "rmdir")], at)
-                with suppress(Crash):
-                    {"remove": lambda: store.sweep_deleted(at_once=True)}.get(act, lambda: getattr(store, act)(run.id))()
-            after = RunStore(tmp_path / f"{act}{at}")
-            assert [one.id for one in after.list()] in ([], [run.id])
-            assert not run.path.exists() or contents(run.path) == before
-            after.sweep_leftovers()
-            assert [path.name for path in after.folder.iterdir()] in ([], [run.id])
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("act", ["delete", "restore", "sweep_deleted"])
+def test_a_crash_at_any_call_of_deleting_leaves_a_whole_run_or_none(tmp_path: Path, act: str, at: int) -> None:
+    store = RunStore(tmp_path)
+    run = store.create(CONFIG, {})
+    store.describe(run.id, remarks="all of it")
+    before = contents(run.path)
+    if act != "delete":
+        store.delete(run.id)
+    with pytest.MonkeyPatch.context() as patch, suppress(Crash):
+        break_off(patch, [(Path, "rename"), (os, "unlink"), (os, "rmdir")], at)
+        store.sweep_deleted(at_once=True) if act == "sweep_deleted" else getattr(store, act)(run.id)
+    after = RunStore(tmp_path)
+    listed = [one.id for one in after.list()]
+    assert listed in ([], [run.id]) and (not listed or contents(run.path) == before)
+    after.sweep_leftovers()
+    assert [path.name for path in after.folder.iterdir()] == listed
 
 
-def test_what_is_deleted_counts_until_it_is_gone_and_goes_first(tmp_path: Path) -> None:
-    store, runs = kept(tmp_path, kept_bytes=MIB + MIB // 2)
-    own = [run for run in runs if run.owner == A]
+@pytest.mark.parametrize(("kept_bytes", "left"), [(math.inf, True), (3 * MIB, False), (2.5 * MIB, False)])
+def test_what_is_deleted_counts_until_it_is_gone_and_goes_first(tmp_path: Path, kept_bytes: float, left: bool) -> None:
+    store, runs = kept(tmp_path, kept_bytes=kept_bytes, idle_hours=1e6)
+    mine = store.of(A)
     count, held = store.usage(A)
-    store.of(A).delete(own[0].id)
+    mine.delete(runs[4].id)  # the newest of three
     assert store.usage(A) == (count - 1, held)
-    while store.usage(A)[1] > MIB + MIB // 2 and store.of(A).deleted():
-        assert own[0].id not in store.sweep_old()
-        assert store.of(A).deleted() == []
+    assert not {*store.sweep_old()} & {run.id for run in runs if run.owner == A}
+    assert bool(mine.deleted()) == left and (store.usage(A)[1] == held) == left
 
 
 def test_room_that_is_needed_is_taken_from_what_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -941,9 +940,9 @@ def test_a_new_name_and_a_note_are_bounded_encodable_and_survive_nonsense(tmp_pa
     named = store.describe(run.id, name="  a\nb  \ud800", remarks=" one\n two ")
     assert (named.name, named.remarks, named.config) == ("a b ?", "one\n two", CONFIG)
     assert store.describe(run.id, remarks="").name == "a b ?" and store.describe(run.id, name=" ").name == "n"
-    for code, given in {"E_CONFIG": {"name": "x" * 201}, "E_LIMIT": {"remarks": "x" * 4001}}.items():
+    for code, about in {"E_CONFIG": {"name": "x" * 201}, "E_LIMIT": {"remarks": "x" * 4001}}.items():
         with pytest.raises(StudioError) as caught:
-            store.describe(run.id, **given)
+            store.describe(run.id, **about)
         assert caught.value.code == code
     for torn in ("", "[]", "{", '{"name": null, "remarks": 3}'):
         (run.path / "about.json").write_text(torn)
