@@ -65,6 +65,7 @@ POLICY = {
     "inside_tab.look": OWN,
     "inside_tab.measure": OWN,
     "inside_tab.pack_smaller": OWN,
+    "inside_tab.read_dial": PLAIN,
     "inside_tab.show_matrix": OWN,
     "live.delete": OWN,
     "live.pause": OWN,

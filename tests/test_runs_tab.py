@@ -153,6 +153,7 @@ def test_curves_come_by_step_and_tokens_and_each_point_once(studio: Studio) -> N
     run, old = put(studio), put(studio)
     events = [Started(steps=4, **FACTS), Metric(step=0, values={"heldout_loss": 3.0})]
     events += [Metric(step=n, values={"train_loss": 1.0 / n, "tokens": 10 * n}) for n in (1, 2)]
+    events += [Metric(step=2, values={"heldout_loss": 2.0})]
     lines = [to_line(event, time=0.0, attempt=1) + "\n" for event in events]
     journal = studio.runs.get(run).path / "events.jsonl"
     journal.write_text("".join(lines))
@@ -160,7 +161,7 @@ def test_curves_come_by_step_and_tokens_and_each_point_once(studio: Studio) -> N
         to_line(Metric(step=1, values={"train_loss": 1.0}), time=0.0, attempt=1) + "\n"
     )
     first, second = ask(studio, chosen=[run, old])["runs"]
-    assert first["train"] == [[1, 2], [1.0, 0.5], [10, 20]] and [*map(list, first["heldout"])] == [[0], [3.0]]
+    assert first["train"] == [[1, 2], [1.0, 0.5], [10, 20]] and [*map(list, first["heldout"])] == [[0, 2], [3.0, 2.0]]
     assert second["train"] == [[1], [1.0], [None]]
     with journal.open("a") as file:
         file.write(to_line(Metric(step=3, values={"train_loss": 0.1, "tokens": 30}), time=0.0, attempt=1) + "\n")

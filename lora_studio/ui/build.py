@@ -280,11 +280,13 @@ def _join_inside(desk: Desk, inside: InsideTab) -> None:
     inside.measure.click(
         desk.mine(inside_tab.measure),
         inside.run,
-        [inside.curve, inside.curve_line, inside.rank, inside.dial_problem],
+        [inside.curve, inside.curve_line, inside.measured, inside.rank, inside.dial_problem],
         concurrency_id="model",
         concurrency_limit=1,
         **QUIET,
     )
+    dial = [inside.measured, inside.rank]
+    gr.on([inside.rank.change, inside.measured.change], inside_tab.read_dial, dial, inside.rank_line, **LATEST)
     inside.download.click(
         desk.mine(inside_tab.pack_smaller),
         [inside.run, inside.rank],

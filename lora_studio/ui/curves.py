@@ -37,7 +37,8 @@ def _news(studio: Studio, run: Run, seen: Any, limit: int) -> dict[str, Any]:
     if start and any(record["type"] == "Started" for record in records):
         start, records = 0, studio.runs.events(run.id)[:following]
     train = live.thin(*curve(records, "train_loss"), limit)
-    tokens = {one["step"]: one["values"].get("tokens") for one in records if one["type"] == "Metric"}
+    trained = [one for one in records if one["type"] == "Metric" and "tokens" in one["values"]]
+    tokens = {one["step"]: one["values"]["tokens"] for one in trained}
     return {
         "run": run.id,
         "start": start,
@@ -45,7 +46,7 @@ def _news(studio: Studio, run: Run, seen: Any, limit: int) -> dict[str, Any]:
         "state": run.status,
         "step": run.step,
         "steps": run.steps,
-        "train": [*train, [tokens[step] for step in train[0]]],
+        "train": [*train, [tokens.get(step) for step in train[0]]],
         "heldout": live.thin(*curve(records, "heldout_loss"), limit),
     }
 

@@ -27,7 +27,7 @@ const COLUMNS = {  // name: heading, what is shown, what is sorted by
   step: ['Steps', standing, one => one.step],
   loss: ['Held-out loss', one => change(one.base_loss, one.loss, loss), one => one.loss],
   accuracy: ['Accuracy', one => change(one.base_accuracy, one.accuracy, percent), one => one.accuracy],
-  parameters: ['Parameters', one => big(one.parameters), one => one.parameters],
+  parameters: ['Parameters', one => one.most > one.parameters ? `${big(one.parameters)} to ${big(one.most)}` : big(one.parameters), one => one.parameters],
   seconds: ['Time', one => one.seconds == null ? '' : duration(one.seconds), one => one.seconds],
   created: ['Started', one => when(one.created), one => one.created],
 };
@@ -62,7 +62,7 @@ function study(key, runs) {
   const sizes = figures('parameters'), seconds = figures('seconds');
   return { ...first, key, runs, state, run: null, name: `Study of ${runs.length} runs: ${first.dataset}`, method: 'rank × matrices',
     step: figures('step').reduce((a, b) => a + b, 0), loss: best?.loss, accuracy: best?.accuracy,
-    parameters: sizes.length ? Math.min(...sizes) : null,
+    parameters: sizes.length ? Math.min(...sizes) : null, most: Math.max(...sizes),
     seconds: seconds.length ? seconds.reduce((a, b) => a + b, 0) : null };
 }
 
