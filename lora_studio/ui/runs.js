@@ -2,7 +2,7 @@
 // Everything a person wrote goes into the page as textContent.
 const plot = $('.plot'), search = $('.search'), form = $('.about');
 const EAGER = often(1500), PAGE = 50;
-const MOST = 24;  // that are chosen at once
+const MOST = +$('.runs-view').dataset.most;  // that are chosen at once
 const WORDS = { queued: 'waiting', running: 'running', paused: 'paused', done: 'done', stopped: 'stopped', failed: 'failed',
   lost: 'broken off', damaged: 'damaged' };
 
@@ -95,7 +95,7 @@ function heading(name) {
   return cell;
 }
 
-function tick_of(one, runs) {  // the box that chooses it
+function chooser(one, runs) {  // the box that chooses it
   const box = made('input'), cell = made('td');
   box.type = 'checkbox';
   box.dataset.choose = runs.join(' ');
@@ -128,7 +128,7 @@ function row(one, shown, inside) {
   parts[1].append(press);
   if (inside?.front === one.run) parts[1].append(made('em', inside.recommended ? 'recommended' : 'leads'));
   if (one.remarks) parts[1].append(made('small', one.remarks));
-  line.append(tick_of(one, [one.run]), ...parts);
+  line.append(chooser(one, [one.run]), ...parts);
   line.dataset.run = one.run;
   line.classList.toggle('picked', chosen.has(one.run));
   return line;
@@ -143,12 +143,13 @@ function block(one, shown) {  // a study; open, its table of ranks and matrices 
   press.setAttribute('aria-expanded', unfolded);
   parts[1].scope = 'row';
   parts[1].append(press);
-  line.append(tick_of(one, one.runs.map(run => run.run)), ...parts);
+  line.append(chooser(one, one.runs.map(run => run.run)), ...parts);
   if (!unfolded) return [line];
-  const inside = made('tr'), box = made('td', told ? null : 'Reading the study');
-  box.colSpan = shown.length + 1;
+  const inside = made('tr'), cell = made('td'), box = made('div', told ? null : 'Reading the study', 'paper-of');
+  cell.colSpan = shown.length + 1;
   if (told) box.append(...paper(told, one.key));
-  inside.append(box);
+  cell.append(box);
+  inside.append(cell);
   return [line, inside, ...sorted(one.runs).map(run => row(run, shown, told || {}))];
 }
 
@@ -319,9 +320,9 @@ async function take(news) {
     draw();
   }
   let moved = false;
-  for (const now of news.moved || []) {
-    const one = rows.find(row => row.run === now.run);
-    if (one && (one.step !== now.step || one.loss !== now.loss)) { Object.assign(one, now); moved = true; }
+  for (const fresh of news.moved || []) {
+    const one = rows.find(row => row.run === fresh.run);
+    if (one && (one.step !== fresh.step || one.loss !== fresh.loss)) { Object.assign(one, fresh); moved = true; }
   }
   if (moved) draw();
   const gone = news.deleted;

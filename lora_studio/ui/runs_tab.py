@@ -24,6 +24,7 @@ from lora_studio.ui.desk import Desk
 
 HERE = Path(__file__).parent
 DASHES = ("solid", "dash", "dot", "dashdot")
+AT_ONCE = 200  # runs that one request deletes or brings back
 GLIMPSE = 120  # characters of a note in the table
 
 
@@ -57,7 +58,7 @@ def build(desk: Desk) -> gr.HTML:
 
 
 def _template(limits: Limits) -> str:
-    bounds = {"NAME_MOST": knobs(RunConfig)["name"].max, "NOTE_MOST": limits.note_characters}
+    bounds = {"NAME_MOST": knobs(RunConfig)["name"].max, "NOTE_MOST": limits.note_characters, "CHOSEN_MOST": MOST}
     template = (HERE / "runs.html").read_text(encoding="utf-8")
     for name, most in bounds.items():
         template = template.replace(name, f"{most:.0f}")
@@ -147,7 +148,7 @@ def describe_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
 def each(ask: Mapping[str, Any], act: Any) -> dict[str, Any]:
     """Do something to all chosen runs; one for which it cannot be done does not keep the others back."""
     wanted, problems = ask.get("runs"), []
-    for run in wanted[:MOST] if isinstance(wanted, list) else []:
+    for run in wanted[:AT_ONCE] if isinstance(wanted, list) else []:
         try:
             act(live.id_of(run))
         except StudioError as error:
