@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import pytest
+from gradio.blocks import Block
 
 from lora_studio.core.spec import BASELINES, VARIANTS, BaselineSpec, LoraSpec, Method
 from lora_studio.events import Metric, Started
@@ -233,7 +233,7 @@ def test_a_run_that_is_cloned_fills_the_whole_form(studio: Studio, tiny: Path, m
 
 def plain(value: Any) -> Any:
     """The value that an update of a control sets; None where it is left alone."""
-    if isinstance(value, gr.blocks.Block):
+    if isinstance(value, Block):
         return value._constructor_args[0].get("value")
     return None if isinstance(value, dict) and value.get("__type__") == "update" else value
 

@@ -153,18 +153,17 @@ def settings_in_words(run: Run) -> dict[str, str]:
         "Method": "LoRA" if isinstance(method, LoraSpec) else BASELINES[method.kind][0],
     }
     for part in (method, config.train):
-        said |= {
-            knob.label: _in_words(getattr(part, name)) for name, knob in knobs(type(part)).items() if name != "kind"
-        }
+        settings = [setting for name, setting in knobs(type(part)).items() if name != "kind"]
+        said |= {setting.label: _in_words(getattr(part, setting.name)) for setting in settings}
     return said
 
 
 def _in_words(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name}={one}" for name, one in value.items())
-    return (
-        ", ".join(map(str, value)) if isinstance(value, tuple) else f"{value:g}" if type(value) is float else str(value)
-    )
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if type(value) is float else str(value)
 
 
 def base_precision(method: Method, asked: str, on: str) -> str:

@@ -540,7 +540,7 @@ class RunStore:
             try:
                 disk.at_any_rate(self.folder.parent, view.path.rename, self._aside(view.id))
             except OSError:
-                del self._deleted[view.id]
+                self._deleted.pop(view.id, None)
                 raise
         for known in (self._journals, self._ended, self.said):
             known.pop(view.id, None)

@@ -364,10 +364,12 @@ def _to_study(event: gr.EventData) -> tuple[Any, str]:
 
 
 def _to_form(desk: Desk, settings: tuple[str, ...], event: gr.EventData) -> tuple[Any, ...]:
-    """Tabs 1 and 2 as they were when that run was started; its dataset only, where it is still here."""
-    run = desk.studio.runs.get(str(event.run))
-    opened = _data_of(desk, run, (gr.skip(),) * data_tab.OPENED)
-    return gr.Tabs(selected="train"), *opened, *train_tab.filled(desk, run.config, settings)
+    """Tabs 1 and 2 as they were when that run was started."""
+    run, untouched = desk.studio.runs.get(str(event.run)), (gr.skip(),) * data_tab.OPENED
+    filled, opened = train_tab.filled(desk, run.config, settings), _data_of(desk, run, untouched)
+    if opened is untouched:
+        gr.Warning("The dataset of this run is no longer here. Choose another in tab 1.")
+    return gr.Tabs(selected="train"), *opened, *filled
 
 
 def _cell_to_run(event: gr.EventData) -> tuple[Any, str]:

@@ -176,8 +176,8 @@ def _width(name: str, value: int = 0) -> Any:
     if not means:
         return gr.Number(visible=False)
     usually = BASELINES[name][2]
-    about = {"label": means.capitalize(), "info": f"0 takes the usual {usually}"}
-    return gr.Number(visible=True, value=value or usually, **about)
+    info = f"0 takes the usual {usually}"
+    return gr.Number(visible=True, label=means.capitalize(), info=info, value=value or usually)
 
 
 def filled(desk: Desk, config: RunConfig, settings: Sequence[str]) -> tuple[Any, ...]:
