@@ -161,12 +161,12 @@ def test_curves_come_by_step_and_tokens_and_each_point_once(studio: Studio) -> N
         to_line(Metric(step=1, values={"train_loss": 1.0}), time=0.0, attempt=1) + "\n"
     )
     first, second = ask(studio, chosen=[run, old])["runs"]
-    assert first["train"] == [[1, 2], [1.0, 0.5], [10, 20]] and [*map(list, first["heldout"])] == [[0, 2], [3.0, 2.0]]
-    assert second["train"] == [[1], [1.0], [None]]
+    assert first["train"] == ([1, 2], [1.0, 0.5], [10, 20]) and [*map(list, first["heldout"])] == [[0, 2], [3.0, 2.0]]
+    assert second["train"] == ([1], [1.0], [None])
     with journal.open("a") as file:
         file.write(to_line(Metric(step=3, values={"train_loss": 0.1, "tokens": 30}), time=0.0, attempt=1) + "\n")
     (more,) = curves.news(studio, [studio.runs.get(run)], {run: first["next"]})
-    assert more["start"] == first["next"] and more["train"] == [[3], [0.1], [30]]
+    assert more["start"] == first["next"] and more["train"] == ([3], [0.1], [30])
 
 
 # ---- the form ------------------------------------------------------------------------------------------------------

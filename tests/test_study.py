@@ -414,7 +414,7 @@ def test_the_page_gets_only_what_is_new_and_the_table_only_when_it_changed(swept
     assert set(first["table"]["colours"]) == {run["run"] for run in first["runs"]} and first["figure"]["data"]
     seen = {run["run"]: run["next"] for run in first["runs"]}
     again = study_tab.answer(studio, {"study": first["study"], "seen": seen, "known": first["token"]})
-    assert "table" not in again and all(run["train"] == ([], []) for run in again["runs"])
+    assert "table" not in again and all(run["train"] == ([], [], []) for run in again["runs"])
     assert len(json.dumps(again)) < 1500
 
 

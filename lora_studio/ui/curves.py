@@ -46,7 +46,7 @@ def _news(studio: Studio, run: Run, seen: Any, limit: int) -> dict[str, Any]:
         "state": run.status,
         "step": run.step,
         "steps": run.steps,
-        "train": [*train, [tokens.get(step) for step in train[0]]],
+        "train": (*train, [tokens.get(step) for step in train[0]]),
         "heldout": live.thin(*curve(records, "heldout_loss"), limit),
     }
 
