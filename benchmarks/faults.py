@@ -462,7 +462,7 @@ def _forked(act: Callable[[], Any]) -> int:
 def full_disk(folder: Path, model: Path, counts: Counts) -> Fault:
     """Disks on which a run fits more or less: it ends as done or with the named reason.
 
-    Its last checkpoint loads, and with no byte left it can be deleted.
+    Its last checkpoint loads, and with no byte left it can be deleted, brought back, and deleted for good.
     """
     fault = Fault(name="disk full")
     import torch
@@ -513,6 +513,11 @@ def full_disk(folder: Path, model: Path, counts: Counts) -> Fault:
             _fill(mount)
             site.studio.runs.delete(run.id)
             fault.must(not site.studio.runs.list(), "it could not be deleted without a byte left")
+            site.studio.runs.restore(run.id)
+            fault.must(len(site.studio.runs.list()) == 1, "it could not be brought back without a byte left")
+            site.studio.runs.delete(run.id)
+            site.studio.runs.sweep_deleted(at_once=True)
+            fault.must(not [*run.path.parent.glob(f"{run.id}*")], "what was deleted is still there")
     failed, quiet = (int(sum(fault.figures.get(name, []))) for name in ("failed", "went on without checkpoints"))
     fault.said = f"{failed} ended as E_DISK, {quiet} went on without checkpoints and ended"
     return fault

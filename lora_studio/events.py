@@ -45,7 +45,8 @@ class Probed:
 class Metric:
     """Figures of one optimizer step; step 0 is the base model before any update.
 
-    Keys in use: train_loss, heldout_loss, learning_rate, grad_norm, tokens_per_s, seconds_left, memory_bytes.
+    Keys in use: train_loss, heldout_loss, learning_rate, grad_norm, tokens (so far), tokens_per_s, seconds_left,
+    memory_bytes.
     """
 
     step: int

@@ -50,6 +50,8 @@ class Limits:
     log_bytes: int = 50 * MIB  # of what a worker prints; the newest half stays
     journal_bytes: int = GIB  # of a run's events; with more, answers to samples are left out
 
+    note_characters: int = 4_000  # about one run, by its owner
+
     # memory
     rows_at_hand: int = 32 * MIB  # that a visitor's Studio keeps of what it read last; larger ones share one place
 

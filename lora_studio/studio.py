@@ -419,9 +419,23 @@ class Studio:
         self.runs.share(run, on)
 
     def delete(self, run: str) -> None:
-        """Forget a run and all its files. Raises E_RUN_ACTIVE while it trains."""
+        """Put a run aside, to be removed with all its files after store.UNDO_S. Raises E_RUN_ACTIVE while it trains."""
         self._note("delete", run)
         self.runs.delete(run)
+
+    def restore(self, run: str) -> None:
+        """Bring back a run that was just deleted, as it was. Raises E_RUN_NOT_FOUND once it is gone for good."""
+        self._note("restore", run)
+        with self.supervisor.hold():
+            if any(view.id == run and view.status == "queued" for view, _ in self.runs.deleted()):
+                self.runs.admit()
+            self.runs.restore(run)
+        self.supervisor.tick()
+
+    def describe(self, run: str, *, name: str | None = None, remarks: str | None = None) -> Run:
+        """Call a run otherwise, or note something about it. Raises E_CONFIG, E_LIMIT."""
+        self._note("describe", run)
+        return self.runs.describe(run, name=name, remarks=remarks)
 
     def resume(self, run: str) -> Run:
         """Put a run that was paused, stopped, lost or failed back into the queue; it goes on where it was saved.

@@ -188,6 +188,7 @@ class _Course:
         self.batches: Iterator[list[lean.Tokens]] = iter(())
         self.batch: list[lean.Tokens] = []  # of the step that is next
         self.clock, self.seen, self.since = 0.0, 0, job.step  # of this attempt: start, tokens, first step
+        self.seen_before = 0  # tokens, by earlier attempts
         self.parameters = job.parameters
         self.floor = 0  # most memory that was held before training
 
@@ -201,7 +202,7 @@ class _Course:
         self.measured_at = measured_steps(config, self.steps)
         self.batches = _batches(self.rows, config, self.steps)
         for _ in range(job.step):
-            next(self.batches)
+            self.seen_before += sum(len(tokens.ids) for tokens in next(self.batches))
         model = job.lora.model
         total = parameter_count(model)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -271,6 +272,7 @@ class _Course:
                 "train_loss": loss,
                 "learning_rate": rate,
                 "grad_norm": norm,
+                "tokens": self.seen_before + self.seen,
                 "tokens_per_s": self.seen / elapsed,
                 "seconds_left": elapsed / (step - self.since) * (self.steps - step),
                 "memory_bytes": max(self.floor, peak_memory(job.device)),

@@ -35,6 +35,8 @@ POLICY = {
     "build._cell_to_export": OWN,
     "build._cell_to_run": PLAIN,
     "build._to_compare": OWN,
+    "build._to_form": OWN,
+    "build._to_study": PLAIN,
     "build._to_training": PLAIN,
     "build._used": OWN,
     "build.<lambda>": PLAIN,
@@ -65,14 +67,21 @@ POLICY = {
     "inside_tab.look": OWN,
     "inside_tab.measure": OWN,
     "inside_tab.pack_smaller": OWN,
+    "inside_tab.read_dial": PLAIN,
     "inside_tab.show_matrix": OWN,
     "live.delete": OWN,
     "live.pause": OWN,
     "live.poll": OWN,
     "live.restart": OWN,
+    "live.restore": OWN,
     "live.resume": OWN,
     "live.share": OWN,
     "live.stop": OWN,
+    "runs_tab.delete": OWN,
+    "runs_tab.describe": OWN,
+    "runs_tab.poll": OWN,
+    "runs_tab.restore": OWN,
+    "runs_tab.table": OWN,
     "study_tab.cost": OWN,
     "study_tab.drop": OWN,
     "study_tab.poll": OWN,
@@ -91,7 +100,8 @@ SAME_FOR_OWNER = {"build._used"}  # takes no id, so its answer is compared with 
 SILENT = {"train_tab.settle_task"}  # says only whether rows have labels, and hers have none
 SECRET = "sesame-7f3a"  # in Ann's rows, names, answers and log
 DEFAULTS = {name: setting.default for name, setting in form.SETTINGS.items() if name != "targets"}
-LAST = ("live.restart", "live.stop", "live.share", "live.delete")  # what changes a run, at the end and in this order
+# what changes a run, at the end and in this order
+LAST = ("live.restart", "live.stop", "live.share", "live.delete", "live.restore", "runs_tab.delete", "runs_tab.restore")
 
 
 @pytest.fixture(scope="module")
@@ -134,13 +144,14 @@ class Event:
     """As an event of the study's table, or of a chip, comes to a handler."""
 
     def __init__(self, run: str) -> None:
-        self.run, self.prompt, self.target_text = run, "p", "t"
+        self.run, self.study, self.prompt, self.target_text = run, run, "p", "t"
 
 
 def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, Any]:
     """What a caller may send for each name of a parameter."""
     choice = {"id": ids["dataset"], "name": "mine", "format": "", "columns": {}}
     ask = {"run": ids["run"], "start": 0, "list": True, "log": True, "study": ids["study"], "seen": {}, "on": True}
+    ask |= {"runs": [ids["run"]], "chosen": [ids["run"]]}
     picked = {"matrices": [{"role": "attn.q"}], "chosen": ["attn.q"]}
     at.parent.mkdir(exist_ok=True)
     at.write_text("a,b\n1,2\n")
@@ -184,6 +195,7 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "matrix": "attn.q · layer 0",
         "which": "The whole update",
         "rank": 1,
+        "told": {},
         "targets": "attn.q",
         "steps": 3,
         "batch_size": 2,
@@ -292,7 +304,8 @@ def test_who_owns_it_and_the_operator_get_an_answer(
         for function in reachable[name]:
             for caller in (operator, {"secret": ANN}):
                 parameters = inspect.signature(function).parameters
-                rows_alone = about_rows & parameters.keys() or name in ("build._used", "live.restart", "live.delete")
+                once = ("build._used", "live.restart", "live.delete", "runs_tab.delete")
+                rows_alone = about_rows & parameters.keys() or name in once
                 if caller is operator and rows_alone:
                     continue  # an operator sees runs and what they were trained on, but opens nobody's rows
                 got, missing = (answer(function, ids, caller, tiny, tmp_path) for ids in (hers, MISSING))

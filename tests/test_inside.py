@@ -394,7 +394,9 @@ def test_only_lora_runs_on_the_same_base_are_offered_for_comparison(desk: Desk) 
 
 def test_the_dial_measures_says_and_packs(desk: Desk) -> None:
     moments = list(inside_tab.measure(desk, id_of(desk, "wide")))
-    figure, said, rank, problem = moments[-1]
+    figure, said, curve, rank, problem = moments[-1]
+    assert rank.maximum == 4 and "100 %</b> of the gain" in inside_tab.read_dial(curve, 4)
+    assert inside_tab.read_dial({}, 3) == inside_tab.read_dial(curve, None) == ""
     assert problem == "" and len(moments) >= 6 and figure["data"][0]["x"][:3] == ["0", "1", "2"]
     assert "held-out rows" in said and 1 <= rank.value <= 4
     address, problem = inside_tab.pack_smaller(desk, id_of(desk, "wide"), 2.0)
@@ -409,3 +411,13 @@ def test_the_verdict_of_the_dial(smallest: int | None, said: str) -> None:
     points = [{"rank": rank, "loss": 1.0, "parameters": 1000 * rank} for rank in (0, 3, 16)]
     told = inside_tab.verdict({"rank": 16, "smallest": smallest, "points": points})
     assert said in told and ("3,000 parameters instead of 16,000" in told) == (smallest == 3)
+
+
+def test_the_dial_reads_what_was_measured_and_says_what_was_not() -> None:
+    losses = {0: 3.0, 1: 2.5, 4: 1.004, 16: 1.0}
+    points = [{"rank": rank, "loss": loss, "parameters": 1000 * rank} for rank, loss in losses.items()]
+    read = {rank: inside_tab.read_dial({"rank": 16, "points": points}, rank) for rank in (1, 2, 4, 16)}
+    assert "<b>25 %</b> of the gain, 1,000 parameters instead of 16,000" in read[1]
+    assert "was not measured; the held-out loss is 2.5 at rank 1 and 1.004 at rank 4" in read[2]
+    assert "<b>99.8 %</b> of the gain" in read[4]  # never rounded up to all of it
+    assert "<b>100 %</b> of the gain." in read[16]

@@ -242,7 +242,7 @@ def test_nothing_is_wider_than_a_phone(url: str, browser: Browser) -> None:
     page.goto(url)
     page.get_by_role("button", name="Plain English").click()
     expect(page.locator("#preview .rendered")).to_be_visible(timeout=30_000)
-    for tab in ("1 Data", "2 Train", "Study", "3 Compare", "4 Inside", "5 Export"):
+    for tab in ("1 Data", "2 Train", "Study", "Runs", "3 Compare", "4 Inside", "5 Export"):
         page.get_by_role("tab", name=tab).click()
         expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
         assert overflow(page) <= 0, tab

@@ -31,6 +31,7 @@ from lora_studio.runs import checkpoints, disk, memory, supervisor
 from lora_studio.runs.attempt import _passes
 from lora_studio.runs.config import OUT_OF_MEMORY, DataChoice, Run, RunConfig, check_limits
 from lora_studio.runs.store import (
+    UNDO_S,
     Journal,
     RunStore,
     asked_of,
@@ -1020,7 +1021,110 @@ def test_deleted_by_several_at_once_it_is_deleted_once(tmp_path: Path) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    assert set(errors) <= {"E_RUN_NOT_FOUND"} and store.list() == [] and not [*store.folder.iterdir()]
+    assert set(errors) <= {"E_RUN_NOT_FOUND"} and store.list() == []
+    assert len(store.deleted()) == 20 == len([*store.folder.iterdir()])
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.name != "worker.lock"}
+
+
+def test_what_is_deleted_is_back_as_it_was_until_its_time_is_over(tmp_path: Path, clock: Clock) -> None:
+    queue = Queue(tmp_path)
+    store, run = queue.store.of(A), queue.put(A)
+    queue.tell(run, begun(), Metric(step=1, values={"train_loss": 1.0}))
+    write_end(run.path, "stopped", step=1)
+    store.describe(run.id, name="mine", remarks="good")
+    seen, before = store.get(run.id), contents(run.path)
+    for _ in range(2):
+        store.delete(run.id)
+        assert store.list() == [] == queue.store.of(B).deleted()
+        assert [view for view, _ in store.deleted()] == [seen]
+        clock.now += UNDO_S - 1
+        queue.supervisor.tick()
+        with pytest.raises(StudioError):
+            queue.store.of(B).restore(run.id)
+        for _ in range(2):
+            store.restore(run.id)
+        assert store.get(run.id) == seen and contents(run.path) == before and store.deleted() == []
+    store.delete(run.id)
+    clock.now += UNDO_S
+    queue.supervisor.tick()
+    for asked in (store.restore, store.delete, store.get):
+        with pytest.raises(StudioError) as caught:
+            asked(run.id)
+        assert caught.value.code == "E_RUN_NOT_FOUND"
+    assert [path.name for path in store.folder.iterdir()] == ["queue.lock"]
+
+
+def test_the_next_app_knows_nothing_of_what_was_deleted(queue: Queue) -> None:
+    run = queue.put()
+    queue.store.delete(run.id)
+    queue.supervisor.tick()
+    assert (queue.store.folder / f"{run.id}.deleted").is_dir()
+    queue.supervisor.close()
+    with pytest.raises(StudioError):
+        Queue(queue.store.folder.parent).store.restore(run.id)
+    other = Queue(queue.store.folder.parent)
+    other.begin()
+    other.supervisor.tick()
+    assert [path.name for path in queue.store.folder.iterdir()] == ["queue.lock"]
+    other.supervisor.close()
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("act", ["delete", "restore", "sweep_deleted"])
+def test_a_crash_at_any_call_of_deleting_leaves_a_whole_run_or_none(tmp_path: Path, act: str, at: int) -> None:
+    store = RunStore(tmp_path)
+    run = store.create(CONFIG, {})
+    store.describe(run.id, remarks="all of it")
+    before = contents(run.path)
+    if act != "delete":
+        store.delete(run.id)
+    with pytest.MonkeyPatch.context() as patch, suppress(Crash):
+        break_off(patch, [(Path, "rename"), (os, "unlink"), (os, "rmdir")], at)
+        store.sweep_deleted(at_once=True) if act == "sweep_deleted" else getattr(store, act)(run.id)
+    after = RunStore(tmp_path)
+    listed = [one.id for one in after.list()]
+    assert listed in ([], [run.id]) and (not listed or contents(run.path) == before)
+    after.sweep_leftovers()
+    assert [path.name for path in after.folder.iterdir()] == listed
+
+
+@pytest.mark.parametrize(("kept_bytes", "left"), [(math.inf, True), (3 * MIB, False), (2.5 * MIB, False)])
+def test_what_is_deleted_counts_until_it_is_gone_and_goes_first(tmp_path: Path, kept_bytes: float, left: bool) -> None:
+    store, runs = kept(tmp_path, kept_bytes=kept_bytes, idle_hours=1e6)
+    mine = store.of(A)
+    count, held = store.usage(A)
+    mine.delete(runs[4].id)  # the newest of three
+    assert store.usage(A) == (count - 1, held)
+    assert not {*store.sweep_old()} & {run.id for run in runs if run.owner == A}
+    assert bool(mine.deleted()) == left and (store.usage(A)[1] == held) == left
+
+
+def test_room_that_is_needed_is_taken_from_what_is_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RunStore(tmp_path, dataclasses.replace(LAPTOP, reserve_bytes=MIB))
+    mine, theirs = store.of(A).create(CONFIG, {}), store.of(B).create(CONFIG, {})
+    for run in (mine, theirs):
+        store.delete(run.id)
+    monkeypatch.setattr(disk, "free", lambda _: MIB - 1 if store.of(A).deleted() else MIB)
+    store.of(A).check_room({})
+    assert [run.id for run, _ in store.deleted()] == [theirs.id] and not [*store.folder.glob(f"{mine.id}*")]
+
+
+def test_a_new_name_and_a_note_are_bounded_encodable_and_survive_nonsense(tmp_path: Path) -> None:
+    store = RunStore(tmp_path, SPACE).of(A)
+    run = store.create(CONFIG, {})
+    named = store.describe(run.id, name="  a\nb  \ud800", remarks=" one\n two ")
+    assert (named.name, named.remarks, named.config) == ("a b ?", "one\n two", CONFIG)
+    assert store.describe(run.id, remarks="").name == "a b ?" and store.describe(run.id, name=" ").name == "n"
+    for code, about in {"E_CONFIG": {"name": "x" * 201}, "E_LIMIT": {"remarks": "x" * 4001}}.items():
+        with pytest.raises(StudioError) as caught:
+            store.describe(run.id, **about)
+        assert caught.value.code == code
+    for torn in ("", "[]", "{", '{"name": null, "remarks": 3}'):
+        (run.path / "about.json").write_text(torn)
+        assert store.get(run.id).status == "queued"
 
 
 @pytest.mark.parametrize("act", ["request_stop", "request_pause", "requeue", "delete"])
@@ -1135,6 +1239,7 @@ class Machine(RuleBasedStateMachine):
         self.queue.supervisor._swept = math.inf  # the ballast takes time
         self.runs: dict[str, str] = {}  # every run that was acknowledged and not deleted: its status
         self.allowed: set[str] = set()  # runs that a person has just resumed
+        self.aside: dict[str, tuple[str, float]] = {}  # runs that were deleted: their status, and when
 
     def teardown(self) -> None:
         try:
@@ -1164,7 +1269,7 @@ class Machine(RuleBasedStateMachine):
             with suppress(Crash):
                 act()
         self.queue.supervisor._disown()
-        self.queue.store = RunStore(self.root, self.queue.store.limits)
+        self.queue.store, self.aside = RunStore(self.root, self.queue.store.limits), {}
         self.queue.begin()
         self.queue.supervisor._swept = math.inf
 
@@ -1230,7 +1335,35 @@ class Machine(RuleBasedStateMachine):
             return
         if what == "delete":
             assert run.path not in self.queue.workers.held, "a run was deleted under its worker"
-            del self.runs[run.id]
+            self.aside[run.id] = self.runs.pop(run.id), self.clock.now
+
+    @precondition(lambda self: self.aside)
+    @rule(number=st.integers(0, 99))
+    def a_person_undoes(self, number: int) -> None:
+        run = [*self.aside][number % len(self.aside)]
+        status, then = self.aside[run]
+        try:
+            self.queue.store.restore(run)
+        except StudioError as error:
+            assert error.code == "E_RUN_NOT_FOUND" and self.clock.now - then >= UNDO_S, "gone too early"
+        else:
+            self.runs[run] = status
+        del self.aside[run]
+
+    @precondition(lambda self: self.runs)
+    @rule(at=st.integers(1, 3), number=st.integers(0, 99))
+    def the_app_dies_while_a_person_deletes(self, at: int, number: int) -> None:
+        run = self.chosen(number)
+
+        def act() -> None:
+            with suppress(StudioError):
+                self.queue.store.delete(run.id)
+
+        self.app_dies(at, act)
+        if run.path.exists():
+            return
+        assert run.path not in self.queue.workers.held, "a run was deleted under its worker"
+        del self.runs[run.id]
 
     @rule(at=st.integers(1, 12))
     def the_app_dies_while_the_queue_turns(self, at: int) -> None:

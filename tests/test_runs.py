@@ -1078,7 +1078,9 @@ def test_runs_are_listed_newest_first_found_by_a_beginning_and_deleted(store: Ru
     assert [run.id for run in store.list()] == [second.id, first.id]
     assert store.get(first.id[:8]).id == first.id
     store.delete(first.id)
-    assert [run.id for run in store.list()] == [second.id] and not list(store.folder.glob("*.deleted"))
+    assert [run.id for run in store.list()] == [second.id]
+    store.sweep_deleted(at_once=True)
+    assert [path.name for path in store.folder.iterdir()] == [second.id]
 
 
 def test_a_running_run_cannot_be_deleted(store: RunStore) -> None:

@@ -24,7 +24,7 @@ from lora_studio.runs.supervisor import Supervisor, together
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
 from lora_studio.study import KEPT, MOST, SAME, Table, grid, in_words, parse_ranks, parse_rates, parse_targets, table
-from lora_studio.ui import data_tab, form, study_tab
+from lora_studio.ui import curves, data_tab, form, study_tab
 from lora_studio.ui.desk import Desk
 
 Q, QV, ALL = ("attn.q",), ("attn.q", "attn.v"), ("all-linear",)
@@ -414,7 +414,7 @@ def test_the_page_gets_only_what_is_new_and_the_table_only_when_it_changed(swept
     assert set(first["table"]["colours"]) == {run["run"] for run in first["runs"]} and first["figure"]["data"]
     seen = {run["run"]: run["next"] for run in first["runs"]}
     again = study_tab.answer(studio, {"study": first["study"], "seen": seen, "known": first["token"]})
-    assert "table" not in again and all(run["train"] == ([], []) for run in again["runs"])
+    assert "table" not in again and all(run["train"] == ([], [], []) for run in again["runs"])
     assert len(json.dumps(again)) < 1500
 
 
@@ -432,7 +432,7 @@ def test_a_resumed_run_forgets_the_steps_behind_its_checkpoint() -> None:
     after = [Started(steps=9, step=3, **facts), *(Metric(step=step, values={"train_loss": 2.0}) for step in (4,))]
     lines = [to_line(event, time=0.0, attempt=1 + (event in after)) for event in (*before, *after)]
     records = [json.loads(line) for line in lines]
-    assert study_tab.curve(records, "train_loss") == ([1, 2, 3, 4], [1.0, 1.0, 1.0, 2.0])
+    assert curves.curve(records, "train_loss") == ([1, 2, 3, 4], [1.0, 1.0, 1.0, 2.0])
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------

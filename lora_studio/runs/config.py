@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from lora_studio.core.spec import BASELINES, METHODS, BaselineSpec, LoraSpec, Method
 from lora_studio.errors import StudioError, quote
-from lora_studio.fields import build, knob
+from lora_studio.fields import build, knob, knobs
 from lora_studio.limits import Limits
 from lora_studio.owners import NOBODY
 from lora_studio.settings import QUANTISED, TrainConfig
@@ -65,10 +65,12 @@ class Run:
     facts: Mapping[str, Any] = field(default_factory=dict)  # model revision, estimate before launch
     owner: str = NOBODY
     shared: bool = False  # whether others may see its figures and its config, never its rows or what it wrote
+    renamed: str = ""  # what its owner calls it since; empty: as its config does
+    remarks: str = ""  # what its owner has noted about it
 
     @property
     def name(self) -> str:
-        return self.config.name
+        return self.renamed or self.config.name
 
     @property
     def active(self) -> bool:
@@ -134,6 +136,34 @@ def width_in_words(method: BaselineSpec) -> str:
     """16 virtual tokens, bottleneck width 8; empty for a method without a width."""
     means = BASELINES[method.kind][1]
     return f"{method.size} {means}" if means.endswith("s") else f"{means} {method.size}" if means else ""
+
+
+def settings_in_words(run: Run) -> dict[str, str]:
+    """Every setting of a run by its label, in the order of the form; what is not set is empty."""
+    config, method = run.config, run.config.method
+    data = config.dataset
+    said = {
+        "Base model": config.model,
+        "Revision": str(run.facts.get("revision") or "")[:12],
+        "Dataset": f"{data.name} ({data.id[:8]})",
+        "Format": data.format,
+        "Columns": _in_words(data.columns),
+        "Labels": _in_words(run.labels),
+        "Task": config.task,
+        "Method": "LoRA" if isinstance(method, LoraSpec) else BASELINES[method.kind][0],
+    }
+    for part in (method, config.train):
+        settings = [setting for name, setting in knobs(type(part)).items() if name != "kind"]
+        said |= {setting.label: _in_words(getattr(part, setting.name)) for setting in settings}
+    return said
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={one}" for name, one in value.items())
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if type(value) is float else str(value)
 
 
 def base_precision(method: Method, asked: str, on: str) -> str:

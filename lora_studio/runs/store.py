@@ -10,6 +10,10 @@
     adapter/       the best adapter so far, PEFT layout
     exit.json      how the run ended, or that it is paused; and what its journal says in short
     shared         there when its owner lets others see its figures
+    about.json     what its owner calls it since, and has noted about it
+
+A run that is deleted is renamed to ID.deleted, and can be brought back for UNDO_S; then to ID.gone, and removed.
+Neither is a run any more: what a crash leaves of them goes when the next app begins.
 
 Status is derived from these files on every look and never stored.
 """
@@ -33,20 +37,21 @@ from typing import Any, BinaryIO
 
 from lora_studio.errors import StudioError, quote
 from lora_studio.events import Ended, Event, from_lines, to_line
-from lora_studio.fields import build
+from lora_studio.fields import build, check
 from lora_studio.limits import Limits, limits_here
 from lora_studio.owners import NOBODY, home
 from lora_studio.runs import checkpoints, disk
-from lora_studio.runs.config import DataChoice, Run, RunConfig, Status
+from lora_studio.runs.config import DataChoice, Run, RunConfig, Status, check_limit
 
 ID = re.compile(r"[0-9a-f]{32}")
 REPEATED = ("Metric", "Sample", "Saved")  # what a resumed attempt says anew
 UNKNOWN = "?"  # the owner of a run that does not say so any more; no visitor's name is that
-OF_THE_APP = ("control.json",)  # written while a worker has the run
+OF_THE_APP = ("control.json", "about.json")  # written while a worker has the run
 SEEN = {"step", "steps", "latest", "note"}  # of a journal, by those who list runs
 JOURNALS = 64  # read ones that are kept
 DYING_S = 5.0  # that a process that was killed may take to let go of its run
 EARLIER_LOG_BYTES = 256 * 1024  # that are kept of what each earlier attempt printed
+UNDO_S = 30  # for which what is deleted can be brought back
 CHECKPOINT_BYTES = 16  # per trained number: itself and its best, in fp32, and two moments
 
 
@@ -252,7 +257,8 @@ class RunStore:
         self.said: dict[str, str] = {}  # by run, what is to be read of it now instead of its newest message
         self._journals: dict[str, Journal] = {}
         self._shelf = threading.Lock()
-        self._ended: dict[str, tuple[Any, Run]] = {}  # with the stamp of its exit.json; none changes without it
+        self._ended: dict[str, tuple[Any, Run]] = {}  # with the stamps of what it does not change without
+        self._deleted: dict[str, tuple[float, Run]] = {}  # what can be brought back, and until when
         self._epoch = time.time() - time.monotonic()
 
     def of(self, owner: str) -> "RunStore":
@@ -302,13 +308,19 @@ class RunStore:
     def check_room(self, facts: Mapping[str, Any]) -> None:
         """Raise E_DISK when a run's checkpoints would not fit beside what is to stay free."""
         needs = 3 * checkpoint_bytes(facts)
-        left, reserve = disk.free(self.folder.parent), self.limits.reserve_bytes
+        left, reserve = self._free(needs), self.limits.reserve_bytes
         if left < needs + reserve:
             message = (
                 f"Checkpoints of this run need {disk.megabytes(needs)} and {disk.megabytes(reserve)} are to stay free, "
                 f"but only {disk.megabytes(left)} of the disk are free."
             )
             raise StudioError("E_DISK", message, "Make room, for instance by deleting runs.")
+
+    def _free(self, needs: int = 0) -> int:
+        """Bytes that are free; where they do not do, what the owner has deleted cannot be brought back any longer."""
+        if disk.free(self.folder.parent) < needs + self.limits.reserve_bytes:
+            self.sweep_deleted(at_once=True)
+        return disk.free(self.folder.parent)
 
     def position(self, run: str) -> int:
         """A run's place among all that wait, 1 for the next one; 0 when it does not wait."""
@@ -317,9 +329,11 @@ class RunStore:
         return next((place for place, one in enumerate(in_turn(waiting, self.served), 1) if one.id == view.id), 0)
 
     def usage(self, owner: str) -> tuple[int, int]:
-        """How many runs an owner has, and the bytes of these and of the owner's datasets."""
+        """How many runs an owner has, and the bytes of these, of the owner's datasets and of what is not quite gone."""
         own = [run for run in self._everybodys().list() if run.owner == owner]
-        return len(own), sum(disk.size(run.path) for run in own) + self._home_bytes(owner)
+        aside = [self._aside(run.id) for run, _ in self._everybodys().deleted() if run.owner == owner]
+        kept = sum(map(disk.size, [*(run.path for run in own), *aside]))
+        return len(own), kept + self._home_bytes(owner)
 
     def sweep_old(self) -> list[str]:
         """Delete what the limits do not let anybody keep: runs that have ended, oldest first. Their ids.
@@ -331,13 +345,20 @@ class RunStore:
         idle_s = 3600 * limits.idle_hours
         if math.isinf(min(limits.kept_runs, limits.kept_bytes, limits.kept_bytes_by_all, idle_s)):
             return gone
-        every = sorted(self._everybodys().list(), key=_touched)
+        every, aside = sorted(self._everybodys().list(), key=_touched), self._everybodys().deleted()
         sizes = {run.id: disk.size(run.path) for run in every}
         count: dict[str, int] = {}
-        held: dict[str, int] = {}
+        held = {run.owner: 0 for run in (*every, *(one for one, _ in aside))}
+        for run, _ in aside:
+            sizes[run.id] = disk.size(self._aside(run.id))
+            held[run.owner] += sizes[run.id]
         for run in every:
             count[run.owner] = count.get(run.owner, 0) + 1
-            held[run.owner] = held.get(run.owner, 0) + sizes[run.id]
+            held[run.owner] += sizes[run.id]
+        for run, _ in aside:  # what is deleted goes before what is kept
+            if held[run.owner] > limits.kept_bytes or sum(held.values()) > limits.kept_bytes_by_all:
+                self._purge(run.id)
+                held[run.owner] -= sizes[run.id]
         for run in every:
             old = now - _touched(run) > idle_s
             much = count[run.owner] > limits.kept_runs or held[run.owner] > limits.kept_bytes
@@ -346,6 +367,7 @@ class RunStore:
                 continue
             with suppress(StudioError):  # a worker has it after all
                 self._everybodys().delete(run.id)
+                self._purge(run.id)
                 gone.append(run.id)
                 count[run.owner] -= 1
                 held[run.owner] -= sizes[run.id]
@@ -356,8 +378,11 @@ class RunStore:
         return gone
 
     def sweep_leftovers(self) -> None:
-        """Remove folders that a crash left on their way in or out; only by who holds the queue."""
-        for left in (*self.folder.glob("*.deleted"), *self.folder.glob("*.new")):
+        """Remove folders that a crash left on their way in or out; only by the one app of the root, while it holds the queue."""
+        for left in self.folder.glob("*.deleted"):
+            if left.stem not in self._deleted:
+                self._purge(left.stem)
+        for left in (*self.folder.glob("*.gone"), *self.folder.glob("*.new")):
             shutil.rmtree(left, ignore_errors=True)
 
     def _now(self) -> float:
@@ -403,6 +428,23 @@ class RunStore:
             marker.touch()
         else:
             marker.unlink(missing_ok=True)
+
+    def describe(self, run: str, *, name: str | None = None, remarks: str | None = None) -> Run:
+        """Call a run otherwise, or note something about it; what is not given stays, and no name is the first one.
+
+        Raises E_CONFIG for a name, E_LIMIT for remarks that are too long.
+        """
+        view = self.get(run)
+        renamed = view.renamed if name is None else _encodable(" ".join(name.split()))
+        noted = view.remarks if remarks is None else _encodable(remarks.strip())
+        check(replace(view.config, name=renamed))
+        check_limit("number of characters in a note", len(noted), self.limits.note_characters)
+        about = {"name": "" if renamed == view.config.name else renamed, "remarks": noted}
+        try:
+            disk.at_any_rate(self.folder.parent, write_json, view.path / "about.json", about)
+        except FileNotFoundError:  # deleted meanwhile
+            raise _not_found(run) from None
+        return self.get(view.id)
 
     def _owns(self, run: Run) -> bool:
         return self.owner is None or run.owner == self.owner
@@ -472,6 +514,7 @@ class RunStore:
         E_NO_CHECKPOINT, E_RUN_NOT_FOUND when it is deleted meanwhile.
         """
         path = self.get(run).path
+        self._free()
         seen = _stamp(path / "exit.json"), _stamp(path / "worker.log")
         view = self.get(run)
         if view.status == "done":
@@ -509,9 +552,9 @@ class RunStore:
         (path / "exit.json").unlink(missing_ok=True)
 
     def delete(self, run: str) -> None:
-        """Forget a run and all its files, a damaged one too; twice is once.
+        """Put a run aside, a damaged one too: `restore` has it for UNDO_S, then it is gone for good. Twice is once.
 
-        Raises E_RUN_ACTIVE while a worker has it.
+        It takes no byte of the disk. Raises E_RUN_ACTIVE while a worker has it.
         """
         try:
             view = self.get(run)
@@ -524,11 +567,49 @@ class RunStore:
                 if not view.path.is_dir():
                     return  # somebody else was quicker
                 raise StudioError("E_RUN_ACTIVE", f"{quote(view.name)} is still running.", "Stop it first.")
-            gone = view.path.with_name(f"{view.id}.deleted")
-            disk.at_any_rate(self.folder.parent, view.path.rename, gone)  # no longer a run, whatever breaks this off
-        shutil.rmtree(gone, ignore_errors=True)
+            self._deleted[view.id] = time.monotonic() + UNDO_S, view  # before it looks like what a crash has left
+            try:
+                disk.at_any_rate(self.folder.parent, view.path.rename, self._aside(view.id))
+            except OSError:
+                self._deleted.pop(view.id, None)
+                raise
         for known in (self._journals, self._ended, self.said):
             known.pop(view.id, None)
+
+    def deleted(self) -> list[tuple[Run, float]]:
+        """What `restore` can bring back, as it was, and for how many seconds more; what was deleted last is last."""
+        now = time.monotonic()
+        return [(run, max(0.0, until - now)) for until, run in [*self._deleted.values()] if self._owns(run)]
+
+    def restore(self, run: str) -> None:
+        """Bring back a run that was deleted a moment ago, as it was; twice is once. Raises E_RUN_NOT_FOUND."""
+        if any(view.id == run for view, _ in self.deleted()):
+            try:
+                disk.at_any_rate(self.folder.parent, self._aside(run).rename, self.folder / run)
+            except FileNotFoundError:
+                pass  # somebody else was quicker, to bring it back or to remove it
+            else:
+                self._deleted.pop(run, None)
+                return
+        self.get(run)
+
+    def sweep_deleted(self, *, at_once: bool = False) -> None:
+        """Remove for good what cannot be brought back any longer; at_once: all that the owner has deleted."""
+        kept = {run.id for run, left_s in self._everybodys().deleted() if left_s}
+        mine = {run.id for run, _ in self.deleted()} if at_once else set()
+        for run in [one for one in [*self._deleted] if one in mine or one not in kept]:
+            self._purge(run)
+
+    def _aside(self, run: str) -> Path:
+        return self.folder / f"{run}.deleted"
+
+    def _purge(self, run: str) -> None:
+        """Remove what is aside; by then it has another name, so that nothing half removed is brought back."""
+        gone = self.folder / f"{run}.gone"
+        with suppress(OSError):  # what is left of it goes another time
+            self._aside(run).rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+        self._deleted.pop(run, None)
 
     def _complete(self, beginning: str) -> str:
         found = [
@@ -556,14 +637,15 @@ class RunStore:
         return replace(view, shared=shared, note=said or view.note)
 
     def _view_of_its_end(self, run: str, path: Path) -> Run:
-        stamp = _stamp(path / "exit.json")  # before the look, so that a newer end is never taken for this one
+        # before the look, so that a newer end is never taken for this one
+        stamps = _stamp(path / "exit.json"), _stamp(path / "about.json")
         kept = self._ended.get(run)
-        if stamp and kept and kept[0] == stamp:
+        if stamps[0] and kept and kept[0] == stamps:
             return kept[1]
         self._ended.pop(run, None)
         view = self._look(run, path)
-        if stamp and not view.active and view.status != "lost":
-            self._ended[run] = stamp, view
+        if stamps[0] and not view.active and view.status != "lost":
+            self._ended[run] = stamps, view
         return view
 
     def _look(self, run: str, path: Path) -> Run:
@@ -578,6 +660,7 @@ class RunStore:
         seen = end.get("seen")
         if not isinstance(seen, dict) or not seen.keys() >= SEEN:
             seen = self._seen(run, path)
+        about = read_json(path / "about.json") or {}
         return Run(
             id=run,
             path=path,
@@ -592,6 +675,8 @@ class RunStore:
             error=end.get("error"),
             facts=record.get("facts", {}),
             owner=str(record.get("owner", NOBODY)),
+            renamed=str(about.get("name", "")),
+            remarks=str(about.get("remarks", "")),
         )
 
     def _seen(self, run: str, path: Path) -> dict[str, Any]:
@@ -642,6 +727,11 @@ class RunStore:
 def checkpoint_bytes(facts: Mapping[str, Any]) -> int:
     """About what one checkpoint of a run takes, by the estimate among its facts."""
     return CHECKPOINT_BYTES * int((facts.get("estimate") or {}).get("trainable", 0))
+
+
+def _encodable(text: str) -> str:
+    """The text without half characters (lone surrogates), which no file can hold."""
+    return text.encode(errors="replace").decode()
 
 
 def _tell_once(path: Path, event: Event) -> None:

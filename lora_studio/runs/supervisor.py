@@ -95,6 +95,7 @@ class Supervisor:
             running = [run for run in runs if run.status == "running"]
             lost = [run for run in runs if run.status == "lost"]
             self._look_after(running)
+            self.store.sweep_deleted()
             for run in lost:
                 self._recover(run)
             if self._owned:

@@ -6,7 +6,18 @@ import gradio as gr
 
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
-from lora_studio.ui import api, compare_tab, data_tab, export_tab, inside_tab, live, study_tab, style, train_tab
+from lora_studio.ui import (
+    api,
+    compare_tab,
+    data_tab,
+    export_tab,
+    inside_tab,
+    live,
+    runs_tab,
+    study_tab,
+    style,
+    train_tab,
+)
 from lora_studio.ui.boundary import as_toast
 from lora_studio.ui.compare_tab import CompareTab
 from lora_studio.ui.data_tab import DataTab
@@ -55,6 +66,8 @@ def build(desk: Desk) -> gr.Blocks:
                 train = train_tab.build(desk)
             with gr.Tab("Study", id="study") as study_page:
                 study = study_tab.build(desk)
+            with gr.Tab("Runs", id="runs"), gr.Column(elem_classes="card"):
+                runs = runs_tab.build(desk)
             with gr.Tab("3 Compare", id="compare") as compare_page:
                 compare = compare_tab.build()
             with gr.Tab("4 Inside", id="inside") as inside_page:
@@ -65,6 +78,7 @@ def build(desk: Desk) -> gr.Blocks:
         _join_settings(desk, page, data, train)
         _join_run(desk, page, data, train, study, compare, tabs)
         _join_study(desk, study, study_page, data, train, compare, export, tabs)
+        _join_runs(desk, runs, data, train, study, compare, tabs)
         _join_compare(desk, compare)
         _join_inside(desk, inside)
         _join_export(desk, export)
@@ -213,6 +227,27 @@ def _join_study(
     study.view.watch(_cell_to_run, None, [tabs, train.live], **QUICK)
 
 
+def _join_runs(
+    desk: Desk,
+    runs: gr.HTML,
+    data: DataTab,
+    train: TrainTab,
+    study: StudyTab,
+    compare: CompareTab,
+    tabs: gr.Tabs,
+) -> None:
+    runs.watch(_cell_to_run, None, [tabs, train.live], **QUICK)
+    runs.study(_to_study, None, [tabs, study.view], **QUICK)
+    picked = runs.compare(desk.mine(_cell_to_compare), None, [tabs, compare.run], **QUICK)
+    picked.then(desk.mine(compare_tab.list_prompts), compare.run, compare.chips, **QUIET)
+    form = [train.model, train.task, train.forced, train.method, *train.of_lora, train.preset, train.picker]
+    opened = [data.choice, data.correction, data.format, *data.slots, data.row]
+    # queued, as the restored choice of `_join_run` is
+    runs.clone(
+        desk.mine(_to_form, tuple(train.settings)), None, [tabs, *opened, *form, *train.settings.values()], **QUIET
+    )
+
+
 def _join_compare(desk: Desk, compare: CompareTab) -> None:
     buttons = [compare.go, compare.stop]
     compare.run.change(desk.mine(compare_tab.list_prompts), compare.run, compare.chips, **QUIET)
@@ -253,11 +288,13 @@ def _join_inside(desk: Desk, inside: InsideTab) -> None:
     inside.measure.click(
         desk.mine(inside_tab.measure),
         inside.run,
-        [inside.curve, inside.curve_line, inside.rank, inside.dial_problem],
+        [inside.curve, inside.curve_line, inside.measured, inside.rank, inside.dial_problem],
         concurrency_id="model",
         concurrency_limit=1,
         **QUIET,
     )
+    dial = [inside.measured, inside.rank]
+    gr.on([inside.rank.change, inside.measured.change], inside_tab.read_dial, dial, inside.rank_line, **LATEST)
     inside.download.click(
         desk.mine(inside_tab.pack_smaller),
         [inside.run, inside.rank],
@@ -328,6 +365,19 @@ def _cell_to_compare(desk: Desk, event: gr.EventData) -> tuple[Any, Any]:
 
 def _cell_to_export(desk: Desk, event: gr.EventData) -> tuple[Any, Any]:
     return gr.Tabs(selected="export"), compare_tab.list_runs(desk, str(event.run))
+
+
+def _to_study(event: gr.EventData) -> tuple[Any, str]:
+    return gr.Tabs(selected="study"), str(event.study)
+
+
+def _to_form(desk: Desk, settings: tuple[str, ...], event: gr.EventData) -> tuple[Any, ...]:
+    """Tabs 1 and 2 as they were when that run was started."""
+    run, untouched = desk.studio.runs.get(str(event.run)), (gr.skip(),) * data_tab.OPENED
+    filled, opened = train_tab.filled(desk, run.config, settings), _data_of(desk, run, untouched)
+    if opened is untouched:
+        gr.Warning("The dataset of this run is no longer here. Choose another in tab 1.")
+    return gr.Tabs(selected="train"), *opened, *filled
 
 
 def _cell_to_run(event: gr.EventData) -> tuple[Any, str]:

@@ -75,6 +75,19 @@ def training(raw: Mapping[str, Any]) -> TrainConfig:
     return build(TrainConfig, _of(TrainConfig, raw))
 
 
+def values(method: Method, train: TrainConfig) -> dict[str, Any]:
+    """What the controls hold that describe these two, apart from the matrices: `method` and `training` inverted."""
+    config: dict[str, Any] = {name: getattr(train, name) for name in knobs(TrainConfig)}
+    config |= {name: getattr(method, name) for name in knobs(type(method)) if name in SETTINGS.keys() - {"targets"}}
+    return {name: _shown(value) for name, value in config.items()}
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={one}" for name, one in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else value
+
+
 def sampling(raw: Mapping[str, Any]) -> Sampling:
     """How the next token is picked, from the controls. Raises E_CONFIG."""
     return build(Sampling, _of(Sampling, raw))

@@ -1,7 +1,8 @@
 """Tab 4: section 7 of the paper for one's own adapter, as pictures that say how to be read, and the rank dial."""
 
 import html
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
@@ -13,13 +14,13 @@ from lora_studio.core.spec import BASELINES, BaselineSpec
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
 from lora_studio.ui import fetch, figure
-from lora_studio.ui.boundary import problem_last
+from lora_studio.ui.boundary import problem_instead, problem_last
 from lora_studio.ui.desk import Desk
 from lora_studio.ui.live import run_label
 
 ALONE = ""  # the choice of no second run
 WHOLE, OF_A = "The whole update", "A alone, as the paper"
-LOOKED = 10  # outputs that show one report
+LOOKED = 12  # outputs that show one report
 EMPTY = """<div class='empty'><b>Nothing is opened yet.</b><br>Choose a run that has trained, then press Look inside.
 It shows which matrices changed, in how many directions, and whether a smaller rank would have done.</div>"""
 
@@ -69,7 +70,9 @@ class InsideTab:
     measure: gr.Button
     curve: gr.HTML
     curve_line: gr.HTML
-    rank: gr.Number
+    measured: gr.State  # the curve, as RankCurve.as_json
+    rank: gr.Slider
+    rank_line: gr.HTML
     download: gr.Button
     file: gr.HTML
     dial_problem: gr.HTML
@@ -90,7 +93,7 @@ class InsideTab:
     def looked(self) -> list[Any]:
         """What shows a whole report, LOOKED of them."""
         own = [self.summary, self.results, self.change, self.matrix, self.shared, self.amplification]
-        return [*own, self.table, self.curve, self.curve_line, self.rank]
+        return [*own, self.table, self.curve, self.curve_line, self.measured, self.rank_line, self.rank]
 
 
 def build() -> InsideTab:
@@ -159,15 +162,18 @@ def _dial() -> dict[str, Any]:
     curve_line = gr.HTML("", apply_default_css=False, elem_id="inside-curve-line")
     _reading(READ_CURVE)
     with gr.Row(elem_classes="pair"):
-        rank = gr.Number(1, label="Rank", info="Directions to keep", precision=0, elem_id="smaller-rank")
+        rank = gr.Slider(1, 2, 1, step=1, label="Rank", info="Directions to keep", elem_id="smaller-rank")
         download = gr.Button("Download the smaller adapter", min_width=200, elem_id="get-smaller")
+    rank_line = gr.HTML("", apply_default_css=False, elem_id="smaller-rank-line")
     file = fetch.build("smaller-archive")
     problem = gr.HTML("", apply_default_css=False, elem_id="dial-problem")
     return {
         "measure": measure,
         "curve": curve,
         "curve_line": curve_line,
+        "measured": gr.State({}),
         "rank": rank,
+        "rank_line": rank_line,
         "download": download,
         "file": file,
         "dial_problem": problem,
@@ -228,7 +234,9 @@ def look(desk: Desk, run: str | None, other: str | None) -> tuple[Any, ...]:
         table(told["amplification"]),
         {},
         "",
-        gr.Number(value=max(module["rank99"] for module in modules)),
+        {},
+        "",
+        _turned(max(module["rank99"] for module in modules), _rank(modules)),
     )
 
 
@@ -254,11 +262,11 @@ def show_matrix(desk: Desk, run: str | None, other: str | None, matrix: str | No
     return *shown, figure.value(charts.similarity(phi, baseline, names)), similarity_line(phi, baseline)
 
 
-@problem_last(3)
+@problem_last(4)
 def measure(desk: Desk, run: str | None) -> Iterator[tuple[Any, ...]]:
     """The rank curve as it grows, and in the end what it says."""
     view = _chosen(desk, run)
-    yield {}, "<p class='soft'>Loading the base model</p>", gr.skip()
+    yield {}, "<p class='soft'>Loading the base model</p>", {}, gr.skip()
     studio = desk.ready(view.config.model)
     told: dict[str, Any] = {}
     with closing(studio.rank_curve(view.id)) as moments:
@@ -266,10 +274,16 @@ def measure(desk: Desk, run: str | None) -> Iterator[tuple[Any, ...]]:
             told = moment.as_json()
             last = max(point["rank"] for point in told["points"])
             wait = f"<p class='soft'>Measured up to rank {last} of {told['rank']}</p>"
-            yield figure.value(charts.rank_curve(told)), wait, gr.skip()
+            yield figure.value(charts.rank_curve(told)), wait, told, gr.skip()
     if told:
         best = told["smallest"] or told["rank"]
-        yield figure.value(charts.rank_curve(told)), verdict(told), gr.Number(value=best)
+        yield figure.value(charts.rank_curve(told)), verdict(told), told, _turned(best, told["rank"])
+
+
+@problem_instead
+def read_dial(told: Mapping[str, Any] | None, rank: float | None) -> str:
+    """What the rank on the dial costs and keeps; empty while nothing is measured."""
+    return rank_line(told, int(rank)) if told and rank else ""
 
 
 @problem_last(1)
@@ -336,6 +350,29 @@ def verdict(curve: Mapping[str, Any]) -> str:
     return f"<p class='verdict'>{said}</p>"
 
 
+def rank_line(curve: Mapping[str, Any], rank: int) -> str:
+    """Loss, share of the gain and size at one rank; of one between two that were measured, what lies on both sides."""
+    points = {point["rank"]: point for point in curve["points"]}
+    base, whole, own = (points.get(one) for one in (0, curve["rank"], rank))
+    if own is None:
+        near = [points[end] for end in _around(rank, points) if end is not None]
+        sides = " and ".join(f"{_figure(one['loss'], 4)} at rank {one['rank']}" for one in near)
+        return f"<p class='soft'>Rank {rank} was not measured; the held-out loss is {sides}.</p>"
+    said = f"Rank {rank}: held-out loss <b>{_figure(own['loss'], 4)}</b>"
+    if base and whole and None not in (base["loss"], whole["loss"], own["loss"]) and base["loss"] > whole["loss"]:
+        kept = (base["loss"] - own["loss"]) / (base["loss"] - whole["loss"])
+        said += f", <b>{math.floor(1000 * kept + 1e-6) / 10:g} %</b> of the gain"
+    if whole and own is not whole:
+        said += f", {own['parameters']:,} parameters instead of {whole['parameters']:,}"
+    return f"<p class='soft'>{said}.</p>"
+
+
+def _around(rank: int, measured: Iterable[int]) -> tuple[int | None, int | None]:
+    """The nearest measured ranks below and above."""
+    below, above = [one for one in measured if one < rank], [one for one in measured if one > rank]
+    return max(below, default=None), min(above, default=None)
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Table 7 of the paper for every matrix."""
     heads = ("Matrix", "r", "‖W‖", "‖ΔW‖", "along ΔW", "along W", "along random", "factor")
@@ -390,6 +427,11 @@ def _pick(modules: Sequence[Mapping[str, Any]], matrix: str) -> Mapping[str, Any
     return next((module for module in modules if _key(module) == matrix), None)
 
 
+def _turned(rank: int, most: int) -> gr.Slider:
+    """The dial at a rank; it ends at the adapter's own."""
+    return gr.Slider(value=max(rank, 1), maximum=max(most, 2), interactive=most > 1)
+
+
 def _rank(modules: Sequence[Mapping[str, Any]]) -> int:
     return max(len(module["singular_values"]) for module in modules)
 
@@ -398,5 +440,5 @@ def _directions(count: int) -> str:
     return f"{count} {'direction' if count == 1 else 'directions'}"
 
 
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3g}"
+def _figure(value: float | None, digits: int = 3) -> str:
+    return "–" if value is None else f"{value:.{digits}g}"

@@ -1,15 +1,13 @@
 // The live view of the run whose id is props.value: asks server.poll for what is new and draws it.
 // Everything a person or a model wrote goes into the page as textContent.
-const $ = name => element.querySelector(name);
 const plot = $('.plot'), slider = $('.scrub input'), log = $('.log');
-const ACTIVE = ['queued', 'running'];
 const WORDS = { queued: 'waiting', running: 'running', paused: 'paused', done: 'done', stopped: 'stopped and kept',
   failed: 'failed', lost: 'broken off', missing: 'not found' };
-const EAGER = location.hostname.endsWith('.hf.space') ? 2500 : 700, IDLE = 10000, LIST_EVERY = 4000;
+const EAGER = often(700), LIST_EVERY = 4000;
 
-let run = null, timer = null, busy = false, again = false, drawn = null;  // drawn: the run the plot was made for
+let run = null, drawn = null;  // drawn: the run the plot was made for
 let seen, points, average, weight, evaluations, heldout, follow, state, asked, trouble, estimate, probe, findings;
-let runs = [], token = '', listed = 0, wait = EAGER;
+let runs = [], token = '', listed = 0;
 let own = true, shared = false, visitors = false;  // whose run it is, and whether there is anybody else
 
 // ---- figures in words --------------------------------------------------------------------------------------------
@@ -17,10 +15,6 @@ let own = true, shared = false, visitors = false;  // whose run it is, and wheth
 const loss = value => value == null ? '–' : value.toPrecision(value < 10 ? 3 : 4);
 const percent = share => `${(100 * share).toFixed(0)} %`;
 const plain = value => value >= 10000 ? `${(value / 1000).toFixed(1)}k` : value >= 100 ? value.toFixed(0) : value.toPrecision(3);
-function duration(seconds) {
-  if (seconds < 90) return `${Math.round(seconds)} s`;
-  return seconds < 5400 ? `${Math.round(seconds / 60)} min` : `${(seconds / 3600).toFixed(1)} h`;
-}
 const size = bytes => bytes < 1e9 ? `${(bytes / 1e6).toFixed(0)} MB` : `${(bytes / 1e9).toFixed(1)} GB`;
 const TILES = {
   train_loss: loss, heldout_loss: loss, accuracy: percent, tokens_per_s: plain, seconds_left: duration, memory_bytes: size,
@@ -28,8 +22,6 @@ const TILES = {
 };
 
 // ---- the curve ---------------------------------------------------------------------------------------------------
-
-function colour(name) { return getComputedStyle(element).getPropertyValue(name).trim(); }
 
 async function blank() {
   const axis = { gridcolor: colour('--border-color-primary'), zeroline: false, automargin: true };
@@ -53,7 +45,7 @@ async function blank() {
   }, { responsive: true, displayModeBar: false, displaylogo: false });
 }
 
-function smooth(values, steps) {  // a running mean that starts unbiased; a short run is remembered for less long
+function extended(values, steps) {  // a running mean that starts unbiased; a short run is remembered for less long
   const memory = Math.min(.9, Math.max(.5, 1 - 10 / steps));
   return values.map(value => {
     if (value == null) return null;
@@ -66,7 +58,7 @@ function smooth(values, steps) {  // a running mean that starts unbiased; a shor
 async function extend(news) {
   const [steps, losses] = news.train, [at, measured] = news.heldout;
   if (steps.length || at.length) {
-    await Plotly.extendTraces(plot, { x: [steps, steps, at], y: [losses, smooth(losses, news.steps || 100), measured] }, [0, 1, 2]);
+    await Plotly.extendTraces(plot, { x: [steps, steps, at], y: [losses, extended(losses, news.steps || 100), measured] }, [0, 1, 2]);
     points += steps.length;
     at.forEach((step, place) => heldout.set(step, measured[place]));
   }
@@ -119,8 +111,6 @@ $('.on').addEventListener('click', () => scrub(+slider.value + 1));
 
 // ---- state, result, run list -------------------------------------------------------------------------------------
 
-function say(place, text) { place.textContent = text; place.hidden = !text; }
-
 function figures(news) {
   const active = ACTIVE.includes(news.state);
   const share = news.state === 'done' ? 100  // patience may end a run before its last step
@@ -163,8 +153,6 @@ function figures(news) {
 const ASKED = { stop: 'Stopping after the current step; the adapter is kept.',
   pause: 'Pausing after the current step; it can be resumed from there.', resume: 'Going back into the queue.',
   again: 'Starting again.' };
-
-const SURE = 'Delete for good';
 
 function may(wanted) { return !asked || (asked === 'pause' && wanted === 'stop'); }  // who paused may still stop
 
@@ -285,14 +273,13 @@ $('.compare').addEventListener('click', () => trigger('compare'));
 $('.controls').addEventListener('click', async event => {
   const pressed = event.target.closest('button'), wanted = pressed?.dataset.ask, whose = run;
   if (!wanted || !may(wanted)) return;
-  if (wanted === 'delete' && pressed.textContent !== SURE) return void (pressed.textContent = SURE);
   [asked, trouble] = [wanted, ''];
   say($('.note'), ASKED[asked]);
   const { problem } = await done(() => server[wanted]({ run: whose, on: !shared }));
   if (whose !== run || (asked && asked !== wanted)) return;
   trouble = problem;
-  if (problem || ['resume', 'share', 'delete'].includes(wanted)) asked = '';
-  if (wanted === 'delete' && !problem) return leave();
+  if (problem || ['resume', 'share', 'delete', 'restore'].includes(wanted)) asked = '';
+  if (wanted === 'delete' || wanted === 'restore') listed = 0;
   tick();
 });
 $('.findings').addEventListener('click', async event => {
@@ -308,9 +295,6 @@ $('.findings').addEventListener('click', async event => {
   start();
   $('.name').focus();  // the button is gone
 });
-async function done(act) {  // what the server said, or that it did not answer
-  try { return await act(); } catch { return { problem: 'The app does not answer; try again.' }; }
-}
 log.addEventListener('toggle', () => tick());
 
 // ---- asking ------------------------------------------------------------------------------------------------------
@@ -321,16 +305,24 @@ function forget() {  // all that was drawn: an attempt that was resumed says som
   $('.samples').hidden = true;
 }
 
+function gone(news) {
+  if (state !== news.state) { renew(); list(); }
+  element.dataset.state = state = news.state;
+  const back = state === 'deleted';
+  $('.name').textContent = back ? `${news.name} is deleted` : 'This run is not here';
+  $('.line').textContent = back ? `It can be brought back for ${Math.ceil(news.left_s)} s more.`
+    : 'It was deleted, or belongs to another app or visitor.';
+  asked = '';
+  buttons({ restore: back });
+  say($('.note'), trouble);
+}
+
 async function take(news) {
   if (news.runs) { runs = news.runs; token = news.token; list(); }
   for (const { id, step, steps } of news.active || []) progress(id, step, steps);
   if (news.run !== run || news.start !== seen || !run) return;  // an answer to an older question
-  if (news.state === 'missing') {
-    element.dataset.state = state = 'missing';
-    $('.name').textContent = 'This run is not here';
-    $('.line').textContent = 'It was deleted, or belongs to another app or visitor.';
-    return;
-  }
+  if (news.state === 'missing' || news.state === 'deleted') return gone(news);
+  if (state === 'deleted') renew();  // it is back
   if (news.whole) forget();
   if (news.about) {
     $('.name').textContent = news.about.name;
@@ -354,27 +346,13 @@ async function take(news) {
   if (news.log != null) $('.log pre').textContent = news.log;
 }
 
-async function tick() {
-  clearTimeout(timer);
-  if (!element.isConnected) return;
-  again = busy;
-  if (!busy && !document.hidden && element.offsetParent) {
-    busy = true;
-    try {
-      const fresh = Date.now() - listed > LIST_EVERY;
-      const news = await server.poll({ run: run || '', start: seen, list: fresh, known: token, log: log.open });
-      if (fresh) listed = Date.now();
-      await take(news);
-      wait = ACTIVE.includes(state) || runs.some(one => ACTIVE.includes(one.state)) ? EAGER : IDLE;
-      if (!listed) wait = EAGER;
-    } catch (problem) {
-      wait = Math.min(Math.max(wait, 1000) * 2, 30000);
-    }
-    busy = false;
-    if (again) wait = 0;
-  }
-  timer = setTimeout(tick, wait);
-}
+const tick = asking(async () => {
+  const fresh = Date.now() - listed > LIST_EVERY;
+  const news = await server.poll({ run: run || '', start: seen, list: fresh, known: token, log: log.open });
+  if (fresh) listed = Date.now();
+  await take(news);
+  return !listed || state === 'deleted' || ACTIVE.includes(state) || runs.some(one => ACTIVE.includes(one.state)) ? EAGER : IDLE;
+});
 
 function address() {
   const url = new URL(location);
@@ -382,25 +360,23 @@ function address() {
   history.replaceState(history.state, '', url);
 }
 
-function leave() {  // the run is gone; what the page shows instead is the app's to choose
-  const url = new URL(location);
-  url.searchParams.delete('run');
-  location.replace(url);
+function renew() {  // nothing is known or drawn of the run
+  [seen, follow, state, listed, asked, trouble, estimate, findings] = [0, true, '', 0, '', '', {}, null];
+  forget();
+  delete element.dataset.state;
+  delete $('.findings').dataset.mark;
+  element.dataset.points = 0;
+  for (const part of ['.result', '.findings', '.costs', '.pace', '.tiles', '.log', '.safe', '.forecast', '.note'])
+    $(part).hidden = true;
+  plot.hidden = true;
 }
 
 function start() {
   const wanted = props.value || '';
   if (wanted !== run) {
     run = wanted;
-    [seen, follow, state, listed, asked, trouble, estimate, findings] = [0, true, '', 0, '', '', {}, null];
-    forget();
-    delete element.dataset.state;
-    delete $('.findings').dataset.mark;
-    $('[data-ask=delete]').textContent = 'Delete';
-    element.dataset.points = 0;
-    $('.result').hidden = $('.findings').hidden = $('.costs').hidden = true;
+    renew();
     if (run) address();
-    plot.hidden = true;
     list();
   }
   tick();
@@ -410,7 +386,6 @@ watch('value', () => {
   start();
   if (innerWidth < 800 && element.offsetParent) element.scrollIntoView({ block: 'start' });  // it lies under the form
 });
-document.addEventListener('visibilitychange', () => document.hidden || tick());
 new IntersectionObserver(entries => {
   if (!entries.some(entry => entry.isIntersecting)) return;
   if (drawn) Plotly.Plots.resize(plot);

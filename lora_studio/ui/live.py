@@ -5,6 +5,7 @@ there is no event that owns a run, so a reload, a second browser and a restart o
 """
 
 import contextlib
+import hashlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from lora_studio.runs.store import ID, RunStore, standing
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
 from lora_studio.study import short
+from lora_studio.ui import script
 from lora_studio.ui.boundary import problem_in_answer
 from lora_studio.ui.desk import Desk
 
@@ -67,12 +69,15 @@ def build(desk: Desk) -> gr.HTML:
     def delete(desk: Desk, ask: dict) -> dict:
         return delete_run(desk.studio, ask)
 
-    asked = [poll, stop, pause, resume, restart, share, delete]
+    def restore(desk: Desk, ask: dict) -> dict:
+        return restore_run(desk.studio, ask)
+
+    asked = [poll, stop, pause, resume, restart, share, delete, restore]
     tiles = "".join(f"<div><span>{label}</span><b data-tile='{name}'>–</b></div>" for name, label in TILES.items())
     return gr.HTML(
         "",
         html_template=(HERE / "live.html").read_text(encoding="utf-8").replace("<!-- tiles -->", tiles),
-        js_on_load=(HERE / "live.js").read_text(encoding="utf-8"),
+        js_on_load=script.of("live"),
         head=DRAWING,
         server_functions=[desk.mine(problem_in_answer(one)) for one in asked],
         apply_default_css=False,
@@ -84,15 +89,15 @@ def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """What is new since the caller's last look.
 
     ask: run (id or ""), start (records seen), list (whether runs may have changed), known (their last token),
-    log (whether the log is open). An unknown run has state "missing", none at all has "none". A run that somebody
-    else shares comes as `public` leaves it.
+    log (whether the log is open). An unknown run has state "missing", one that can be brought back "deleted", none at
+    all has "none". A run that somebody else shares comes as `public` leaves it.
     """
     said: dict[str, Any] = {"run": ask.get("run") or "", "start": _count(ask.get("start")), "state": "none"}
     if ask.get("list"):
         said |= _changed_runs(studio.runs, ask.get("known"))
     if said["run"]:
         try:
-            view = studio.runs.look(_id(said["run"]))
+            view = studio.runs.look(id_of(said["run"]))
             if studio.runs.owner not in (None, view.owner):
                 return said | public(_news(studio.runs.of(view.owner), view, said["start"]), view)
             said |= _news(studio.runs, view, said["start"])
@@ -100,6 +105,9 @@ def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
                 said["log"] = redacted(studio.runs.log(view.id, LOG_CHARACTERS))
         except StudioError:
             said["state"] = "missing"
+            for run, left_s in studio.runs.deleted():
+                if run.id == said["run"] and left_s:
+                    said |= {"state": "deleted", "name": run.name or run.id[:8], "left_s": left_s}
     return said
 
 
@@ -118,7 +126,7 @@ def public(news: Mapping[str, Any], view: Run) -> dict[str, Any]:
     said["adapter"] = False  # there is nothing to compare with
     if "about" in news:
         config, train = view.config, view.config.train
-        line = [config.model.rstrip("/").rsplit("/", 1)[-1], _words(config.method)]
+        line = [config.model.rstrip("/").rsplit("/", 1)[-1], method_in_words(config.method)]
         line += [f"{len(view.labels)} labels"] if view.labels else []
         line += [f"learning rate {train.learning_rate:g}", f"batch {train.batch_size}", f"seed {train.seed}"]
         about = {"name": f"Shared run {view.id[:8]}", "line": " · ".join(line), "estimate": news["about"]["estimate"]}
@@ -131,17 +139,17 @@ def public(news: Mapping[str, Any], view: Run) -> dict[str, Any]:
 
 def stop_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """Ask a run to end and keep its adapter."""
-    return said_of(lambda: studio.stop(_id(ask.get("run"))))
+    return said_of(lambda: studio.stop(id_of(ask.get("run"))))
 
 
 def pause_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """Ask a run to end so that it can be resumed."""
-    return said_of(lambda: studio.pause(_id(ask.get("run"))))
+    return said_of(lambda: studio.pause(id_of(ask.get("run"))))
 
 
 def resume_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """Put a run back into the queue."""
-    return said_of(lambda: studio.resume(_id(ask.get("run"))))
+    return said_of(lambda: studio.resume(id_of(ask.get("run"))))
 
 
 def restart_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +160,7 @@ def restart_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """
 
     def act() -> str:
-        view = studio.runs.get(_id(ask.get("run")))
+        view = studio.runs.get(id_of(ask.get("run")))
         change = next((one["change"] for one in advice(studio.runs, view) if one["code"] == ask.get("code")), None)
         if not change:
             raise StudioError("E_NO_CHANGE", "Nothing is to be changed in this run.", "Start one in the form.")
@@ -166,12 +174,17 @@ def restart_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
 
 def share_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """Let others see a run's figures and settings, or no longer."""
-    return said_of(lambda: studio.share(_id(ask.get("run")), ask.get("on") is True))
+    return said_of(lambda: studio.share(id_of(ask.get("run")), ask.get("on") is True))
 
 
 def delete_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
-    """Forget a run that has ended, and all its files."""
-    return said_of(lambda: studio.delete(_id(ask.get("run"))))
+    """Put a run that has ended aside, to be removed with all its files in a while."""
+    return said_of(lambda: studio.delete(id_of(ask.get("run"))))
+
+
+def restore_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring back a run that was just deleted."""
+    return said_of(lambda: studio.restore(id_of(ask.get("run"))))
 
 
 def said_of(act: Callable[[], Any]) -> dict[str, Any]:
@@ -185,7 +198,7 @@ def said_of(act: Callable[[], Any]) -> dict[str, Any]:
 def shown_at_first(studio: Studio, runs: Sequence[Run], asked: str) -> str:
     """The run to show on load: the one in the address, else the newest that is still active, else none."""
     with contextlib.suppress(StudioError):
-        return studio.runs.look(_id(asked)).id
+        return studio.runs.look(id_of(asked)).id
     return next((run.id for run in runs if run.active), "")
 
 
@@ -293,7 +306,7 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
 def _about(run: Run) -> dict[str, Any]:
     config = run.config
     base = config.model.rstrip("/").rsplit("/", 1)[-1]
-    parts = [base, config.dataset.name, _words(config.method)]
+    parts = [base, config.dataset.name, method_in_words(config.method)]
     if run.labels:
         parts.append(f"{len(run.labels)} labels")
     return {"name": run.name or run.id[:8], "line": " · ".join(parts), "estimate": _estimate(run)}
@@ -306,7 +319,7 @@ def _estimate(run: Run) -> dict[str, float]:
     return {name: _rounded(value) for name, value in figures.items() if value}
 
 
-def _words(method: Method) -> str:
+def method_in_words(method: Method) -> str:
     """rank 8 on q+v, or what another method is called and how wide it is."""
     if isinstance(method, LoraSpec):
         kind = "" if method.variant == "lora" else f"{method.variant}, "
@@ -315,9 +328,9 @@ def _words(method: Method) -> str:
 
 
 def _changed_runs(store: RunStore, known: Any) -> dict[str, Any]:
-    """All runs when one came, went or changed its state; else only how far the active ones are."""
+    """All runs when one came, went or changed its state or name; else only how far the active ones are."""
     runs = store.list()
-    token = "".join(f"{run.id[:8]}{run.status[0]}" for run in runs)
+    token = hashlib.sha256("".join(f"{run.id}{run.status}{run.name}" for run in runs).encode()).hexdigest()[:16]
     if token == known:
         return {"active": [{"id": run.id, "step": run.step, "steps": run.steps} for run in runs if run.active]}
     return {"token": token, "runs": [_entry(run) for run in runs]}
@@ -335,7 +348,7 @@ def _entry(run: Run) -> dict[str, Any]:
     }
 
 
-def _id(run: Any) -> str:
+def id_of(run: Any) -> str:
     if not isinstance(run, str) or not ID.fullmatch(run):
         raise StudioError("E_RUN_NOT_FOUND", "There is no such run.", "The run list shows the runs.")
     return run

@@ -1,13 +1,12 @@
 // The race and the table of the study whose id is props.value, or of the newest one: asks server.poll for what is new.
 // Everything a person wrote goes into the page as textContent.
-const $ = name => element.querySelector(name);
 const plot = $('.plot'), sizes = $('.sizes .figure'), choice = $('.studies');
-const ACTIVE = ['queued', 'running'], OVER = ['done', 'stopped', 'failed'];  // what is paused or lost is neither
+const OVER = ['done', 'stopped', 'failed'];  // what is paused or lost is neither
 const WORDS = { queued: 'waiting', running: 'running', paused: 'paused', done: 'done', stopped: 'dropped', failed: 'failed',
   lost: 'broken off' };
-const EAGER = location.hostname.endsWith('.hf.space') ? 2500 : 900, IDLE = 10000;
+const EAGER = often(900);
 
-let asked = null, study = '', timer = null, busy = false, again = false, wait = EAGER;
+let asked = null, study = '';
 let token, told, seen, curves, runs, picked, state, dropping;  // curves: points by run; runs: newest answer by run
 let view = 'both', log = false, strong = null;  // strong: the run whose lines stand out
 
@@ -21,13 +20,6 @@ function forget() {
 const loss = value => value == null ? '–' : value >= .1 ? value.toFixed(3) : value.toPrecision(3);
 const rate = value => value.toExponential(1).replace('.0e', 'e');
 const big = value => value.toLocaleString('en');
-
-function made(kind, text, name) {
-  const one = document.createElement(kind);
-  if (text != null) one.textContent = text;
-  if (name) one.className = name;
-  return one;
-}
 
 function button(text, does, run) {
   const one = made('button', text);
@@ -55,19 +47,6 @@ function standing(run) {  // how a run stands, from the newest answer
 
 // ---- the race ----------------------------------------------------------------------------------------------------
 
-function colour(name) { return getComputedStyle(element).getPropertyValue(name).trim(); }
-
-function smooth([steps, values]) {
-  const memory = Math.min(.9, Math.max(.5, 1 - 10 / (steps.length || 1)));
-  let average = 0, weight = 0;
-  return values.map(value => {
-    if (value == null) return null;
-    average = memory * average + (1 - memory) * value;
-    weight = memory * weight + 1 - memory;
-    return average / weight;
-  });
-}
-
 function traces() {
   const all = cells(), listed = plot.clientWidth >= 560 && all.length <= 12;  // else the table is the legend
   return all.flatMap(cell => {
@@ -77,7 +56,7 @@ function traces() {
       hovertemplate: '%{y:.4g} at step %{x}<extra>%{fullData.name}</extra>' };
     const thick = strong === cell.run ? 1.5 : 0;
     return [
-      { ...about, x: own.train[0], y: smooth(own.train), mode: 'lines', visible: view !== 'heldout', opacity: faint * (view === 'both' ? .4 : 1),
+      { ...about, x: own.train[0], y: smooth(own.train[1]), mode: 'lines', visible: view !== 'heldout', opacity: faint * (view === 'both' ? .4 : 1),
         line: { color: colour, dash, width: (view === 'both' ? 1.2 : 2) + thick }, showlegend: view === 'train' && listed },
       { ...about, x: own.heldout[0], y: own.heldout[1], mode: 'lines+markers', visible: view !== 'train', opacity: faint,
         line: { color: colour, dash, width: 2 + thick }, marker: { size: 7, symbol }, showlegend: view !== 'train' && listed },
@@ -86,34 +65,27 @@ function traces() {
 }
 
 function axes() {
-  const axis = { gridcolor: colour('--border-color-primary'), zeroline: false, automargin: true };
-  const most = Math.max(1, ...[...runs.values()].map(run => run.steps));
+  const most = Math.max(1, ...[...runs.values()].map(run => run.steps)), bare = chart(340, 'step', 'loss');
   return {
-    uirevision: `${study}${log}${most}`, height: 340, margin: { l: 44, r: 8, t: 6, b: 38 }, hovermode: 'closest',
-    paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
-    font: { color: colour('--body-text-color'), family: colour('--font'), size: 12 },
-    hoverlabel: { bgcolor: colour('--background-fill-primary'), bordercolor: colour('--border-color-primary'),
-      font: { color: colour('--body-text-color') }, namelength: -1 },
-    legend: { orientation: 'h', x: 0, y: 1.02, yanchor: 'bottom', font: { size: 11 } },
-    xaxis: { ...axis, title: { text: 'step' }, range: [-.015 * most, 1.01 * most] },
-    yaxis: { ...axis, title: { text: 'loss' }, type: log ? 'log' : 'linear', ...(log ? { dtick: 'D2' } : {}) },
+    ...bare, uirevision: `${study}${log}${most}`, hovermode: 'closest',
+    xaxis: { ...bare.xaxis, range: [-.015 * most, 1.01 * most] },
+    yaxis: { ...bare.yaxis, type: log ? 'log' : 'linear', ...(log ? { dtick: 'D2' } : {}) },
   };
 }
 
 async function race() {
   const some = [...curves.values()].some(one => one.train[0].length || one.heldout[0].length);
   $('.race').hidden = !some;
-  if (some) await Plotly.react(plot, traces(), axes(), { responsive: true, displayModeBar: false, displaylogo: false });
+  if (some) await Plotly.react(plot, traces(), axes(), BARE);
 }
 
 async function against(figure) {
   const some = figure.data.some(one => one.x?.length);
   $('.sizes').hidden = !some;
   if (!some) return;
-  const layout = { ...figure.layout, font: { ...figure.layout.font, color: colour('--body-text-color'), family: colour('--font') },
-    hoverlabel: { bgcolor: colour('--background-fill-primary'), bordercolor: colour('--border-color-primary'),
-      font: { color: colour('--body-text-color') } } };
-  await Plotly.react(sizes, figure.data, layout, { responsive: true, displayModeBar: false, displaylogo: false });
+  const { font, hoverlabel } = chart();
+  const layout = { ...figure.layout, font: { ...figure.layout.font, color: font.color, family: font.family }, hoverlabel };
+  await Plotly.react(sizes, figure.data, layout, BARE);
 }
 
 $('.race').addEventListener('click', event => {
@@ -222,8 +194,7 @@ $('.outcome').addEventListener('click', async event => {
 });
 $('.resume').addEventListener('click', async event => {
   event.target.disabled = true;
-  let problem = 'The app does not answer; try again.';
-  try { ({ problem } = await server.resume({ study })); } catch { }
+  const { problem } = await done(() => server.resume({ study }));
   event.target.disabled = false;
   say($('.note'), problem);
   tick();
@@ -238,8 +209,6 @@ function light(run) {
 }
 
 // ---- state -------------------------------------------------------------------------------------------------------
-
-function say(box, text) { box.textContent = text; box.hidden = !text; }
 
 function pace() {
   const all = [...runs.values()], count = (...states) => all.filter(one => states.includes(one.state)).length;
@@ -287,18 +256,8 @@ async function take(news) {
     [...element.querySelectorAll('section, .detail, .verdict, .note')].forEach(one => { one.hidden = true; });
   }
   state = news.state;
-  let moved = false;
-  for (const one of news.runs) {
-    const known = seen[one.run] || 0;
-    runs.set(one.run, one);
-    if (one.start !== 0 && one.start !== known) continue;
-    if (one.next === known && one.start === known) continue;
-    if (one.start === 0) curves.set(one.run, { train: [[], []], heldout: [[], []] });
-    const own = curves.get(one.run);
-    for (const name of ['train', 'heldout']) one[name].forEach((part, axis) => own[name][axis].push(...part));
-    seen[one.run] = one.next;
-    moved = true;
-  }
+  for (const one of news.runs) runs.set(one.run, one);
+  let moved = gather(news.runs, seen, curves);
   if (news.table) {
     [told, token] = [news.table, news.token];
     $('.name').textContent = `${told.name} · ${told.model.replace(/\/+$/, '').split('/').pop()}`;
@@ -316,23 +275,10 @@ async function take(news) {
   if (moved) await race();
 }
 
-async function tick() {
-  clearTimeout(timer);
-  if (!element.isConnected) return;
-  again = busy;
-  if (!busy && !document.hidden && element.offsetParent) {
-    busy = true;
-    try {
-      await take(await server.poll({ study: asked, seen, known: token }));
-      wait = state === 'active' ? EAGER : IDLE;
-    } catch (problem) {
-      wait = Math.min(Math.max(wait, 1000) * 2, 30000);
-    }
-    busy = false;
-    if (again) wait = 0;
-  }
-  timer = setTimeout(tick, wait);
-}
+const tick = asking(async () => {
+  await take(await server.poll({ study: asked, seen, known: token }));
+  return state === 'active' ? EAGER : IDLE;
+});
 
 function address(shown) {  // the address names the study only while it is looked at
   const url = new URL(location);
@@ -360,7 +306,6 @@ watch('value', () => {
   start();
   if (innerWidth < 800 && element.offsetParent) element.scrollIntoView({ block: 'start' });  // it lies under the form
 });
-document.addEventListener('visibilitychange', () => document.hidden || tick());
 new IntersectionObserver(entries => {
   const shown = element.offsetParent !== null;
   if (entries.some(entry => entry.isIntersecting)) {

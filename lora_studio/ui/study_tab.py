@@ -7,7 +7,6 @@ config.study, so the view (study.js) polls them like any run: a reload, a second
 import hashlib
 import html
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +17,10 @@ import gradio as gr
 from lora_studio import charts
 from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError
-from lora_studio.runs.config import DataChoice, Run, RunConfig
+from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.studio import Studio
 from lora_studio.study import MATRICES, MOST, Table, grid, parse_ranks, parse_rates, studies, table
-from lora_studio.ui import figure, form, live, picker, train_tab
+from lora_studio.ui import curves, figure, form, live, picker, script, train_tab
 from lora_studio.ui.boundary import problem_in_answer, problem_instead, problem_last
 from lora_studio.ui.desk import Desk
 
@@ -29,7 +28,6 @@ HERE = Path(__file__).parent
 OWN = "As chosen in tab 2"
 FIRST = [name for name in MATRICES if MATRICES[name] in (("attn.q",), ("attn.q", "attn.v"))]
 DASHES = ("solid", "dash", "dot", "dashdot")
-POINTS = 6_000  # of all curves together in one answer
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def _view(desk: Desk) -> gr.HTML:
     return gr.HTML(
         "",
         html_template=(HERE / "study.html").read_text(encoding="utf-8"),
-        js_on_load=(HERE / "study.js").read_text(encoding="utf-8"),
+        js_on_load=script.of("study"),
         head=live.DRAWING,
         server_functions=[desk.mine(problem_in_answer(one)) for one in (poll, drop, resume)],
         apply_default_css=False,
@@ -200,11 +198,8 @@ def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     if study not in found:
         return said | ({"state": "missing"} if asked else {})
     told = table(found[study])
-    seen = ask.get("seen")
-    seen = seen if isinstance(seen, Mapping) else {}
-    limit = max(200, POINTS // len(found[study]))
     said["state"] = "active" if told.active else "over"
-    said["runs"] = [_news(studio, run, seen.get(run.id), limit) for run in reversed(found[study])]
+    said["runs"] = curves.news(studio, found[study][::-1], ask.get("seen"))
     shown = told.as_json()
     for row in shown["rows"]:
         for cell in row["cells"]:
@@ -222,40 +217,6 @@ def resume_all(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """Put the paused and lost runs of a study back into the queue."""
     study = ask.get("study")
     return live.said_of(lambda: [run.id for run in studio.resume_study(study if isinstance(study, str) else "")])
-
-
-def _news(studio: Studio, run: Run, seen: Any, limit: int) -> dict[str, Any]:
-    """The points of one run that the caller has not seen; all of them once it went on behind an earlier step."""
-    start = seen if type(seen) is int and seen >= 0 else 0
-    records = studio.runs.events(run.id, start)
-    following = start + len(records)
-    if start and any(record["type"] == "Started" for record in records):
-        start, records = 0, studio.runs.events(run.id)[:following]
-    return {
-        "run": run.id,
-        "start": start,
-        "next": following,
-        "state": run.status,
-        "step": run.step,
-        "steps": run.steps,
-        "train": live.thin(*curve(records, "train_loss"), limit),
-        "heldout": live.thin(*curve(records, "heldout_loss"), limit),
-    }
-
-
-def curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float | None]]:
-    """Steps and values of one figure; a later attempt's Started forgets what was said of later steps."""
-    points: dict[int, float | None] = {}
-    for record in records:
-        if record["type"] == "Started":
-            points = {step: value for step, value in points.items() if step <= record["step"]}
-        elif record["type"] == "Metric" and name in record["values"]:
-            points[record["step"]] = _short(record["values"][name])
-    return list(points), list(points.values())
-
-
-def _short(value: float | None) -> float | None:
-    return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
 
 
 def _label(told: Table) -> str:

@@ -29,6 +29,7 @@ MORE = tuple(name for name in SETTINGS if name not in (*MAIN, "targets"))
 TASKS = [("Write text", "causal"), ("Choose a label", "classify")]
 FIRST_PRESET = next(iter(PRESETS))
 NAME_LENGTH = 80
+RANK_SLIDER = 128  # where it ends; a run with more moves the end
 PARTS = {  # of estimate.Estimate.memory_bytes
     "weights": "Weights of the base",
     "adapter": "What is trained, gradients and optimiser",
@@ -83,7 +84,7 @@ def build(desk: Desk) -> TrainTab:
                 elem_id="method",
             )
             with gr.Column(elem_classes="of-lora") as low_rank:
-                settings = {"rank": form.control(SETTINGS["rank"], slide_to=128)}
+                settings = {"rank": form.control(SETTINGS["rank"], slide_to=RANK_SLIDER)}
                 preset = gr.Radio(
                     [*PRESETS, picker.OWN], value=FIRST_PRESET, label="Matrices to adapt", elem_id="preset"
                 )
@@ -164,14 +165,37 @@ def show_method(name: str, rate: Any) -> tuple[Any, ...]:
 
     The rate changes to what is usual for the method, unless it is the person's own.
     """
-    lora, means = name == "lora", form.widths(name)
-    shown = gr.Column(visible=lora)
+    shown = gr.Column(visible=name == "lora")
     usual = {one: TrainConfig().at_usual_rate_of(one).learning_rate for one in METHODS}
-    width = gr.Number(visible=False)
-    if means:
-        usually = BASELINES[name][2]
-        width = gr.Number(visible=True, label=means.capitalize(), info=f"0 takes the usual {usually}", value=usually)
-    return shown, shown, width, usual.get(name, rate) if rate in usual.values() else gr.skip()
+    return shown, shown, _width(name), usual.get(name, rate) if rate in usual.values() else gr.skip()
+
+
+def _width(name: str, value: int = 0) -> Any:
+    """The width's control as a method has it; value 0 is the usual one."""
+    means = form.widths(name)
+    if not means:
+        return gr.Number(visible=False)
+    usually = BASELINES[name][2]
+    info = f"0 takes the usual {usually}"
+    return gr.Number(visible=True, label=means.capitalize(), info=info, value=value or usually)
+
+
+def filled(desk: Desk, config: RunConfig, settings: Sequence[str]) -> tuple[Any, ...]:
+    """The form as a run was started from it: model, task, forced, method, LoRA's columns, preset, picker, `settings`.
+
+    The name is left to be made anew. Matrices that were named one by one have no button; then none is pressed.
+    """
+    method, lora = config.method, isinstance(config.method, LoraSpec)
+    kind = "lora" if isinstance(method, LoraSpec) else method.kind
+    described = picker.describe(desk.ready(config.model).matrices(config.model))
+    targets = method.targets if isinstance(method, LoraSpec) else PRESETS[FIRST_PRESET]
+    picked, values = picker.choose(described, targets), form.values(method, config.train)
+    shown = gr.Column(visible=lora)
+    values["width"] = _width(kind, 0 if isinstance(method, LoraSpec) else method.width)
+    if isinstance(method, LoraSpec):
+        values["rank"] = gr.Slider(value=method.rank, maximum=max(RANK_SLIDER, method.rank))
+    about = config.model, config.task, False, kind, shown, shown, picker.preset(picked), picked
+    return *about, *(values.get(name, gr.skip()) for name in settings)
 
 
 def show_matrices(desk: Desk, model: str, preset: str, picked: Mapping[str, Any] | None) -> Any:
