@@ -378,7 +378,7 @@ class RunStore:
         return gone
 
     def sweep_leftovers(self) -> None:
-        """Remove folders that a crash left on their way in or out; only by the one app of the root, while it holds the queue."""
+        """Remove folders that a crash left on their way in or out; only by the one app, holding the queue."""
         for left in self.folder.glob("*.deleted"):
             if left.stem not in self._deleted:
                 self._purge(left.stem)
