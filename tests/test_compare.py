@@ -1,6 +1,7 @@
 """Laws of comparing: a batch of five is five answers, strength 0 is the base model, the curve's ends, word marks."""
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ from lora_studio.runs.config import DataChoice, Run, RunConfig
 from lora_studio.settings import TrainConfig
 from lora_studio.strength import STRENGTHS, StrengthCurve, strength_curve
 from lora_studio.studio import Studio
+from lora_studio.ui import api, compare_tab, tokens
 from tests.tiny import CAUSAL, causal, classifier, tokenizer
+from tests.visits import ReadyDesk, trained
 from tests.visits import rows as rows_of
-from tests.visits import trained
 
 PROMPT = [5, 6, 7, 8, 9]
 ROW = Tokens((5, 6, 7, 8, 9, 10, 11), (True, False, False, True, True, False, True))
@@ -81,7 +83,7 @@ def test_the_check_of_the_base_looks_at_rows_of_strength_zero_too() -> None:
     assert base_difference(lora, PROMPT, [None, {"a": 0.0}, "b"]) == 0.0
     assert base_difference(lora, PROMPT, [{"a": 0.0}, "b"]) == 0.0
     lora._parts["a"]["model.layers.0.mlp.up_proj"][0].B.data[0, 0] = float("nan")  # 0 times it is no 0
-    assert not base_difference(lora, PROMPT, [{"a": 0.0}, "b"]) == 0.0
+    assert base_difference(lora, PROMPT, [{"a": 0.0}, "b"]) != 0.0
 
 
 # ---- the wanted answer, token by token -------------------------------------------------------------------------------
@@ -121,8 +123,8 @@ def test_the_curve_of_a_classifier_goes_from_its_own_head_to_the_trained_one() -
         tensor.data += 0.3 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(1))
     row = Tokens((5, 6, 7), (False,) * 3, 2)
     (*_, curve) = strength_curve(lora, "x", [row])
-    for strength, given in {0.0: None, 0.5: {"x": 0.5}, 1.0: "x"}.items():
-        (found,) = classify(lora, [given], row.ids, ("a", "b", "c"))
+    for strength, used in {0.0: None, 0.5: {"x": 0.5}, 1.0: "x"}.items():
+        (found,) = classify(lora, [used], row.ids, ("a", "b", "c"))
         assert curve.losses[strength] == pytest.approx(-torch.tensor(found[2]).log().item(), abs=1e-5)
 
 
@@ -173,7 +175,7 @@ def test_marked_parts_are_the_text_and_what_is_not_marked_stands_in_the_other(te
     assert "".join(part for part, _ in parts) == text and all(part for part, _ in parts)
     kept = [word for part, differs in parts if not differs for word in words(part)]
     assert is_within(kept, words(before)) and is_within(kept, words(text))
-    assert all(one != other for (_, one), (_, other) in zip(parts, parts[1:], strict=False))
+    assert all(one != other for (_, one), (_, other) in pairwise(parts))
     assert changed_words(text, text) == ([(text, False)] if text else [])
 
 
@@ -276,3 +278,125 @@ def test_virtual_tokens_have_no_strengths_between(studio: Studio, runs: list[Run
         with pytest.raises(StudioError) as caught:
             next(asked)
         assert caught.value.code == "E_STRENGTH"
+
+
+# ---- the page's handlers ---------------------------------------------------------------------------------------------
+
+RAW = {"max_new_tokens": 6, "temperature": 0.8, "top_p": 1.0, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def desk(studio: Studio) -> ReadyDesk:
+    return ReadyDesk(studio)
+
+
+def test_answers_stream_into_a_pane_each_and_differences_are_marked_at_the_end(
+    desk: ReadyDesk, runs: list[Run]
+) -> None:
+    one, *others = [run.id for run in runs]
+    moments = list(compare_tab.compare(desk, one, others, "say 3", compare_tab.GREEDY, 1.0, **RAW))
+    assert all(problem == "" and len(panes) == 5 for panes, problem in moments)
+    first, last = moments[0][0], moments[-1][0]
+    assert {pane["pace"] for pane in first} == {"Loading the base model"}
+    assert [pane["title"] for pane in last] == ["Base", *(run.name for run in runs)]
+    assert last[0]["badge"] == ("good", "Checked: equal to the untouched model (max difference 0)")
+    assert any(marked for pane in last[1:] for _, marked in pane["parts"])
+    assert not any(marked for panes, _ in moments[:-2] for pane in panes for _, marked in pane["parts"])
+    assert all(pane["pace"].startswith("6 tokens") for pane in last)
+
+
+def test_five_strengths_of_one_run_stand_side_by_side(desk: ReadyDesk, runs: list[Run]) -> None:
+    *_, (last, problem) = compare_tab.compare_strengths(desk, runs[3].id, "say 3", compare_tab.GREEDY, **RAW)
+    assert problem == "" and [pane["title"] for pane in last] == [f"Strength {one}" for one in (0, 0.5, 1, 1.5, 2)]
+    texts = ["".join(text for text, _ in pane["parts"]) for pane in last]
+    *_, (alone, _) = compare_tab.compare(desk, runs[3].id, [], "say 3", compare_tab.GREEDY, 1.0, **RAW)
+    assert ["".join(text for text, _ in pane["parts"]) for pane in alone] == [texts[0], texts[2]]
+
+
+def test_a_comparison_that_cannot_be_leaves_no_empty_panes(desk: ReadyDesk, runs: list[Run]) -> None:
+    *_, (panes, cleared), (_, problem) = compare_tab.compare(desk, runs[0].id, [], " ", compare_tab.GREEDY, 1.0, **RAW)
+    assert (panes, cleared) == ([], "") and "E_NO_PROMPT" in problem
+
+
+def test_chips_are_three_held_out_rows_and_two_prompts_that_were_not_taught(
+    desk: ReadyDesk, studio: Studio, runs: list[Run]
+) -> None:
+    chips = compare_tab.list_prompts(desk, runs[0].id)
+    known = [(row.prompt[-1].content, row.target) for row in studio.heldout(runs[0].id, 2)]  # it has two
+    assert [(one["prompt"], one["target_text"]) for one in chips] == [
+        *known,
+        *((one, "") for one in compare_tab.OFF_TOPIC),
+    ]
+    assert compare_tab.list_prompts(desk, None) == compare_tab.list_prompts(desk, "0" * 32) == []
+
+
+def test_runs_that_do_not_fit_are_named_with_the_reason(
+    desk: ReadyDesk, studio: Studio, runs: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def like(run: Run, **change: object) -> Run:
+        return replace(run, id=f"{len(str(change)):032x}", config=replace(runs[0].config, **change))
+
+    labelled = replace(like(runs[0], name="<b>"), facts={"labels": ["a", "b"]})
+    far = [like(runs[0], name=f"far {number * 'x'}", model="elsewhere") for number in range(5)]
+    monkeypatch.setattr(Run, "has_adapter", True)
+    monkeypatch.setattr(studio.runs, "list", lambda: [*runs, labelled, *far])
+    box, line = compare_tab.list_others(desk, runs[0].id, [runs[1].id, far[0].id, "0" * 32])
+    assert [value for _, value in box.choices] == [run.id for run in runs[1:]] and box.value == [runs[1].id]
+    assert "for another task: &lt;b&gt;" in line and "on elsewhere: far , far x, far xx and 2 more" in line
+    assert compare_tab.list_others(desk, None, [])[1] == ""
+    assert compare_tab.list_others(desk, labelled.id, [])[0].choices == []
+
+
+def test_tokens_of_a_wanted_answer_are_asked_for_by_its_prompt(
+    desk: ReadyDesk, studio: Studio, runs: list[Run]
+) -> None:
+    known = studio.heldout(runs[0].id, 2)[1]
+    prompt = known.prompt[-1].content
+    *_, (shown, line, problem) = compare_tab.look_at_tokens(desk, runs[0].id, [runs[1].id], f"{prompt}\n")
+    assert problem == "" and "".join(shown["texts"]) == known.target + "<|end|>"
+    assert [row["name"] for row in shown["rows"]] == ["Base", "run 0", "run 1"] and "Base " in line
+    found = studio.wanted([runs[0].id], 1)
+    assert shown["rows"][1]["chances"] == pytest.approx(found.chances[1], abs=1e-4)
+    ((*_, problem),) = compare_tab.look_at_tokens(desk, runs[0].id, [], "my own question")
+    assert "E_NO_ANSWER" in problem
+
+
+@pytest.mark.parametrize(
+    ("chance", "said"),
+    [(1.0, "100 %"), (0.9996, "100 %"), (0.5, "50 %"), (0.0123, "1.2 %"), (0.0009, "under 0.1 %"), (0, "under 0.1 %")],
+)
+def test_chances_are_said_in_percent(chance: float, said: str) -> None:
+    assert tokens.percent(chance) == said
+
+
+def test_the_curve_grows_and_ends_in_words(desk: ReadyDesk, runs: list[Run]) -> None:
+    *grown, (drawn, line, problem) = compare_tab.measure(desk, runs[0].id)
+    assert problem == "" and "verdict" in line and "the base model" in line and len(grown) == 1 + len(STRENGTHS)
+    assert list(drawn["data"][0]["x"]) == list(STRENGTHS) and "Measured up to strength 0.25 of 2" in grown[2][1]
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ({0: 2.0, 0.75: 0.029, 1: 0.031}, "Lowest at 0.75: 0.029; at 1, as trained, it is as good, 0.031"),
+        ({0: 2.0, 0.75: 0.5, 1: 0.75}, "Best at 0.75: 0.5; at 1, as trained, it is 0.75; the base model has 2."),
+        ({0: 2.0, 0.75: 0.5, 1: 0.4}, "Best at 1, as trained: 0.4; the base model has 2."),
+        (
+            {0: 2.0, 0.75: 2.5, 1: NAN},
+            "No strength is better than the base model, which has 2; at 1, as trained, it is no",
+        ),
+        ({0: NAN, 1: NAN}, "The held-out loss is no number at any strength."),
+    ],
+)
+def test_the_curve_in_words(losses: dict[float, float], said: str) -> None:
+    assert said in compare_tab.strength_line(StrengthCurve(losses=losses).as_json())
+
+
+def test_programs_compare_several_runs_at_once(desk: ReadyDesk, studio: Studio, runs: list[Run]) -> None:
+    ids = [run.id for run in runs[:3]]
+    *_, texts = api.compare_runs(desk, ids, "say 3", max_new_tokens=8)
+    (*_, last) = studio.compare(ids, "say 3", sampling=SHORT)
+    assert texts == [answer.text for answer in last.answers]
+    with pytest.raises(StudioError) as caught:
+        next(api.compare_runs(desk, [], "say 3"))
+    assert caught.value.code == "E_RUN_NOT_FOUND"

@@ -20,11 +20,10 @@ from lora_studio import charts  # noqa: E402
 from lora_studio.data.batches import Lengths, Piece  # noqa: E402
 from lora_studio.data.library import Dataset  # noqa: E402
 from lora_studio.errors import StudioError, quote  # noqa: E402
-from lora_studio.generate import Answer  # noqa: E402
-from lora_studio.runs.config import DataChoice  # noqa: E402
+from lora_studio.runs.config import DataChoice, Run, RunConfig  # noqa: E402
 from lora_studio.runs.store import write_json  # noqa: E402
 from lora_studio.settings import TrainConfig  # noqa: E402
-from lora_studio.studio import Comparison, Inspection, Studio  # noqa: E402
+from lora_studio.studio import Inspection, Studio, Wanted  # noqa: E402
 from lora_studio.ui import boundary, compare_tab, data_tab, inside_tab, live  # noqa: E402
 from tests.screenshots import CHROMIUM, chromium, served  # noqa: E402
 from tests.tiny import tiny_model  # noqa: E402
@@ -142,11 +141,14 @@ def texts() -> Iterator[str]:
         lengths = Lengths(histogram=(1, 2), median=1, p95=1, max=2, total=3, supervised=1, cut=1, unsupervised=0)
         about = {"dataset": kept, "format": "text", "columns": {"text": evil}, "lengths": lengths, "warnings": (evil,)}
         seen = Inspection(**about, rows=1, train=1, heldout=0)
-        moment = Comparison(("base", "run"), [Answer(evil, 1), Answer(evil, 1)], 0.0, 1.0)
+        config = RunConfig(name=evil, model="m", dataset=DataChoice(id="0" * 32))
+        told = Run(id="0" * 32, path=Path("x"), config=config, status="done", created=0.0)
         yield boundary.as_html(error)
         yield data_tab.understood(seen, TrainConfig())
         yield data_tab.preview([Piece(evil, "context"), Piece(evil, "trained")], 0)
-        yield "".join(compare_tab.picture(moment)) + compare_tab.expectation(evil)
+        yield compare_tab.expectation(evil)
+        yield compare_tab.tokens_line(Wanted(("base",), (evil,), [[0.5]]), [evil])
+        yield compare_tab.apart([(told, evil)])
         row = {"role": evil, "layer": None, "rank": 1, "weight_norm": 1.0, "delta_norm": 1.0, "along_delta": None}
         row |= {"along_weight": 1.0, "along_random": 1.0, "factor": 1.0}
         yield inside_tab.table([row])
@@ -285,7 +287,7 @@ def test_rows_prompts_and_wanted_answers_are_text(haunted: tuple[str, Path], bro
         page.locator("#chips button").first.click()
         expect(page.locator("#expected .answer")).to_contain_text(evil)
     page.get_by_role("button", name="Generate").click()
-    expect(page.locator("#base-badge .badge")).to_be_visible(timeout=60_000)
+    expect(page.locator("[data-pane=base] .badge")).to_be_visible(timeout=60_000)
     assert seen.found == []
     seen.context.close()
 
