@@ -1,4 +1,4 @@
-"""The Compare tab in Chromium: five answers at once, five strengths, the curve and the tokens, by mouse and keyboard."""
+"""The Compare tab in Chromium: five answers at once, five strengths, the curve and the tokens, by mouse and keys."""
 
 import re
 from collections.abc import Iterator
@@ -51,8 +51,8 @@ def opened(browser: Browser, url: str, width: int, theme: str) -> Page:
     expect(page.locator("#compare-run input")).to_have_value(re.compile("run 3"), timeout=60_000)
     page.locator("#compare-others input").click()
     expect(page.get_by_role("option")).to_have_count(3)
-    for _ in range(3):
-        page.get_by_role("option").first.click()
+    for place in range(3):
+        page.get_by_role("option").nth(place).click()
     page.keyboard.press("Escape")
     return page
 
@@ -67,19 +67,15 @@ def test_five_answers_five_strengths_a_curve_and_tokens(
     chips = page.locator("#chips button")
     expect(chips).to_have_count(5, timeout=30_000)
     chips.first.click()
+    page.get_by_role("button", name="Sampling and length").click()
+    page.get_by_label("New tokens", exact=True).fill("12")
     expect(page.locator("#expected .answer")).to_contain_text("order yes")
     page.get_by_role("button", name="Generate").click()
     panes = page.locator("#answers article")
     expect(panes).to_have_count(5)
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=60_000)
     expect(panes.first.locator(".badge")).to_contain_text("max difference 0")
-    assert sorted(panes.locator("h3").all_inner_texts()) == [
-        "<b>run 0</b>",
-        "<b>run 1</b>",
-        "<b>run 2</b>",
-        "<b>run 3</b>",
-        "Base",
-    ]
+    assert sorted(panes.locator("h3").all_inner_texts()) == [*(f"<b>run {number}</b>" for number in range(4)), "Base"]
     expect(panes.nth(1).locator("mark").first).to_be_visible()
     expect(panes.first.locator("mark")).to_have_count(0)
     assert overflow(page) <= 0

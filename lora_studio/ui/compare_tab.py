@@ -41,11 +41,11 @@ NO_ANSWER = f"{HEAD}<p class='soft'>Pick one of the held-out rows above: its ans
 READ_STRENGTH = (
     "The same held-out rows that training measured, with the adapter turned down or up: 0 is the base model, 1 as"
     " trained, 2 twice that.",
-    "A lowest point well below 1 says that it was trained too long or too fast for its rows; above 1, not long enough.",
+    "A lowest point well below 1 often means too long or too fast a training for these rows; above 1, one that was too short.",
 )
 READ_TOKENS = (
-    "The darker a token, the likelier the model writes it, given the prompt and all of the wanted answer before it.",
-    "Light tokens in the lower lines are what the run has not learnt.",
+    "The stronger a token is shaded, the likelier the model writes it, given the prompt and all of the answer before it.",
+    "Tokens that stay plain in a run's line are what it has not learnt.",
 )
 
 
@@ -465,7 +465,7 @@ def _chosen(desk: Desk, run: str | None) -> Run:
 def _misfit(first: Run, other: Run) -> str:
     """Why a run cannot stand beside the first; empty when it can."""
     if other.config.model != first.config.model:
-        return f"on {other.config.model}"
+        return f"on {other.config.model.rstrip('/').rsplit('/', 1)[-1]}"
     if other.labels != first.labels:
         return "choosing other labels" if other.labels and first.labels else "for another task"
     return ""
