@@ -343,6 +343,8 @@ def test_runs_that_do_not_fit_are_named_with_the_reason(
     box, line = compare_tab.list_others(desk, runs[0].id, [runs[1].id, far[0].id, "0" * 32])
     assert [value for _, value in box.choices] == [run.id for run in runs[1:]] and box.value == [runs[1].id]
     assert "for another task: &lt;b&gt;" in line and "on elsewhere: far , far x, far xx and 2 more" in line
+    untouched, _ = compare_tab.list_others(desk, runs[0].id, [runs[1].id])
+    assert "value" not in untouched._constructor_args[0] and "value" in box._constructor_args[0]
     assert compare_tab.list_others(desk, None, [])[1] == ""
     assert compare_tab.list_others(desk, labelled.id, [])[0].choices == []
 

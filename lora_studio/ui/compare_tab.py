@@ -41,10 +41,10 @@ NO_ANSWER = f"{HEAD}<p class='soft'>Pick one of the held-out rows above: its ans
 READ_STRENGTH = (
     "The same held-out rows that training measured, with the adapter turned down or up: 0 is the base model, 1 as"
     " trained, 2 twice that.",
-    "A lowest point well below 1 often means too long or too fast a training for these rows; above 1, one that was too short.",
+    "A lowest point well below 1 often means too long or too fast a training for these rows; above 1, too short a one.",
 )
 READ_TOKENS = (
-    "The stronger a token is shaded, the likelier the model writes it, given the prompt and all of the answer before it.",
+    "The stronger a token is shaded, the likelier the model writes it, given the prompt and the answer before it.",
     "Tokens that stay plain in a run's line are what it has not learnt.",
 )
 
@@ -245,8 +245,9 @@ def list_others(desk: Desk, run: str | None, others: list[str] | None) -> tuple[
         return gr.Dropdown(choices=[], value=[], multiselect=True), ""
     reasons = {one.id: _misfit(first, one) for one in runs if one.id != first.id}
     fitting = [one for one in runs if reasons.get(one.id) == ""]
-    kept = [one.id for one in fitting if one.id in (others or [])]
-    offered = gr.Dropdown(choices=[(run_label(one), one.id) for one in fitting], value=kept, multiselect=True)
+    kept = [one for one in others or [] if reasons.get(one) == ""]
+    changed = {} if kept == (others or []) else {"value": kept}  # the person may be choosing while this is asked for
+    offered = gr.Dropdown(choices=[(run_label(one), one.id) for one in fitting], multiselect=True, **changed)
     return offered, apart([(one, reasons[one.id]) for one in runs if reasons.get(one.id)])
 
 
