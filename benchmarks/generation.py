@@ -1,7 +1,7 @@
-"""What answering side by side costs: base and adapted in one batch, unmerged against merged, changing the strength.
+"""What answering side by side costs: several models in one batch, unmerged against merged, changing the strength.
 
-    python -m benchmarks.generation                 about six minutes on two cores alone
-    python -m benchmarks.generation --quick         about one
+    python -m benchmarks.generation                 about seven minutes on two cores alone
+    python -m benchmarks.generation --quick         about one and a half
 
 The app's own decoding loop writes the same number of tokens in every way, greedily and past any end mark. The ways
 take turns in one process, so that the machine's drift hits all alike; precisions and threads have a process each. Times
@@ -29,9 +29,11 @@ log = logging.getLogger("benchmarks")
 
 PROMPT = 50  # tokens
 TOGETHER = 1.9  # two rows in one batch against two runs, bf16
+SIDE_BY_SIDE = 1.6  # base and four adapters in one batch against the base alone, bf16
 OVERHEAD = 1.05  # unmerged against merged
 CHANGE_S = 1e-3  # of a new strength
-WAYS = ("base", "adapted", "both", "merged")
+WAYS = ("base", "adapted", "both", "five", "merged")
+ROWS = {"both": (None, "run"), "five": (None, "run", "second", "third", "fourth")}  # of the batch
 CHANGES = 1000  # of the strength
 
 
@@ -69,11 +71,12 @@ def timed(spec: Mapping[str, Any]) -> dict[str, Any]:
     from lora_studio.studio import default_root
 
     lora = LoRA(ModelLibrary(default_root()).load(spec["model"], precision=spec["precision"], on="cpu"))
-    lora.add("run", LoraSpec(), seed=spec["seed"])
     torch.manual_seed(spec["seed"])
-    with torch.no_grad():
-        for tensor in lora.parameters("run"):
-            tensor.normal_(0, 0.02)  # a trained adapter has no zeros
+    for name in filter(None, ROWS["five"]):
+        lora.add(name, LoraSpec(), seed=spec["seed"])
+        with torch.no_grad():
+            for tensor in lora.parameters(name):
+                tensor.normal_(0, 0.02)  # a trained adapter has no zeros
     vocabulary = lora.model.get_input_embeddings().num_embeddings
     prompt = torch.randint(vocabulary, (PROMPT,)).tolist()
     decode: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -102,10 +105,11 @@ def _answered(lora: Any, way: str, prompt: Sequence[int], tokens: int) -> tuple[
     ways: dict[str, Callable[[], AbstractContextManager]] = {
         "base": lambda: lora.use(None),
         "adapted": lambda: lora.use("run"),
-        "both": lambda: lora.use(None, "run"),
+        "both": lambda: lora.use(*ROWS["both"]),
+        "five": lambda: lora.use(*ROWS["five"]),
         "merged": folded,
     }
-    prompts = [prompt] * (2 if way == "both" else 1)
+    prompts = [prompt] * len(ROWS.get(way, (way,)))
     with ways[way]():
         laps = [time.process_time()]
         for _ in stream(lora.model, prompts, Sampling(max_new_tokens=tokens), frozenset()):
@@ -139,6 +143,9 @@ def reached(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[Goal]:
         if precision == "bfloat16":
             text = f"{where}: two runs / one batch of base and adapted, a decoding step"
             asked.append(Goal(text=text, values=together(one), least=TOGETHER))
+            text = f"{where}: base and four adapters in one batch / one answer alone, a decoding step"
+            five = paired(one["decode"]["five"], one["decode"]["base"])
+            asked.append(Goal(text=text, values=five, most=SIDE_BY_SIDE))
         for part, what in (("decode", "a decoding step"), ("prefill", f"a pass of {PROMPT} tokens")):
             slower = paired(one[part]["adapted"], one[part]["merged"])
             asked.append(Goal(text=f"{where}: unmerged / merged, {what}", values=slower, most=OVERHEAD))
@@ -149,7 +156,8 @@ def reached(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[Goal]:
 
 def table(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
     """Milliseconds of processor time a decoding step takes in every way, and the ratios of the rounds."""
-    head = ["CPU-ms a step", *WAYS, "two runs / both", "same, the prompt", "unmerged / merged", "same, the prompt"]
+    ratios = ("two runs / both", "same, the prompt", "five / base", "unmerged / merged", "same, the prompt")
+    head = ["CPU-ms a step", *WAYS, *ratios]
     lines = []
     for (precision, threads), one in found.items():
         decode = one["decode"]
@@ -159,6 +167,7 @@ def table(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
                 *(middle(decode[way], 1) for way in WAYS),
                 middle(together(one)),
                 middle(together(one, "prefill")),
+                middle(paired(decode["five"], decode["base"])),
                 middle(paired(decode["adapted"], decode["merged"]), 3),
                 middle(paired(one["prefill"]["adapted"], one["prefill"]["merged"]), 3),
             ]
@@ -171,7 +180,7 @@ def in_words(options: argparse.Namespace) -> str:
     return (
         f"Model {options.model}, LoRA r=8 on q and v, a prompt of {PROMPT} tokens, {options.tokens} new ones; a round "
         f"takes the median step of each way, {options.rounds} rounds: median (least–most). Both: row 0 the base, row 1 "
-        "adapted. Merged: folded in, without hooks."
+        "adapted; five: the base and four adapters. Merged: folded in, without hooks."
     )
 
 

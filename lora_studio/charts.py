@@ -122,6 +122,37 @@ def rank_curve(curve: Mapping[str, Any]) -> go.Figure:
     return _dressed(figure, height=300)
 
 
+def strength_curve(curve: Mapping[str, Any]) -> go.Figure:
+    """Held-out loss against strength; a ring marks the lowest, a dotted line the adapter as trained.
+
+    curve: strength.StrengthCurve.as_json.
+    """
+    points = curve["points"]
+    figure = go.Figure(
+        go.Scatter(
+            x=[point["strength"] for point in points],
+            y=[point["loss"] for point in points],
+            mode="lines+markers",
+            line={"color": STRONG, "width": 2},
+            marker={"size": 7},
+            hovertemplate="strength %{x}: loss %{y:.4g}<extra></extra>",
+        )
+    )
+    figure.add_vline(
+        x=1,
+        line={"color": INK, "width": 1, "dash": "dot"},
+        annotation={"text": "as trained", "font": {"color": INK}, "yshift": 4},
+    )
+    for point in points:
+        if point["strength"] == curve["best"]:
+            ring = {"size": 16, "color": "rgba(0, 0, 0, 0)", "line": {"color": MARK, "width": 2.5}}
+            at = {"x": [point["strength"]], "y": [point["loss"]]}
+            figure.add_trace(go.Scatter(**at, mode="markers", marker=ring, hoverinfo="skip"))
+    figure.update_xaxes(title_text="strength", range=[-0.08, 2.08], dtick=0.5, showgrid=False)
+    figure.update_yaxes(title_text="held-out loss, nats/token")
+    return _dressed(figure, height=300)
+
+
 def amplification(rows: Sequence[Mapping[str, Any]]) -> go.Figure:
     """‖ΔW‖ / ‖Uᵀ W V‖ by layer, a line per role; on a logarithmic axis, 1 is as strong as the weight itself."""
     figure = go.Figure()

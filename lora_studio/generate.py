@@ -1,4 +1,4 @@
-"""Answers, token by token, or the probabilities of labels: one model, one batch, a gate per row.
+"""Answers, token by token, or the probabilities of labels and of a wanted answer: one model, one batch, a gate per row.
 
 `stream` is the decoding loop; `compare` runs one prompt through the base model and any number of adapters in
 one batch. Rows are drawn with the same random number at each step, so with equal models sampled texts are
@@ -147,11 +147,27 @@ def classify(lora: LoRA, rows: Sequence[Row], ids: Sequence[int], classes: Seque
 
 
 @torch.inference_mode()
-def base_difference(lora: LoRA, prompt: Sequence[int], rows: Sequence[Row]) -> float:
-    """Largest difference between the base row's logits in this mixed batch and those of the untouched model.
+def chances(lora: LoRA, rows: Sequence[Row], tokens: Tokens) -> list[list[float]]:
+    """The probability of each supervised token that has one before it, given all before: a list per row, one forward.
 
-    The reference is the same batch with every adapter's hook taken out of the model, so that the shapes, and with
-    them the rounding, are the same: the difference must be exactly 0. Classifiers answer row by row.
+    rows as for `compare`.
+    """
+    places = [place for place, wanted in enumerate(tokens.supervised) if wanted and place]
+    ids = torch.tensor([list(tokens.ids)] * len(rows), device=next(lora.model.parameters()).device)
+    before = torch.tensor(places, device=ids.device) - 1
+    with lora.use(*rows):
+        logits = lora.model(input_ids=ids, use_cache=False, logits_to_keep=before).logits  # (rows, places, vocabulary)
+    wanted = ids[0, places, None]
+    return [row.float().log_softmax(-1).gather(-1, wanted)[:, 0].exp().tolist() for row in logits]  # a row's copy each
+
+
+@torch.inference_mode()
+def base_difference(lora: LoRA, prompt: Sequence[int], rows: Sequence[Row]) -> float:
+    """Largest difference between the base rows' logits in this mixed batch and those of the untouched model.
+
+    A row with strength 0 is a base row too. The reference is the same batch with every adapter's hook taken out of
+    the model, so that the shapes, and with them the rounding, are the same: the difference must be exactly 0.
+    Classifiers answer row by row.
     """
     if heads(lora.model):
         rows = [None]
@@ -160,5 +176,5 @@ def base_difference(lora: LoRA, prompt: Sequence[int], rows: Sequence[Row]) -> f
         mixed = lora.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
     with lora.unhooked():
         untouched = lora.model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-    base = [number for number, row in enumerate(rows) if row is None]
+    base = [number for number, row in enumerate(rows) if not isinstance(row, str) and not any((row or {}).values())]
     return float((mixed[base] - untouched[base]).abs().max())

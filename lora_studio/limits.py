@@ -58,6 +58,7 @@ class Limits:
     # answers
     prompt_characters: int = 32_000
     answer_tokens: int = 2048
+    answers_at_once: int = 16  # in one batch, beside the base model's
 
     # a page asks at most this often; others wait for nobody who asks more
     calls_a_minute: float = math.inf
@@ -102,6 +103,7 @@ SPACE = Limits(
     journal_bytes=64 * MIB,
     prompt_characters=8_000,
     answer_tokens=256,
+    answers_at_once=4,
     calls_a_minute=600,
     starts_a_minute=6,
     calls_waiting=16,

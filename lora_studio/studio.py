@@ -36,6 +36,8 @@ from lora_studio.study import Table, grid, studies, table
 
 log = logging.getLogger(__name__)
 
+WANTED_TOKENS = 256  # of an answer whose tokens are looked at one by one
+
 
 def default_root() -> Path:
     """LORA_STUDIO_ROOT, else /data on a Space with storage, else a folder in the user's home."""
@@ -115,12 +117,22 @@ class Exported:
 class Comparison:
     """One moment of a side-by-side: answers in the order of the panes, the base model first."""
 
-    names: tuple[str, ...]  # "base", then run ids
+    names: tuple[str, ...]  # "base", then run ids; a blend's are joined by " + "
     answers: Sequence[Any]  # generate.Answer
     base_difference: float  # largest |logit| difference of the base row to the untouched model; 0 is right if exact
     seconds: float
     exact: bool = True  # False with virtual tokens, which the base row only does not look at, so that sums round
     chances: Sequence[Mapping[str, float]] = ()  # of each label, per answer; empty where text is written
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """How likely the wanted answer of one row is: each of its tokens as text, and its probability in each pane."""
+
+    names: tuple[str, ...]  # "base", then run ids
+    texts: tuple[str, ...]
+    chances: Sequence[Sequence[float]]  # per pane, one per token
+    left: int = 0  # tokens of the answer behind these
 
 
 @dataclass
@@ -496,20 +508,26 @@ class Studio:
     # ---- after a run -------------------------------------------------------------------------------------------------
 
     def compare(
-        self, runs: Sequence[str], prompt: str, *, strength: float = 1.0, sampling: Any = None
+        self,
+        runs: Sequence[str | Mapping[str, float]],
+        prompt: str,
+        *,
+        strength: float = 1.0,
+        sampling: Any = None,
     ) -> Generator[Comparison, None, None]:
         """The base model and each run's adapter on one prompt, one batch, as the texts grow.
 
-        Classifiers answer at once, with the chance of each label; their base has the head it began with.
-        All runs must share a base model and labels. Raises E_NO_PROMPT, E_NO_ADAPTER, E_MIXED_BASES, E_STRENGTH.
+        runs: one entry per pane behind the base's, a run at `strength` or {run: strength}; several of a mapping act
+        together. Classifiers answer at once, with the chance of each label; their base has the head it began with.
+        All runs must share a base model and labels. Raises E_NO_PROMPT, E_NO_ADAPTER, E_MIXED_BASES, E_STRENGTH,
+        E_LIMIT.
         """
         from lora_studio.generate import Sampling, base_difference, classify, compare
         from lora_studio.models import context
 
         if not prompt.strip():
             raise StudioError("E_NO_PROMPT", "The prompt is empty.", "Write one, or pick a held-out row.")
-        if not 0 <= strength <= 4:
-            raise StudioError("E_STRENGTH", f"The strength is {quote(strength)}.", "Give a number between 0 and 4.")
+        views, rows = self._asked(runs, strength)
         sampling = check(sampling or Sampling())
         if len(prompt) > self.limits.prompt_characters:
             message = f"The prompt has {len(prompt):,} characters, at most {self.limits.prompt_characters:,} are taken."
@@ -517,10 +535,6 @@ class Studio:
         if sampling.max_new_tokens > self.limits.answer_tokens:
             message = f"An answer of {sampling.max_new_tokens:,} tokens is too long here."
             raise StudioError("E_LIMIT", message, f"Ask for at most {self.limits.answer_tokens:,}.")
-        views = [self.runs.get(run) for run in runs]
-        if strength not in (0, 1) and any(getattr(view.config.method, "kind", "") in VIRTUAL for view in views):
-            message = f"Virtual tokens are there or not; the strength is {quote(strength)}."
-            raise StudioError("E_STRENGTH", message, "Set it to 1, or to 0 for the base model.")
         with self._kept.busy:
             loaded = self._with_adapters(views)
             ids = self._prompt_ids(views[0], loaded.tokenizer, prompt)
@@ -528,16 +542,16 @@ class Studio:
             if most and len(ids) >= most:
                 message = f"The prompt is {len(ids)} tokens long, this model reads at most {most}."
                 raise StudioError("E_CONTEXT", message, "Shorten it.")
-            rows = [None, *({view.id: strength} for view in views)]
-            difference = base_difference(loaded.lora, ids, rows)
+            batch = [None, *rows]
+            difference = base_difference(loaded.lora, ids, batch)
             exact = all(loaded.lora.packs(view.id) for view in views)
-            names, clock = ("base", *(view.id for view in views)), time.monotonic()
+            names, clock = ("base", *map(" + ".join, rows)), time.monotonic()
             if labels := views[0].labels:
-                found = [dict(zip(labels, row, strict=True)) for row in classify(loaded.lora, rows, ids, labels)]
+                found = [dict(zip(labels, row, strict=True)) for row in classify(loaded.lora, batch, ids, labels)]
                 answers = [_chosen(chances) for chances in found]
                 yield Comparison(names, answers, difference, time.monotonic() - clock, exact, found)
                 return
-            for answers in compare(loaded.lora, loaded.tokenizer, ids, rows, sampling):
+            for answers in compare(loaded.lora, loaded.tokenizer, ids, batch, sampling):
                 yield Comparison(names, answers, difference, time.monotonic() - clock, exact)
 
     def evaluate(self, run: str, choice: DataChoice | None = None, limit: int = 200) -> dict[str, Any]:
@@ -585,16 +599,56 @@ class Studio:
         On the rows that training measured. Raises E_NO_HELDOUT, E_NOT_LORA, E_NO_ADAPTER.
         """
         from lora_studio.inside import rank_curve
-        from lora_studio.measure import HELDOUT_TOKENS, within
 
         view = self.runs.get(run)
-        rows = [tokens for tokens in self._tokens(view, self.heldout(run, 1000)) if tokens.count]
-        if not rows:
-            message = f"{quote(view.name)} has no held-out rows to measure on."
-            raise StudioError("E_NO_HELDOUT", message, "Train with a share of the rows held out.")
+        rows = self._measured_rows(view)
         with self._kept.busy:
             loaded = self._with_adapters([view])
-            yield from rank_curve(loaded.lora, view.id, within(rows, HELDOUT_TOKENS))
+            yield from rank_curve(loaded.lora, view.id, rows)
+
+    def strength_curve(self, run: str) -> Generator[Any, None, None]:
+        """The held-out loss of a run's adapter by its strength (strength.StrengthCurve), as it is measured.
+
+        On the rows that training measured. Raises E_STRENGTH, E_NO_HELDOUT, E_NO_ADAPTER.
+        """
+        from lora_studio.strength import STRENGTHS, strength_curve
+
+        view = self.runs.get(run)
+        for strength in STRENGTHS:
+            _check_strength(view, strength)
+        rows = self._measured_rows(view)
+        with self._kept.busy:
+            loaded = self._with_adapters([view])
+            yield from strength_curve(loaded.lora, view.id, rows)
+
+    def wanted(self, runs: Sequence[str], row: int) -> Wanted:
+        """How likely the base model and each run make the answer of the first run's held-out row number `row`.
+
+        At most WANTED_TOKENS of it. Raises E_NO_TARGET, E_LABELS, and as `compare` does.
+        """
+        from lora_studio.core.lean import Tokens
+        from lora_studio.data.words import read_rows
+        from lora_studio.generate import chances
+
+        views, rows = self._asked(runs, 1.0)
+        if not views:
+            raise _no_run()
+        if views[0].labels:
+            message = "A classifier's answer is one label, which has no tokens."
+            raise StudioError("E_LABELS", message, "Generate shows the chance of each label.")
+        example = self.heldout(views[0].id, row + 1)[row]
+        reading = read_rows(self.models.tokenizer(views[0].config.model), [example], texts=True)[0]
+        kept = reading.supervised[: views[0].config.train.max_length]
+        places = [place for place, learnt in enumerate(kept) if learnt and place]
+        if not places:
+            raise StudioError("E_NO_TARGET", "This row keeps no token to learn from.", "Pick another one.")
+        shown = places[:WANTED_TOKENS]
+        end = shown[-1] + 1
+        with self._kept.busy:
+            loaded = self._with_adapters(views)
+            found = chances(loaded.lora, [None, *rows], Tokens(reading.ids[:end], kept[:end]))
+        texts = tuple(reading.texts[place] for place in shown)
+        return Wanted(("base", *map(" + ".join, rows)), texts, found, len(places) - len(shown))
 
     def smaller(self, run: str, rank: int, to: Path) -> Exported:
         """Write a run's adapter with only its `rank` strongest directions per matrix to the folder `to`.
@@ -724,6 +778,33 @@ class Studio:
                 keeper._read = found
         return found[1]
 
+    def _asked(
+        self, runs: Sequence[str | Mapping[str, float]], strength: float
+    ) -> tuple[list[Run], list[dict[str, float]]]:
+        """The runs, each once, and by their ids what each row of a batch behind the base's gives them."""
+        rows = [{run: strength} if isinstance(run, str) else dict(run) for run in runs]
+        if len(rows) > self.limits.answers_at_once:
+            message = f"{len(rows)} answers beside the base model's are too many at once."
+            raise StudioError("E_LIMIT", message, f"Ask for at most {self.limits.answers_at_once}.")
+        for given in (given for row in rows for given in row.values()):
+            if not 0 <= given <= 4:
+                raise StudioError("E_STRENGTH", f"The strength is {quote(given)}.", "Give a number between 0 and 4.")
+        views = {run: self.runs.get(run) for row in rows for run in row}
+        for run, given in (one for row in rows for one in row.items()):
+            _check_strength(views[run], given)
+        named = [{views[run].id: given for run, given in row.items()} for row in rows]
+        return list({view.id: view for view in views.values()}.values()), named
+
+    def _measured_rows(self, view: Run) -> list[Any]:
+        """The held-out rows that training measured, as core.lean.Tokens. Raises E_NO_HELDOUT."""
+        from lora_studio.measure import HELDOUT_TOKENS, within
+
+        rows = [tokens for tokens in self._tokens(view, self.heldout(view.id, 1000)) if tokens.count]
+        if not rows:
+            message = f"{quote(view.name)} has no held-out rows to measure on."
+            raise StudioError("E_NO_HELDOUT", message, "Train with a share of the rows held out.")
+        return within(rows, HELDOUT_TOKENS)
+
     def _with_adapters(self, views: Sequence[Run], precision: str = "") -> _Loaded:
         """The runs' base model with their adapters attached; call with the lock held.
 
@@ -732,7 +813,7 @@ class Studio:
         from lora_studio.adapters import load
 
         if not views:
-            raise StudioError("E_RUN_NOT_FOUND", "No run is chosen.", "Choose at least one.")
+            raise _no_run()
         for view in views:
             if not view.has_adapter:
                 raise StudioError(
@@ -813,6 +894,17 @@ class Studio:
         if view.labels:
             return [one.tokens for one in encode_labels(tokenizer, examples, view.labels, most)]
         return [one.tokens for one in encode_all(tokenizer, examples, most)]
+
+
+def _no_run() -> StudioError:
+    return StudioError("E_RUN_NOT_FOUND", "No run is chosen.", "Choose at least one.")
+
+
+def _check_strength(view: Run, strength: float) -> None:
+    """Raises E_STRENGTH for a strength that a run's method does not know."""
+    if strength not in (0, 1) and getattr(view.config.method, "kind", "") in VIRTUAL:
+        message = f"Virtual tokens are there or not; the strength is {quote(strength)}."
+        raise StudioError("E_STRENGTH", message, "Set it to 1, or to 0 for the base model.")
 
 
 def _chosen(chances: Mapping[str, float], most: int = 5) -> Any:

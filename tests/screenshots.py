@@ -167,7 +167,7 @@ def finished(page: Page, address: str, variant: str, folder: Path) -> None:
     page.get_by_role("button", name="Compare", exact=True).click()
     page.locator("#chips button").first.click()
     page.get_by_role("button", name="Generate").click()
-    expect(page.locator("#base-badge .badge")).to_be_visible(timeout=120_000)
+    expect(page.locator("[data-pane=base] .badge")).to_be_visible(timeout=120_000)
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=300_000)
     shoot(page, folder, f"compare_{variant}")
     page.get_by_role("tab", name="4 Inside").click()

@@ -29,6 +29,8 @@ HOUSE = [
         "estimate",
         "evaluate",
         "inside",
+        "strength",
+        "changes",
         "charts",
     ],
     [

@@ -22,10 +22,9 @@ from lora_studio.data.formats import Example, Message  # noqa: E402
 from lora_studio.data.health import examine  # noqa: E402
 from lora_studio.data.library import Dataset  # noqa: E402
 from lora_studio.errors import StudioError, quote  # noqa: E402
-from lora_studio.generate import Answer  # noqa: E402
-from lora_studio.runs.config import DataChoice  # noqa: E402
+from lora_studio.runs.config import DataChoice, Run, RunConfig  # noqa: E402
 from lora_studio.runs.store import write_json  # noqa: E402
-from lora_studio.studio import Comparison, Inspection, Studio  # noqa: E402
+from lora_studio.studio import Inspection, Studio, Wanted  # noqa: E402
 from lora_studio.ui import boundary, compare_tab, data_tab, inside_tab, live  # noqa: E402
 from tests.screenshots import CHROMIUM, chromium, served  # noqa: E402
 from tests.tiny import tiny_model, tokenizer  # noqa: E402
@@ -144,11 +143,14 @@ def texts() -> Iterator[str]:
         health = examine(rows, [], measure(tokenizer(), rows), kind="answers", labels=True)
         about = {"dataset": kept, "format": "text", "columns": {"text": evil}, "health": health, "notes": (evil,)}
         seen = Inspection(**about, lengths=health.at(9), limit=9)
-        moment = Comparison(("base", "run"), [Answer(evil, 1), Answer(evil, 1)], 0.0, 1.0)
+        config = RunConfig(name=evil, model="m", dataset=DataChoice(id="0" * 32))
+        told = Run(id="0" * 32, path=Path("x"), config=config, status="done", created=0.0)
         yield boundary.as_html(error)
         yield data_tab.understood(seen) + data_tab.labels_line(health) + data_tab.limit_costs(health, 9, 512)
         yield data_tab.preview([Piece(evil, "context"), Piece(evil, "trained")], 0)
-        yield "".join(compare_tab.picture(moment)) + compare_tab.expectation(evil)
+        yield compare_tab.expectation(evil)
+        yield compare_tab.tokens_line(Wanted(("base",), (evil,), [[0.5]]), [evil])
+        yield compare_tab.apart([(told, evil)])
         row = {"role": evil, "layer": None, "rank": 1, "weight_norm": 1.0, "delta_norm": 1.0, "along_delta": None}
         row |= {"along_weight": 1.0, "along_random": 1.0, "factor": 1.0}
         yield inside_tab.table([row])
@@ -287,7 +289,7 @@ def test_rows_prompts_and_wanted_answers_are_text(haunted: tuple[str, Path], bro
         page.locator("#chips button").first.click()
         expect(page.locator("#expected .answer")).to_contain_text(evil)
     page.get_by_role("button", name="Generate").click()
-    expect(page.locator("#base-badge .badge")).to_be_visible(timeout=60_000)
+    expect(page.locator("[data-pane=base] .badge")).to_be_visible(timeout=60_000)
     assert seen.found == []
     seen.context.close()
 

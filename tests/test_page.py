@@ -104,9 +104,9 @@ def test_from_a_sample_to_two_different_answers(url: str, browser: Browser, tmp_
     page.get_by_role("button", name="Compare", exact=True).click()
     page.locator("#chips button").first.click()
     page.get_by_role("button", name="Generate").click()
-    expect(page.locator("#base-badge")).to_contain_text("max difference 0", timeout=30_000)
+    expect(page.locator("[data-pane=base] .badge")).to_contain_text("max difference 0", timeout=30_000)
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=30_000)
-    base, adapted = (page.locator(f"#{pane}-answer .answer").inner_text() for pane in ("base", "adapted"))
+    base, adapted = (page.locator(f"[data-pane={pane}] .answer").inner_text() for pane in ("base", "adapted"))
     assert base and adapted and base != adapted
     expect(page.locator("#expected")).to_contain_text("Wanted")
 

@@ -19,7 +19,7 @@ from lora_studio.models import STARTER
 from lora_studio.runs.config import DataChoice, Run, RunConfig
 from lora_studio.runs.store import write_json
 from lora_studio.settings import RATES, TrainConfig
-from lora_studio.studio import Comparison, Studio
+from lora_studio.studio import Comparison, Studio, Wanted
 from lora_studio.ui import boundary, build, compare_tab, data_tab, export_tab, form, live, picker, train_tab
 from lora_studio.ui.desk import Desk
 from tests.tiny import tiny_encoder
@@ -155,13 +155,22 @@ def test_preview_escapes_every_piece() -> None:
     assert "1 of 3 tokens are learnt" in shown
 
 
-def test_answers_and_names_are_escaped() -> None:
-    moment = Comparison(("base", "run"), [Answer(EVIL, 1), Answer(EVIL, 1)], 0.0, 1.0)
-    assert EVIL not in "".join(compare_tab.picture(moment)) + compare_tab.expectation(EVIL)
-    assert "max difference 0)" in compare_tab.badge(0.0) and "bad" in compare_tab.badge(1e-6)
-    assert "badge plain" in compare_tab.badge(1e-6, exact=False)
-    chosen = replace(moment, chances=[{"a": 0.5}, {"a": 1.0}])
-    assert "tokens" not in "".join(compare_tab.picture(chosen)[2:4])
+def test_panes_are_plain_values_and_what_is_html_is_escaped() -> None:
+    answers = [Answer("a b", 2, True), Answer(f"a {EVIL}", 3, True)]
+    moment = Comparison(("base", "run"), answers, 0.0, 1.0)
+    base, adapted = compare_tab.picture(moment, [("Base", ""), (EVIL, "strength 1")], [0.5, 1.0])
+    assert adapted["title"] == EVIL and adapted["badge"] is None and base["badge"][0] == "good"  # set as text
+    assert base["parts"] == [["a b", False]] and adapted["parts"] == [["a ", False], [EVIL, True]]
+    assert (base["pace"], adapted["pace"]) == ("2 tokens · 4 tokens/s", "3 tokens · 3 tokens/s")
+    growing = replace(moment, answers=[answers[0], replace(answers[1], done=False)])
+    assert compare_tab.picture(growing, [("", "")] * 2, [1, 1])[1]["parts"] == [[f"a {EVIL}", False]]
+    chosen = compare_tab.picture(replace(moment, chances=[{"a": 0.5}, {"a": 1.0}]), [("", "")] * 2, [1, 1])
+    assert not any(pane["pace"] for pane in chosen) and "has learnt nothing" in chosen[0]["about"]
+    assert "max difference 0)" in compare_tab.badge(0.0)[1] and compare_tab.badge(1e-6)[0] == "bad"
+    assert compare_tab.badge(float("nan"))[0] == "bad" and compare_tab.badge(1e-6, exact=False)[0] == "plain"
+    found = Wanted(("base", "run"), ("a", "b"), [[0.25, 0.75], [1.0, 0.0]], 3)
+    shown = compare_tab.expectation(EVIL) + compare_tab.tokens_line(found, ["Base", EVIL])
+    assert EVIL not in shown and "Base 50 %" in shown and "The first 2 tokens; 3 more" in shown
 
 
 def test_data_tab_opens_inspects_and_corrects(desk: Desk, tiny: Path, choice: dict) -> None:
@@ -498,7 +507,7 @@ def test_first_view_prefers_the_address_then_the_active_run(desk: Desk, tiny: Pa
 
 def test_compare_and_export_ask_for_a_run(desk: Desk) -> None:
     raw = {"max_new_tokens": 4, "temperature": 0.8, "top_p": 1.0, "seed": 0}
-    (shown,) = compare_tab.compare(desk, None, "hello", compare_tab.GREEDY, 1.0, **raw)
+    (shown,) = compare_tab.compare(desk, None, [], "hello", compare_tab.GREEDY, 1.0, **raw)
     assert "E_NO_RUN" in shown[-1]
     assert "E_NO_RUN" in export_tab.pack(desk, False, None)[-1]
 
@@ -513,7 +522,8 @@ def test_long_curves_are_thinned_but_keep_their_peaks() -> None:
 def test_the_whole_page_builds(desk: Desk) -> None:
     page = build.build(desk)
     public = {fn.api_name for fn in page.fns.values() if fn.api_visibility == "public"}
-    assert public == {"start_run", "run_status", "run_events", "stop_run", "plan", "add_dataset", "compare"}
+    runs = {"start_run", "run_status", "run_events", "stop_run", "compare", "compare_runs"}
+    assert public == {"plan", "add_dataset"} | runs
 
 
 def test_programs_may_ask_for_every_method_and_task(

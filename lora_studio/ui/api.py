@@ -21,7 +21,8 @@ def register(desk: Desk) -> None:
     """Declare the endpoints; call it first inside Blocks, so that no event of the page takes their names."""
     for quick in (add_dataset, plan, start_run, run_status, run_events, stop_run):
         api(desk.mine(quick), api_name=quick.__name__, queue=False)
-    api(desk.mine(compare), api_name="compare", concurrency_id="model", concurrency_limit=1)
+    for slow in (compare, compare_runs):
+        api(desk.mine(slow), api_name=slow.__name__, concurrency_id="model", concurrency_limit=1)
 
 
 def add_dataset(desk: Desk, text: str, name: str = "pasted text") -> str:
@@ -174,7 +175,32 @@ def compare(
             yield base.text, adapted.text
 
 
+def compare_runs(
+    desk: Desk,
+    runs: list[str],
+    prompt: str,
+    strength: float = 1.0,
+    max_new_tokens: int = Sampling().max_new_tokens,
+) -> Iterator[list[str]]:
+    """The base model's answer and each run's to one prompt, from one batch, as they grow; the base model's first.
+
+    Args:
+        runs: Ids of runs on the same base model that have an adapter.
+        prompt: What all are asked.
+        strength: 0 is the base model, 1 as trained.
+        max_new_tokens: Longest answer, in tokens.
+    """
+    views = [desk.studio.runs.get(run) for run in runs]
+    sampling = build(Sampling, {"max_new_tokens": max_new_tokens})
+    studio = desk.ready(views[0].config.model if views else "")
+    asked = [view.id for view in views]
+    with closing(studio.compare(asked, prompt, strength=strength, sampling=sampling)) as moments:
+        for moment in moments:
+            yield [answer.text for answer in moment.answers]
+
+
 compare.__annotations__["return"] = tuple[str, str]  # Gradio reads the type of one yield
+compare_runs.__annotations__["return"] = list[str]
 
 
 def _method(name: str, width: int, rank: int, targets: str) -> Method:

@@ -82,7 +82,8 @@ def build(desk: Desk) -> gr.Blocks:
         _join_compare(desk, compare)
         _join_inside(desk, inside)
         _join_export(desk, export)
-        compare_page.select(desk.mine(compare_tab.list_runs), compare.run, compare.run, **QUICK)
+        seen = compare_page.select(desk.mine(compare_tab.list_runs), compare.run, compare.run, **QUICK)
+        seen.then(desk.mine(compare_tab.list_others), [compare.run, compare.others], _beside(compare), **QUICK)
         listed = inside_page.select(desk.mine(compare_tab.list_runs), inside.run, inside.run, **QUICK)
         listed.then(desk.mine(inside_tab.list_others), [inside.run, inside.other], inside.other, **QUICK)
         export_page.select(desk.mine(compare_tab.list_runs), export.run, export.run, **QUICK)
@@ -188,7 +189,7 @@ def _join_run(
         **QUIET,
     )
     to_compare = train.live.compare(desk.mine(_to_compare), train.live, [tabs, compare.run], **QUICK)
-    to_compare.then(desk.mine(compare_tab.list_prompts), compare.run, compare.chips, **QUIET)
+    _follow_choice(desk, compare, to_compare)
 
     opened = [data.choice, data.correction, data.format, *data.slots, data.row]
 
@@ -222,7 +223,7 @@ def _join_study(
     study.start.click(desk.mine(study_tab.start), outputs=[study.view, study.problem], **asked, **QUIET)
 
     picked = study.view.compare(desk.mine(_cell_to_compare), None, [tabs, compare.run], **QUICK)
-    picked.then(desk.mine(compare_tab.list_prompts), compare.run, compare.chips, **QUIET)
+    _follow_choice(desk, compare, picked)
     study.view.export(desk.mine(_cell_to_export), None, [tabs, export.run], **QUICK)
     study.view.watch(_cell_to_run, None, [tabs, train.live], **QUICK)
 
@@ -249,24 +250,47 @@ def _join_runs(
 
 
 def _join_compare(desk: Desk, compare: CompareTab) -> None:
-    buttons = [compare.go, compare.stop]
-    compare.run.change(desk.mine(compare_tab.list_prompts), compare.run, compare.chips, **QUIET)
-    compare.chips.pick(compare_tab.take_prompt, None, [compare.prompt, compare.expected], **QUICK)
-    compare.prompt.input(lambda: "", None, compare.expected, **QUICK)
-    cleared = gr.on(
-        [compare.go.click, compare.prompt.submit], compare_tab.clear, None, [*compare.panes, *buttons], **QUICK
-    )
-    answering = cleared.then(
-        desk.mine(compare_tab.compare),
-        [compare.run, compare.prompt, compare.mode, compare.strength],
-        [*compare.panes, compare.problem],
-        inputs_kwargs=compare.sampling,
-        concurrency_id="model",
-        concurrency_limit=1,
-        **QUIET,
-    )
-    answering.then(compare_tab.settle, None, buttons, **QUICK)
-    compare.stop.click(compare_tab.settle, None, buttons, cancels=[answering], **QUICK)
+    changed = compare.run.change(compare_tab.forget, None, compare.of_curve, **QUICK)
+    _follow_choice(desk, compare, changed)
+    gr.on([compare.run.change, compare.others.change], compare_tab.forget, None, compare.of_wanted, **QUICK)
+    asked = [compare.prompt, compare.expected, *compare.of_wanted]
+    compare.chips.pick(compare_tab.take_prompt, None, asked, **QUICK)
+    compare.prompt.input(compare_tab.own_prompt, None, asked[1:], **QUICK)
+
+    cleared = [compare.panes, compare.problem, *compare.buttons]
+    forward = {"concurrency_id": "model", "concurrency_limit": 1, **QUIET}
+    answering = []
+    for triggers, handler, inputs in (
+        (
+            [compare.go.click, compare.prompt.submit],
+            compare_tab.compare,
+            [compare.run, compare.others, compare.prompt, compare.mode, compare.strength],
+        ),
+        (
+            [compare.ladder.click],
+            compare_tab.compare_strengths,
+            [compare.run, compare.prompt, compare.mode],
+        ),
+    ):
+        begun = gr.on(triggers, compare_tab.clear, None, cleared, **QUICK)
+        outputs = [compare.panes, compare.problem]
+        answering.append(begun.then(desk.mine(handler), inputs, outputs, inputs_kwargs=compare.sampling, **forward))
+        answering[-1].then(compare_tab.settle, None, compare.buttons, **QUICK)
+    compare.stop.click(compare_tab.settle, None, compare.buttons, cancels=answering, **QUICK)
+
+    looked = [compare.run, compare.others, compare.prompt]
+    compare.look.click(desk.mine(compare_tab.look_at_tokens), looked, compare.of_wanted, **forward)
+    compare.measure.click(desk.mine(compare_tab.measure), compare.run, compare.of_curve, **forward)
+
+
+def _follow_choice(desk: Desk, compare: CompareTab, chosen: Any) -> None:
+    """After a run was chosen to compare: its prompts, and the runs that fit beside it."""
+    chosen.then(desk.mine(compare_tab.list_prompts), compare.run, compare.chips, **QUIET)
+    chosen.then(desk.mine(compare_tab.list_others), [compare.run, compare.others], _beside(compare), **QUICK)
+
+
+def _beside(compare: CompareTab) -> list[Any]:
+    return [compare.others, compare.apart]
 
 
 def _join_inside(desk: Desk, inside: InsideTab) -> None:

@@ -1,28 +1,52 @@
-"""Tab 3: one prompt, the base model and the adapted one answering at once from one batch."""
+"""Tab 3: one prompt, the base model and up to four adapters answering at once from one batch.
+
+Under the runs that are compared stand several ways to compare them, each a tab of its own; this file draws the first,
+the answers side by side, with what they say of one run: at which strength it is best, and how likely it makes a known
+answer.
+"""
 
 import html
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
 
+from lora_studio import charts
+from lora_studio.changes import changed_words
 from lora_studio.errors import StudioError
 from lora_studio.fields import knobs
+from lora_studio.runs.config import Run
 from lora_studio.settings import Sampling
-from lora_studio.studio import Comparison
-from lora_studio.ui import form
+from lora_studio.studio import Comparison, Wanted
+from lora_studio.ui import figure, form, panes, tokens
 from lora_studio.ui.boundary import problem_last
 from lora_studio.ui.desk import Desk
 from lora_studio.ui.live import run_label
 
 KNOBS = knobs(Sampling)
 INTERVAL_S = 1 / 12  # between two pictures of the growing texts
-CHIPS = 5
-PANES = 6  # outputs that show one moment of a comparison
+CHIPS = 3  # held-out rows to try
+OFF_TOPIC = ("What is the capital of France?", "Explain in one sentence why the sky is blue.")
+OTHERS = 3  # runs beside the first
+NAMED = 3  # runs named for each reason why they are not offered
+SIDE_BY_SIDE = (0.5, 1.0, 1.5, 2.0)  # strengths beside 0, which is the base model
 GREEDY, SAMPLED = "Greedy", "Sampled"
+EMPTY = "<b>Nothing is asked yet.</b><br>Pick a prompt or write one, then press Generate."
+HEAD = "<h3>The wanted answer</h3>"
+NO_ANSWER = f"{HEAD}<p class='soft'>Pick one of the held-out rows above: its answer is known.</p>"
+
+READ_STRENGTH = (
+    "The same held-out rows that training measured, with the adapter turned down or up: 0 is the base model, 1 as"
+    " trained, 2 twice that.",
+    "A lowest point well below 1 often means too long or too fast a training for these rows; above 1, too short a one.",
+)
+READ_TOKENS = (
+    "The stronger a token is shaded, the likelier the model writes it, given the prompt and the answer before it.",
+    "Tokens that stay plain in a run's line are what it has not learnt.",
+)
 
 
 @dataclass(frozen=True)
@@ -30,39 +54,64 @@ class CompareTab:
     """The components that events join."""
 
     run: gr.Dropdown
+    others: gr.Dropdown
+    apart: gr.HTML
     prompt: gr.Textbox
     chips: gr.HTML
     mode: gr.Radio
     strength: gr.Slider
     sampling: dict[str, Any]
     go: gr.Button
+    ladder: gr.Button
     stop: gr.Button
     problem: gr.HTML
-    base: gr.HTML
-    adapted: gr.HTML
-    badge: gr.HTML
-    about: gr.HTML
-    base_pace: gr.HTML
-    adapted_pace: gr.HTML
+    panes: gr.HTML
     expected: gr.HTML
+    look: gr.Button
+    tokens: gr.HTML
+    tokens_line: gr.HTML
+    tokens_problem: gr.HTML
+    measure: gr.Button
+    curve: gr.HTML
+    curve_line: gr.HTML
+    curve_problem: gr.HTML
 
     @property
-    def panes(self) -> list[gr.HTML]:
-        return [self.base, self.adapted, self.base_pace, self.adapted_pace, self.badge, self.about]
+    def buttons(self) -> list[gr.Button]:
+        return [self.go, self.ladder, self.stop]
+
+    @property
+    def of_wanted(self) -> list[gr.HTML]:
+        """What belongs to the answer of one held-out row."""
+        return [self.tokens, self.tokens_line, self.tokens_problem]
+
+    @property
+    def of_curve(self) -> list[gr.HTML]:
+        return [self.curve, self.curve_line, self.curve_problem]
 
 
 CHIPS_JS = """
 const box = element.querySelector('.chips');
+function chip(one, place) {
+  const made = document.createElement('button');
+  made.type = 'button';
+  made.textContent = one.prompt;
+  made.title = one.prompt;
+  made.dataset.place = place;
+  return made;
+}
 function draw() {
-  box.replaceChildren(...(props.value || []).map((one, place) => {
-    const made = document.createElement('button');
-    made.type = 'button';
-    made.textContent = one.prompt;
-    made.title = one.prompt;
-    made.dataset.place = place;
-    return made;
-  }));
-  element.hidden = !(props.value || []).length;
+  const all = props.value || [];
+  box.replaceChildren();
+  all.forEach((one, place) => {
+    if (one.from !== all[place - 1]?.from) {
+      const head = document.createElement('span');
+      head.textContent = one.from;
+      box.append(head);
+    }
+    box.append(chip(one, place));
+  });
+  element.hidden = !all.length;
 }
 box.addEventListener('click', event => {
   const place = event.target.closest('button')?.dataset.place;
@@ -74,79 +123,107 @@ draw();
 
 
 def build() -> CompareTab:
-    """Above: run and prompt. Below: the two answers."""
+    """Above: the runs. Below: the ways to compare them."""
     with gr.Column(elem_classes="card"):
         with gr.Row(equal_height=False):
-            with gr.Column(scale=8, min_width=280):
-                run = gr.Dropdown([], label="Run", value=None, elem_id="compare-run")
-                prompt = gr.Textbox(
-                    label="Prompt", lines=2, max_lines=8, placeholder="Ask both models the same", elem_id="prompt"
-                )
-                chips = _chips()
-            with gr.Column(scale=4, min_width=240):
-                strength = gr.Slider(
-                    0, 2, 1, step=0.05, label="Strength", info="0 is the base model, 1 as trained", elem_id="strength"
-                )
-                mode = gr.Radio([GREEDY, SAMPLED], value=GREEDY, label="Next token", elem_id="mode")
-                with gr.Accordion("Sampling and length", open=False):
-                    with gr.Row(elem_classes="pair"):
-                        sampling = {
-                            "max_new_tokens": form.control(KNOBS["max_new_tokens"]),
-                            "seed": form.control(KNOBS["seed"], elem_id="set-sampling-seed"),
-                        }
-                    with gr.Row(elem_classes="pair"):
-                        sampling |= {
-                            "temperature": form.control(KNOBS["temperature"], value=0.8, info="When sampled"),
-                            "top_p": form.control(KNOBS["top_p"], value=0.95, info="Mass of the likeliest"),
-                        }
-                with gr.Row():
-                    go = gr.Button("Generate", variant="primary", min_width=110, elem_id="generate")
-                    stop = gr.Button("Stop", min_width=80, interactive=False, elem_id="stop-generating")
-        problem = gr.HTML("", apply_default_css=False, elem_id="compare-problem")
-    with gr.Row(equal_height=True):
-        base, base_pace, badge = _pane("Base", "base")
-        adapted, adapted_pace, about = _pane("Adapted", "adapted")
-    expected = gr.HTML("", apply_default_css=False, elem_id="expected")
-    return CompareTab(
-        run,
-        prompt,
-        chips,
-        mode,
-        strength,
-        sampling,
-        go,
-        stop,
-        problem,
-        base,
-        adapted,
-        badge,
-        about,
-        base_pace,
-        adapted_pace,
-        expected,
-    )
+            run = gr.Dropdown([], label="Run", value=None, elem_id="compare-run", min_width=240)
+            others = gr.Dropdown(
+                [],
+                label="Side by side with",
+                value=[],
+                multiselect=True,
+                max_choices=OTHERS,
+                elem_id="compare-others",
+                min_width=240,
+            )
+        apart = gr.HTML("", apply_default_css=False, elem_id="compare-apart")
+    with gr.Tabs(elem_id="compare-ways"), gr.Tab("Answers", id="answers"):
+        parts = _answers()
+    return CompareTab(run=run, others=others, apart=apart, **parts)
 
 
-def _chips() -> gr.HTML:
-    return gr.HTML(
-        [],
-        html_template="<div class='chips-head'>From the held-out rows</div><div class='chips'></div>",
-        js_on_load=CHIPS_JS,
-        apply_default_css=False,
-        elem_id="chips",
-    )
+def _answers() -> dict[str, Any]:
+    """The prompt, the panes, and what is known of the run's strength and of a wanted answer."""
+    with gr.Column(elem_classes="card"):
+        asked = _question()
+    made = {"panes": panes.build("answers", EMPTY)}
+    with gr.Row(equal_height=False):
+        with gr.Column(elem_classes="card", min_width=300):
+            made |= _wanted_answer()
+        with gr.Column(elem_classes="card", min_width=300):
+            made |= _strength_curve()
+    return {**asked, **made}
 
 
-def _pane(title: str, name: str) -> tuple[gr.HTML, gr.HTML, gr.HTML]:
-    """Text, pace and a badge under a title."""
-    with gr.Column(elem_classes="card", min_width=280):
-        gr.HTML(f"<h3>{title}</h3>", apply_default_css=False)
-        badge = gr.HTML("", apply_default_css=False, elem_id=f"{name}-badge", min_height=24)
-        text = gr.HTML(
-            "", html_template="<div class='answer'>${value}</div>", apply_default_css=False, elem_id=f"{name}-answer"
-        )
-        pace = gr.HTML("", apply_default_css=False, elem_id=f"{name}-pace")
-    return text, pace, badge
+def _question() -> dict[str, Any]:
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=8, min_width=280):
+            prompt = gr.Textbox(
+                label="Prompt", lines=2, max_lines=8, placeholder="Ask all models the same", elem_id="prompt"
+            )
+            chips = gr.HTML(
+                [],
+                html_template="<div class='chips' role='group' aria-label='Prompts to try'></div>",
+                js_on_load=CHIPS_JS,
+                apply_default_css=False,
+                elem_id="chips",
+            )
+        with gr.Column(scale=4, min_width=240):
+            strength = gr.Slider(
+                0, 2, 1, step=0.05, label="Strength", info="0 is the base model, 1 as trained", elem_id="strength"
+            )
+            mode = gr.Radio([GREEDY, SAMPLED], value=GREEDY, label="Next token", elem_id="mode")
+            with gr.Accordion("Sampling and length", open=False):
+                with gr.Row(elem_classes="pair"):
+                    sampling = {
+                        "max_new_tokens": form.control(KNOBS["max_new_tokens"]),
+                        "seed": form.control(KNOBS["seed"], elem_id="set-sampling-seed"),
+                    }
+                with gr.Row(elem_classes="pair"):
+                    sampling |= {
+                        "temperature": form.control(KNOBS["temperature"], value=0.8, info="When sampled"),
+                        "top_p": form.control(KNOBS["top_p"], value=0.95, info="Mass of the likeliest"),
+                    }
+            with gr.Row():
+                go = gr.Button("Generate", variant="primary", min_width=110, elem_id="generate")
+                stop = gr.Button("Stop", min_width=80, interactive=False, elem_id="stop-generating")
+            ladder = gr.Button("The run at strengths 0 to 2", min_width=200, elem_id="compare-strengths")
+    problem = gr.HTML("", apply_default_css=False, elem_id="compare-problem")
+    return {
+        "prompt": prompt,
+        "chips": chips,
+        "mode": mode,
+        "strength": strength,
+        "sampling": sampling,
+        "go": go,
+        "ladder": ladder,
+        "stop": stop,
+        "problem": problem,
+    }
+
+
+def _wanted_answer() -> dict[str, Any]:
+    expected = gr.HTML(NO_ANSWER, apply_default_css=False, elem_id="expected")
+    look = gr.Button("How likely is each of its tokens?", min_width=200, elem_id="look-at-tokens")
+    line = gr.HTML("", apply_default_css=False, elem_id="tokens-line")
+    shaded = tokens.build("tokens")
+    problem = gr.HTML("", apply_default_css=False, elem_id="tokens-problem")
+    _reading(READ_TOKENS)
+    return {"expected": expected, "look": look, "tokens": shaded, "tokens_line": line, "tokens_problem": problem}
+
+
+def _strength_curve() -> dict[str, Any]:
+    gr.HTML("<h3>Which strength is best?</h3>", apply_default_css=False)
+    measure = gr.Button("Measure the held-out loss by strength", min_width=200, elem_id="measure-strengths")
+    curve = figure.build("Held-out loss by strength", "strength-curve")
+    line = gr.HTML("", apply_default_css=False, elem_id="strength-line")
+    problem = gr.HTML("", apply_default_css=False, elem_id="strength-problem")
+    _reading(READ_STRENGTH)
+    return {"measure": measure, "curve": curve, "curve_line": line, "curve_problem": problem}
+
+
+def _reading(lines: Sequence[str]) -> None:
+    gr.HTML("".join(f"<p class='soft reading'>{line}</p>" for line in lines), apply_default_css=False)
 
 
 # ---- handlers ----------------------------------------------------------------------------------------------------
@@ -160,94 +237,252 @@ def list_runs(desk: Desk, chosen: str | None) -> Any:
     return gr.Dropdown(choices=[(run_label(run), run.id) for run in runs], value=value)
 
 
+def list_others(desk: Desk, run: str | None, others: list[str] | None) -> tuple[Any, str]:
+    """The runs that fit beside `run`, keeping those that are chosen, and a line on the ones that do not."""
+    runs = [one for one in desk.studio.runs.list() if one.has_adapter]
+    first = next((one for one in runs if one.id == run), None)
+    if first is None:
+        return gr.Dropdown(choices=[], value=[], multiselect=True), ""
+    reasons = {one.id: _misfit(first, one) for one in runs if one.id != first.id}
+    fitting = [one for one in runs if reasons.get(one.id) == ""]
+    kept = [one for one in others or [] if reasons.get(one) == ""]
+    changed = {} if kept == (others or []) else {"value": kept}  # the person may be choosing while this is asked for
+    offered = gr.Dropdown(choices=[(run_label(one), one.id) for one in fitting], multiselect=True, **changed)
+    return offered, apart([(one, reasons[one.id]) for one in runs if reasons.get(one.id)])
+
+
 def list_prompts(desk: Desk, run: str | None) -> list[dict[str, str]]:
-    """Held-out prompts of the run and the answers that were wanted."""
+    """Prompts to try: held-out ones of the run with the answers that were wanted, and two that it was not taught."""
     if not run:
         return []
     try:
+        view = desk.studio.runs.get(run)
         examples = desk.studio.heldout(run, CHIPS)
     except StudioError:
         return []  # the dataset may have been deleted; comparing works without chips
-    return [_chip(example) for example in examples]
+    ours = [] if view.labels else [{"prompt": prompt, "target_text": "", "from": "Off topic"} for prompt in OFF_TOPIC]
+    return [_chip(example) for example in examples] + ours
 
 
-def take_prompt(event: gr.EventData) -> tuple[str, str]:
-    """The prompt of a chip, and the answer that was wanted."""
-    return str(event.prompt), expectation(str(event.target_text))
+def take_prompt(event: gr.EventData) -> tuple[Any, ...]:
+    """The prompt of a chip and the answer that was wanted; what was said of another answer goes."""
+    return str(event.prompt), expectation(str(event.target_text)), *forget()
+
+
+def own_prompt() -> tuple[Any, ...]:
+    """The prompt was written by hand."""
+    return NO_ANSWER, *forget()
+
+
+def forget() -> tuple[Any, ...]:
+    """Nothing in one of the places that a measurement fills: figure, line and problem."""
+    return {}, "", ""
 
 
 def clear() -> tuple[Any, ...]:
-    """Before the answers: empty panes, Stop instead of Generate."""
-    return *[""] * PANES, gr.Button(interactive=False), gr.Button(interactive=True)
+    """Before the answers: no panes, no problem, Stop instead of Generate."""
+    return [], "", gr.Button(interactive=False), gr.Button(interactive=False), gr.Button(interactive=True)
 
 
-def settle() -> tuple[Any, Any]:
+def settle() -> tuple[Any, ...]:
     """After the answers, however they ended."""
-    return gr.Button(interactive=True), gr.Button(interactive=False)
+    return gr.Button(interactive=True), gr.Button(interactive=True), gr.Button(interactive=False)
 
 
-@problem_last(PANES)
+@problem_last(1)
 def compare(
-    desk: Desk, run: str | None, prompt: str, mode: str, strength: float, **raw: Any
-) -> Iterator[tuple[str, ...]]:
-    """Both answers as they grow, at most 12 times a second, and the last state."""
+    desk: Desk, run: str | None, others: list[str] | None, prompt: str, mode: str, strength: float, **raw: Any
+) -> Iterator[list[dict[str, Any]]]:
+    """The answers of the base model and of each run as they grow."""
+    views = [_chosen(desk, one) for one in (run, *(others or []))]
+    titles = [("Base", ""), *((_name(view), f"strength {strength:g}") for view in views)]
+    yield from _asked(desk, views[0], [{view.id: float(strength)} for view in views], titles, prompt, mode, raw)
+
+
+@problem_last(1)
+def compare_strengths(
+    desk: Desk, run: str | None, prompt: str, mode: str, **raw: Any
+) -> Iterator[list[dict[str, Any]]]:
+    """One run's answers at five strengths as they grow; at 0 it is the base model."""
+    view = _chosen(desk, run)
+    about = {1.0: "as trained"}
+    titles = [("Strength 0", "the base model")]
+    titles += [(f"Strength {one:g}", about.get(one, _name(view))) for one in SIDE_BY_SIDE]
+    yield from _asked(desk, view, [{view.id: one} for one in SIDE_BY_SIDE], titles, prompt, mode, raw)
+
+
+@problem_last(2)
+def look_at_tokens(
+    desk: Desk, run: str | None, others: list[str] | None, prompt: str
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """How likely each model finds each token of the answer that a held-out row has to the prompt."""
+    views = [_chosen(desk, one) for one in (run, *(others or []))]
+    rows = desk.studio.heldout(views[0].id, CHIPS)
+    place = next((at for at, row in enumerate(rows) if _chip(row)["prompt"].strip() == prompt.strip()), None)
+    if place is None:
+        raise StudioError("E_NO_ANSWER", "No answer to this prompt is known.", "Pick one of the held-out rows above.")
+    yield {}, "<p class='soft'>Loading the base model</p>"
+    found = desk.ready(views[0].config.model).wanted([view.id for view in views], place)
+    names = ["Base", *map(_name, views)]
+    yield tokens.value(names, found.texts, found.chances), tokens_line(found, names)
+
+
+@problem_last(2)
+def measure(desk: Desk, run: str | None) -> Iterator[tuple[Any, ...]]:
+    """The held-out loss by strength as it is measured, and in the end what it says."""
+    view = _chosen(desk, run)
+    yield {}, "<p class='soft'>Loading the base model</p>"
+    told: dict[str, Any] = {}
+    with closing(desk.ready(view.config.model).strength_curve(view.id)) as moments:
+        for moment in moments:
+            told = moment.as_json()
+            wait = f"<p class='soft'>Measured up to strength {told['points'][-1]['strength']:g} of 2</p>"
+            yield figure.value(charts.strength_curve(told)), wait
+    if told:
+        yield figure.value(charts.strength_curve(told)), strength_line(told)
+
+
+# ---- plain values and HTML out of what was found -----------------------------------------------------------------
+
+
+def picture(moment: Comparison, titles: Sequence[tuple[str, str]], spent_s: Sequence[float]) -> list[dict[str, Any]]:
+    """The panes of one moment; words that the base does not say are marked once all have ended.
+
+    titles: of each pane, with what is said about it. spent_s: seconds that each has been writing.
+    """
+    base, ended = moment.answers[0], all(answer.done for answer in moment.answers)
+    made = []
+    for place, (answer, (title, about), spent) in enumerate(zip(moment.answers, titles, spent_s, strict=True)):
+        marked = ended and place and not moment.chances
+        parts = changed_words(answer.text, base.text) if marked else [(answer.text, False)]
+        pace = "" if moment.chances else _pace(answer.tokens, spent)
+        if moment.chances and not place:
+            about = "with the head it began with, which has learnt nothing"
+        sign = None if place else badge(moment.base_difference, moment.exact)
+        made.append(panes.pane(title, about=about, parts=parts, pace=pace, badge=sign))
+    return made
+
+
+def badge(difference: float, exact: bool = True) -> tuple[str, str]:
+    """Whether the base pane is the untouched model, by its logits; virtual tokens leave a difference of rounding."""
+    if not exact:
+        about = f"Virtual tokens are masked in this row: max difference to the untouched model {difference:.2g}"
+        return "plain", about
+    if difference == 0:
+        return "good", "Checked: equal to the untouched model (max difference 0)"
+    return "bad", f"Not the untouched model: max difference {difference:.3g}"
+
+
+def expectation(text: str) -> str:
+    """The answer of the data, and what can be asked about it."""
+    return f"{HEAD}<div class='answer'>{html.escape(text)}</div>" if text else NO_ANSWER
+
+
+def tokens_line(found: Wanted, names: Sequence[str]) -> str:
+    """How likely each model finds a token on average, in words."""
+    means = [tokens.percent(sum(row) / len(row)) for row in found.chances]
+    said = ", ".join(f"{html.escape(name)} {mean}" for name, mean in zip(names, means, strict=True))
+    left = f" The first {len(found.texts)} tokens; {found.left:,} more follow." if found.left else ""
+    return f"<p class='verdict'>On average a wanted token is this likely: {said}.{left}</p>"
+
+
+def strength_line(curve: Mapping[str, Any]) -> str:
+    """What the curve says: the best strength, the one as trained, and the base model."""
+    losses = {point["strength"]: point["loss"] for point in curve["points"]}
+    told = {one: "no number" if loss is None else f"{loss:.3g}" for one, loss in losses.items()}
+    best, base = curve["best"], f"the base model has {told[0.0]}"
+    if best is None:
+        said = "The held-out loss is no number at any strength."
+    elif best == 0:
+        said = f"No strength is better than the base model, which has {told[0.0]}; at 1, as trained, it is {told[1.0]}."
+    elif best == 1:
+        said = f"Best at 1, as trained: {told[1.0]}; {base}."
+    elif curve["trained_is_best"]:
+        said = f"Lowest at {best:g}: {told[best]}; at 1, as trained, it is as good, {told[1.0]}; {base}."
+    else:
+        said = f"Best at {best:g}: {told[best]}; at 1, as trained, it is {told[1.0]}; {base}."
+    return f"<p class='verdict'>{said}</p>"
+
+
+def apart(misfits: Sequence[tuple[Run, str]]) -> str:
+    """Which runs are not offered, by reason."""
+    lines = []
+    for reason in dict.fromkeys(reason for _, reason in misfits):
+        names = [_name(run) for run, why in misfits if why == reason]
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        lines.append(f"{html.escape(reason)}: {html.escape(', '.join(names[:NAMED]))}{more}")
+    return f"<p class='soft'>Not offered here · {' · '.join(lines)}</p>" if lines else ""
+
+
+# ---- inside ------------------------------------------------------------------------------------------------------
+
+
+def _asked(
+    desk: Desk,
+    first: Run,
+    rows: Sequence[Mapping[str, float]],
+    titles: Sequence[tuple[str, str]],
+    prompt: str,
+    mode: str,
+    raw: Mapping[str, Any],
+) -> Iterator[list[dict[str, Any]]]:
+    """The panes as their texts grow, at most 12 times a second, and the last state."""
+    how = form.sampling({**raw, "temperature": raw["temperature"] if mode == SAMPLED else 0.0})
+    yield [panes.pane(title, about=about, pace="Loading the base model") for title, about in titles]
+    try:
+        studio = desk.ready(first.config.model)
+        with closing(studio.compare(rows, prompt, sampling=how)) as moments:
+            yield from _pictures(moments, titles)
+    except StudioError:
+        yield []
+        raise
+
+
+def _pictures(moments: Iterator[Comparison], titles: Sequence[tuple[str, str]]) -> Iterator[list[dict[str, Any]]]:
+    last, ended, moment = 0.0, {}, None
+    for moment in moments:
+        for place, answer in enumerate(moment.answers):
+            if answer.done:
+                ended.setdefault(place, moment.seconds)
+        if time.monotonic() - last > INTERVAL_S:
+            last = time.monotonic()
+            yield picture(moment, titles, _spent(moment, ended))
+    if moment:
+        yield picture(moment, titles, _spent(moment, ended))
+
+
+def _spent(moment: Comparison, ended: Mapping[int, float]) -> list[float]:
+    return [ended.get(place, moment.seconds) for place in range(len(moment.answers))]
+
+
+def _chosen(desk: Desk, run: str | None) -> Run:
     if not run:
         raise StudioError(
             "E_NO_RUN", "No run is chosen.", "Train one first; it appears here with its first evaluation."
         )
-    how = form.sampling({**raw, "temperature": raw["temperature"] if mode == SAMPLED else 0.0})
-    view = desk.studio.runs.get(run)
-    wait = "<span class='soft'>Loading the base model</span>"
-    about = f"<span class='soft'>{html.escape(view.name)} · strength {strength:g}</span>"
-    yield "", "", wait, wait, "", about
-    studio = desk.ready(view.config.model)
-    last, moment = 0.0, None
-    with closing(studio.compare([view.id], prompt, strength=float(strength), sampling=how)) as moments:
-        for moment in moments:
-            if time.monotonic() - last > INTERVAL_S:
-                last = time.monotonic()
-                yield *picture(moment), about
-    if moment:
-        yield *picture(moment), about
+    return desk.studio.runs.get(run)
 
 
-# ---- HTML out of plain values ------------------------------------------------------------------------------------
+def _misfit(first: Run, other: Run) -> str:
+    """Why a run cannot stand beside the first; empty when it can."""
+    if other.config.model != first.config.model:
+        return f"on {other.config.model.rstrip('/').rsplit('/', 1)[-1]}"
+    if other.labels != first.labels:
+        return "choosing other labels" if other.labels and first.labels else "for another task"
+    return ""
 
 
-def picture(moment: Comparison) -> tuple[str, str, str, str, str]:
-    """Texts, paces and the badge of one moment."""
-    base, adapted = moment.answers
-    paces = [_pace(answer.tokens, moment.seconds) for answer in moment.answers]
-    if moment.chances:
-        paces = ["<span class='soft'>with the head it began with, which has learnt nothing</span>", ""]
-    checked = badge(moment.base_difference, moment.exact)
-    return html.escape(base.text), html.escape(adapted.text), paces[0], paces[1], checked
-
-
-def badge(difference: float, exact: bool = True) -> str:
-    """Whether the base pane is the untouched model, by its logits; virtual tokens leave a difference of rounding."""
-    if not exact:
-        about = f"Virtual tokens are masked in this row: max difference to the untouched model {difference:.2g}"
-        return f"<span class='badge plain'>{about}</span>"
-    if difference == 0:
-        return "<span class='badge good'>Checked: equal to the untouched model (max difference 0)</span>"
-    return f"<span class='badge bad'>Not the untouched model: max difference {difference:.3g}</span>"
-
-
-def expectation(text: str) -> str:
-    """The answer of the data, under the panes."""
-    return (
-        f"<div class='card expected'><h3>Wanted</h3><div class='answer'>{html.escape(text)}</div></div>" if text else ""
-    )
+def _name(run: Run) -> str:
+    return run.name or run.id[:8]
 
 
 def _pace(tokens: int, seconds: float) -> str:
     rate = f" · {tokens / seconds:.0f} tokens/s" if seconds > 0.2 else ""
-    return f"<span class='soft'>{tokens} tokens{rate}</span>"
+    return f"{tokens} tokens{rate}"
 
 
 def _chip(example: Any) -> dict[str, str]:
     if example.messages:
-        return {"prompt": example.prompt[-1].content, "target_text": example.target}
+        return {"prompt": example.prompt[-1].content, "target_text": example.target, "from": "Held out"}
     words = example.text.split()
-    return {"prompt": " ".join(words[:8]), "target_text": " ".join(words[8:60])}
+    return {"prompt": " ".join(words[:8]), "target_text": " ".join(words[8:60]), "from": "Held out"}
