@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 COPY_BYTES = 2**20
 ROWS = "rows.jsonl"
+GLANCE_BYTES = 2 * COPY_BYTES  # of a file that is read and not kept
 
 
 class Sample(NamedTuple):
@@ -168,6 +169,12 @@ class DataLibrary:
                 self._parse(dataset.path, dataset.path.name, folder / ROWS)
                 (folder / ROWS).replace(rows)
         return _opened(rows, dataset)
+
+    def glance(self, path: Path, rows: int) -> Table:
+        """The rows of a small file, at most so many, read as `add` reads them; nothing is kept."""
+        few = DataLibrary(self.folder.parent, dataclasses.replace(self.limits, rows=rows, file_bytes=GLANCE_BYTES))
+        with few._incoming() as folder:
+            return _opened(folder / ROWS, few._parse(path, path.name, folder / ROWS))
 
     def mapping(self, dataset: Dataset, format: str = "") -> dict[str, str]:
         """{role: column} as guessed with the dataset, or for another format."""
