@@ -131,7 +131,7 @@ def answer_all(
     sampling: Sampling,
     batch: int = 32,
 ) -> Iterator[dict[int, list[str]]]:
-    """Every prompt by every row, as for `compare`: the final texts of the prompts that are finished since the last time.
+    """Every prompt by every row, as for `compare`: the texts of the prompts that have just become final.
 
     Prompts of similar lengths share a batch of about `batch` rows. By number of the prompt; empty at most steps, so
     that whoever asks may stop at any of them.

@@ -67,7 +67,7 @@ def of_examples(examples: Sequence[Example]) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.text.strip()]
 
 
-def check(prompts: Sequence[Prompt], models: int, new_tokens: int, limits: Limits) -> None:
+def check_set(prompts: Sequence[Prompt], models: int, new_tokens: int, limits: Limits) -> None:
     """Raise E_NO_PROMPT or E_LIMIT when this is nothing to ask, or more than may be asked at once."""
     if not prompts:
         raise StudioError("E_NO_PROMPT", "The prompt is empty.", "Write one, or take held-out rows.")

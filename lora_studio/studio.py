@@ -511,11 +511,11 @@ class Studio:
         model. Raises E_NO_PROMPT, E_LIMIT, E_CONTEXT, E_NO_TEXT, and as `compare` does.
         """
         from lora_studio.generate import Sampling, answer_all
-        from lora_studio.prompts import BASE, check as check_prompts
+        from lora_studio.prompts import BASE, check_set
 
         sampling = check(sampling or Sampling())
         views = self.writers([side for side in sides if side != BASE])
-        check_prompts(prompts, len(sides), sampling.max_new_tokens, self.limits)
+        check_set(prompts, len(sides), sampling.max_new_tokens, self.limits)
         with self._kept.busy:
             loaded = self._with_adapters(views)
             most = self._room(views, loaded) - 1
@@ -536,10 +536,10 @@ class Studio:
         """
         from lora_studio.chat import SIDES, Moment, fitting, template_remark
         from lora_studio.generate import Sampling, answer
-        from lora_studio.prompts import check as check_prompts, saying
+        from lora_studio.prompts import check_set, saying
 
         sampling, views = check(sampling or Sampling()), self.writers([run])
-        check_prompts(saying(turns[-1].said), len(SIDES), sampling.max_new_tokens, self.limits)
+        check_set(saying(turns[-1].said), len(SIDES), sampling.max_new_tokens, self.limits)
         self._check_strength(strength, views)
         with self._kept.busy:
             loaded = self._with_adapters(views)

@@ -14,8 +14,11 @@ import gradio as gr
 import pytest
 from gradio.components import Component
 
+from lora_studio import blind
+from lora_studio.data.formats import Message
 from lora_studio.limits import LAPTOP
 from lora_studio.owners import home, owner_name
+from lora_studio.prompts import Answers, Prompt
 from lora_studio.runs.config import DataChoice
 from lora_studio.studio import Studio
 from lora_studio.ui import form, live
@@ -24,6 +27,11 @@ from tests.visits import ANN, BOB, ReadyDesk, asking, came, rows, trained
 
 OWN, BRING, OPEN, PLAIN = "somebody's work", "new work for the caller", "the same for all", "only what it is given"
 POLICY = {
+    "answering.begun": PLAIN,
+    "answering.list_several": OWN,
+    "answering.list_sides": OWN,
+    "answering.settled": PLAIN,
+    "answering.show_source": PLAIN,
     "api.add_dataset": BRING,
     "api.compare": OWN,
     "api.plan": OWN,
@@ -31,6 +39,11 @@ POLICY = {
     "api.run_status": OWN,
     "api.start_run": OWN,
     "api.stop_run": OWN,
+    "blind.download": OWN,
+    "blind.resume": OWN,
+    "blind.reveal": OWN,
+    "blind.start": OWN,
+    "blind.vote": OWN,
     "build._cell_to_compare": OWN,
     "build._cell_to_export": OWN,
     "build._cell_to_run": PLAIN,
@@ -40,6 +53,8 @@ POLICY = {
     "build.<lambda>": PLAIN,
     "build.restore": OWN,
     "build.status": OPEN,
+    "chat.forget": PLAIN,
+    "chat.say": OWN,
     "compare_tab.clear": PLAIN,
     "compare_tab.compare": OWN,
     "compare_tab.list_prompts": OWN,
@@ -71,6 +86,10 @@ POLICY = {
     "live.resume": OWN,
     "live.share": OWN,
     "live.stop": OWN,
+    "prompt_set.answer": OWN,
+    "prompt_set.download": BRING,
+    "prompt_set.open_file": BRING,
+    "prompt_set.show_source": PLAIN,
     "study_tab.cost": OWN,
     "study_tab.drop": OWN,
     "study_tab.poll": OWN,
@@ -85,7 +104,10 @@ POLICY = {
     "train_tab.show_method": PLAIN,
     "train_tab.start": OWN,
 }
-SAME_FOR_OWNER = {"build._used"}  # takes no id, so its answer is compared with that of one who has nothing
+SAME_FOR_OWNER = {
+    "build._used",
+    "blind.resume",
+}  # takes no id, so its answer is compared with that of one who has nothing
 SILENT = {"train_tab.settle_task"}  # says only whether rows have labels, and hers have none
 SECRET = "sesame-7f3a"  # in Ann's rows, names, answers and log
 DEFAULTS = {name: setting.default for name, setting in form.SETTINGS.items() if name != "targets"}
@@ -119,7 +141,11 @@ def hers(desk: ReadyDesk, tiny: Path) -> dict[str, Any]:
     kept = studio.data.add_text(rows(SECRET), SECRET)
     choice, study = DataChoice(id=kept.id, name=SECRET), "5" * 32
     runs = [trained(studio, tiny, choice, SECRET, words=SECRET, warning=SECRET, study=study) for _ in range(2)]
+    trial = blind.new(("base", runs[0].id), ("base", SECRET), [(Message("user", SECRET),)] * 4)
+    trial = blind.answered(trial, dict.fromkeys(range(4), (SECRET, SECRET * 2)))
+    studio.ballots.add(blind.voted(trial, 0, "a"))
     return {
+        "trial": trial.id,
         "dataset": kept.id,
         "run": runs[0].id,
         "other": runs[1].id,
@@ -129,14 +155,16 @@ def hers(desk: ReadyDesk, tiny: Path) -> dict[str, Any]:
 
 
 class Event:
-    """As an event of the study's table, or of a chip, comes to a handler."""
+    """As an event of the study's table, of a chip, or of a blind test comes to a handler."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, trial: str) -> None:
         self.run, self.prompt, self.target_text = run, "p", "t"
+        self.trial, self.number, self.vote = trial, 1, "a"
 
 
 def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, Any]:
     """What a caller may send for each name of a parameter."""
+    prompt = Prompt((Message("user", "p"),))
     choice = {"id": ids["dataset"], "name": "mine", "format": "", "columns": {}}
     ask = {"run": ids["run"], "start": 0, "list": True, "log": True, "study": ids["study"], "seen": {}, "on": True}
     picked = {"matrices": [{"role": "attn.q"}], "chosen": ["attn.q"]}
@@ -152,7 +180,7 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "run": ids["run"],
         "chosen": ids["run"],
         "other": ids["other"],
-        "event": Event(ids["run"]),
+        "event": Event(ids["run"], ids["trial"]),
         "model": str(tiny),
         "text": "a,b\n1,2\n",
         "path": str(at),
@@ -185,6 +213,18 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "steps": 3,
         "batch_size": 2,
         "learning_rate": 0.01,
+        "runs": [ids["run"]],
+        "first": "base",
+        "second": ids["run"],
+        "source": "Typed",
+        "count": 2,
+        "typed": "p",
+        "uploaded": [],
+        "said": "p",
+        "turns": [],
+        "temperature": 0.0,
+        "kind": "csv",
+        "answers": Answers(("base",), (prompt,), {0: ("text",)}),
         "dtype": "float32",
         "start": 0,
     }
@@ -227,7 +267,7 @@ def answer(function: Callable, ids: dict[str, Any], who: dict[str, Any], model: 
     except gr.Error as error:
         said = f"error: {error}"
     text = json.dumps(plain(said), default=str)
-    for name in ("dataset", "run", "other", "study"):
+    for name in ("dataset", "run", "other", "study", "trial"):
         text = text.replace(ids[name], name.upper()).replace(ids[name][:8], name)
     return text
 
@@ -237,7 +277,7 @@ def everything(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-MISSING = {"dataset": "0" * 32, "run": "1" * 32, "other": "2" * 32, "study": "3" * 32}
+MISSING = {"trial": "4" * 32, "dataset": "0" * 32, "run": "1" * 32, "other": "2" * 32, "study": "3" * 32}
 
 
 def test_every_function_that_can_be_called_has_a_policy(reachable: dict[str, list[Callable]]) -> None:

@@ -1,4 +1,4 @@
-"""What the ways of comparing share: runs to choose among, their names, prompts from several sources, the pace of news."""
+"""What prompt set, chat and blind test share: runs to choose among, names, where prompts come from, pace of news."""
 
 import time
 from collections.abc import Iterator, Sequence

@@ -86,10 +86,10 @@ def start(
     if sides[0] == sides[1]:
         raise StudioError("E_SIDES", "Both sides are the same.", "Choose two that differ.")
     studio = desk.ready(views[0].config.model)
-    from lora_studio.prompts import check
+    from lora_studio.prompts import check_set
 
     prompts = answering.asked(studio, views[-1].id, source, typed, count)
-    check(prompts, len(sides), how.max_new_tokens, studio.limits)
+    check_set(prompts, len(sides), how.max_new_tokens, studio.limits)
     trial = blind.new(sides, names, [prompt.messages for prompt in prompts])
     studio.ballots.add(trial)
     yield picture(trial)

@@ -21,8 +21,8 @@ from lora_studio.ui import (
     style,
     train_tab,
 )
-from lora_studio.ui.boundary import as_toast
 from lora_studio.ui.blind import Blind
+from lora_studio.ui.boundary import as_toast
 from lora_studio.ui.chat import Chat
 from lora_studio.ui.compare_tab import CompareTab
 from lora_studio.ui.data_tab import DataTab
@@ -72,16 +72,15 @@ def build(desk: Desk) -> gr.Blocks:
                 train = train_tab.build(desk)
             with gr.Tab("Study", id="study") as study_page:
                 study = study_tab.build(desk)
-            with gr.Tab("3 Compare", id="compare") as compare_page:
-                with gr.Tabs(elem_id="ways"):
-                    with gr.Tab("Answers"):
-                        compare = compare_tab.build()
-                    with gr.Tab("Prompt set") as set_page:
-                        questions = prompt_set.build(desk)
-                    with gr.Tab("Chat") as chat_page:
-                        talk = chat.build()
-                    with gr.Tab("Blind") as blind_page:
-                        votes = blind.build(desk)
+            with gr.Tab("3 Compare", id="compare") as compare_page, gr.Tabs(elem_id="ways"):
+                with gr.Tab("Answers"):
+                    compare = compare_tab.build()
+                with gr.Tab("Prompt set") as set_page:
+                    questions = prompt_set.build(desk)
+                with gr.Tab("Chat") as chat_page:
+                    talk = chat.build()
+                with gr.Tab("Blind") as blind_page:
+                    votes = blind.build(desk)
             with gr.Tab("4 Inside", id="inside") as inside_page:
                 inside = inside_tab.build()
             with gr.Tab("5 Export", id="export") as export_page:
@@ -282,9 +281,8 @@ def _join_chat(desk: Desk, part: Chat, shown: list[Any]) -> None:
         [part.send, part.stop],
     )
     part.stop.click(answering.settled, None, [part.send, part.stop], cancels=[answering_both], **QUICK)
-    emptied = [part.talk, part.turns, part.problem]
+    emptied = [part.talk, part.turns, part.problem, part.send, part.stop]
     gr.on([part.restart.click, part.run.input], chat.forget, None, emptied, cancels=[answering_both], **QUICK)
-    gr.on([part.restart.click, part.run.input], answering.settled, None, [part.send, part.stop], **QUICK)
 
 
 def _join_blind(desk: Desk, part: Blind, shown: list[Any]) -> None:

@@ -73,8 +73,8 @@ def build() -> Chat:
 
 
 def forget() -> tuple[Any, ...]:
-    """An empty conversation: page, turns, problem."""
-    return NOTHING, [], ""
+    """An empty conversation: page, turns, problem, buttons."""
+    return NOTHING, [], "", *answering.settled()
 
 
 @problem_last(3)

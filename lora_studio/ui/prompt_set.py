@@ -135,10 +135,10 @@ def answer(
     how = form.sampling({"max_new_tokens": max_new_tokens})
     views, names = answering.chosen(desk.studio, sides)
     studio = desk.ready(views[0].config.model)
-    from lora_studio.prompts import Answers, check
+    from lora_studio.prompts import Answers, check_set
 
     prompts = uploaded if source == UPLOADED else answering.asked(studio, views[0].id, source, typed, count)
-    check(prompts, len(sides), how.max_new_tokens, studio.limits)
+    check_set(prompts, len(sides), how.max_new_tokens, studio.limits)
     shown = Answers(names, tuple(prompts), {})
     yield picture(shown, "Loading the base model"), shown
     with closing(studio.answer_prompts(sides, prompts, how)) as news:
