@@ -2,8 +2,11 @@
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,9 +16,18 @@ from lora_studio import blind
 from lora_studio.ballots import MOST, Ballots
 from lora_studio.blind import VOTES, Pair, Tally, Trial, standing, tally, wilson
 from lora_studio.data.formats import Message
+from lora_studio.data.words import prompt_ids
 from lora_studio.errors import StudioError
+from lora_studio.generate import Sampling, compare
+from lora_studio.runs.config import DataChoice
+from lora_studio.studio import Studio
+from lora_studio.ui import answering
+from lora_studio.ui import blind as page
+from lora_studio.ui.desk import Desk
+from tests.visits import ReadyDesk, trained
 
 NAMES = ("base", "orders r8")
+SIX = Sampling(max_new_tokens=6)
 
 
 @pytest.mark.parametrize(
@@ -164,3 +176,77 @@ def test_votes_survive_and_only_the_newest_trials_are_kept(tmp_path: Path) -> No
         assert caught.value.code == "E_TRIAL_NOT_FOUND"
     (ballots.folder / f"{kept.id}.json").write_text('{"id": 3}')
     assert Ballots(tmp_path).newest() != kept
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+@given(TRIALS)
+def test_until_it_is_revealed_the_page_gets_the_same_for_either_order(trial: Trial) -> None:
+    told = page.picture(trial)
+    if trial.state != "revealed":
+        assert told == page.picture(exchanged(trial)) and told["pairs"] == []
+        return
+    assert told["shown"] == [] and told["number"] == -1
+    for pair, shown in zip([pair for pair in trial.pairs if pair.vote], told["pairs"], strict=True):
+        assert [one["text"] for one in shown["answers"]] == list(pair.answers)
+        assert [one["name"] for one in shown["answers"]] == list(NAMES)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Desk:
+    return ReadyDesk(Studio(tmp_path))
+
+
+def sent(told: Mapping[str, Any], **more: Any) -> Any:
+    """An event as the script of the page raises it."""
+    return SimpleNamespace(trial=told["trial"], number=told["number"], **more)
+
+
+def begun(desk: Desk, run: str, prompts: str = "a\nbb\nccc") -> Mapping[str, Any]:
+    told, problem = list(page.start(desk, "base", run, answering.TYPED, 3, prompts, 6))[-1]
+    assert problem == ""
+    return told
+
+
+def test_a_blind_test_from_start_to_pairs(desk: Desk, tiny: Path) -> None:
+    choice = DataChoice(id=desk.studio.data.add_sample("orders").id)
+    run = trained(desk.studio, tiny, choice, "orders r8").id
+    told = begun(desk, run)
+    assert told["state"] == "written" and told["of"] == 3 and told["place"] == 1 and "orders" not in json.dumps(told)
+    stale = sent(told, vote="a")
+    told, _ = page.vote(desk, stale)
+    assert page.vote(desk, stale)[0] == told and told["place"] == 2 and told["votes"].startswith("1 decided")
+    told, _ = page.vote(desk, sent(told, vote="bad"))
+    assert page.resume(desk) == told  # a reload
+    assert "E_VOTE" in page.vote(desk, sent(told, vote="x"))[-1]
+    address, problem = page.download(desk, sent(told))
+    file = desk.downloads.take(address.removeprefix("download/"), "")
+    assert file and problem == "" and json.loads(file.read_text()).keys() == {"prompt", "chosen", "rejected"}
+    told, _ = page.reveal(desk, sent(told))
+    assert [one["vote"] for one in told["pairs"]].count("both bad") == 1 and page.EARLY in told["standing"]
+    assert {"Base model", "orders r8"} == {one["name"] for one in told["pairs"][0]["answers"]}
+    assert page.vote(desk, sent(told, vote="a"))[0] == told
+    trial, loaded = desk.studio.ballots.newest(), desk.studio._kept.loaded
+    assert trial and loaded
+    for pair in trial.pairs:
+        (*_, last) = compare(
+            loaded.lora, loaded.tokenizer, prompt_ids(loaded.tokenizer, pair.messages), [None, run], SIX
+        )
+        assert tuple(answer.text for answer in last) == pair.answers
+
+
+def test_stopping_keeps_what_is_written_and_mistakes_are_said(desk: Desk, tiny: Path) -> None:
+    choice = DataChoice(id=desk.studio.data.add_sample("orders").id)
+    run = trained(desk.studio, tiny, choice, "orders r8").id
+    going = page.start(desk, "base", run, answering.HELDOUT, 3, "", 6)
+    told, _ = next(going)
+    assert told["state"] == "writing" and told["of"] == 0
+    next(going)
+    going.close()
+    assert page.resume(desk)["state"] == "written" and not desk.studio._kept.busy.locked()
+    assert "E_NO_VOTES" in page.download(desk, sent(told))[-1]
+    for first, second, code in (("base", "base", "E_NO_RUN"), (run, run, "E_SIDES"), ("base", "0" * 32, "E_RUN_NOT")):
+        assert code in list(page.start(desk, first, second, answering.TYPED, 3, "a", 6))[-1][-1]
+    for act in (page.vote, page.reveal, page.download):
+        assert "E_TRIAL_NOT_FOUND" in act(desk, SimpleNamespace(trial="0" * 32, number=0, vote="a"))[-1]

@@ -18,7 +18,6 @@ from lora_studio import blind
 from lora_studio.data.formats import Message
 from lora_studio.limits import LAPTOP
 from lora_studio.owners import home, owner_name
-from lora_studio.prompts import Answers, Prompt
 from lora_studio.runs.config import DataChoice
 from lora_studio.studio import Studio
 from lora_studio.ui import form, live
@@ -164,7 +163,6 @@ class Event:
 
 def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, Any]:
     """What a caller may send for each name of a parameter."""
-    prompt = Prompt((Message("user", "p"),))
     choice = {"id": ids["dataset"], "name": "mine", "format": "", "columns": {}}
     ask = {"run": ids["run"], "start": 0, "list": True, "log": True, "study": ids["study"], "seen": {}, "on": True}
     picked = {"matrices": [{"role": "attn.q"}], "chosen": ["attn.q"]}
@@ -224,7 +222,7 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "turns": [],
         "temperature": 0.0,
         "kind": "csv",
-        "answers": Answers(("base",), (prompt,), {0: ("text",)}),
+        "answers": None,
         "dtype": "float32",
         "start": 0,
     }

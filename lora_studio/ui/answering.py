@@ -51,7 +51,8 @@ def list_several(desk: Desk, runs: Sequence[str] | None) -> Any:
     """A choice of several runs with what is still there of it, or with the newest."""
     offered = choices(desk.studio)
     ids = [id for _, id in offered]
-    return gr.Dropdown(choices=offered, value=[run for run in runs or () if run in ids] or ids[:1])
+    kept = [run for run in runs or () if run in ids]
+    return gr.Dropdown(choices=offered, value=kept or ids[:1], multiselect=True)
 
 
 def list_sides(desk: Desk, first: str | None, second: str | None) -> tuple[Any, Any]:

@@ -56,7 +56,8 @@ function cast(vote) {
 element.addEventListener('click', event => {
   const { vote, does } = event.target.closest('button')?.dataset || {};
   if (vote) cast(vote);
-  if (does) trigger(does, { trial: props.value.trial });
+  if (does === 'reveal') trigger('reveal', { trial: props.value.trial });
+  if (does === 'download') trigger('download', { trial: props.value.trial });
 });
 
 function pressed(event) {
