@@ -15,6 +15,7 @@ from lora_studio.data.formats import Message
 from lora_studio.errors import StudioError, quote
 
 Z = 1.959963984540054  # of an interval that holds in 95 % of cases
+MOST_PAIRS = 100  # of one trial
 VOTES = ("a", "b", "tie", "bad")
 
 

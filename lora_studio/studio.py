@@ -495,6 +495,15 @@ class Studio:
             for answers in compare(loaded.lora, loaded.tokenizer, ids, rows, sampling):
                 yield Comparison(names, answers, difference, time.monotonic() - clock, exact)
 
+    def writers(self, runs: Sequence[str]) -> list[Run]:
+        """The runs, each of which writes text. Raises E_RUN_NOT_FOUND, E_NO_TEXT."""
+        views = [self.runs.get(run) for run in runs]
+        for view in views:
+            if view.labels:
+                message = f"{quote(view.name)} chooses among labels and writes no text."
+                raise StudioError("E_NO_TEXT", message, "Under Answers you see the chance of each label.")
+        return views
+
     def prompts_in(self, path: Path) -> list[Any]:
         """The prompts of a small file and the answers that it gives for them: prompts.Prompt."""
         from lora_studio.data.formats import asked
@@ -514,7 +523,8 @@ class Studio:
         from lora_studio.prompts import BASE, check_set
 
         sampling = check(sampling or Sampling())
-        views = self.writers([side for side in sides if side != BASE])
+        runs = [side for side in sides if side != BASE]
+        views = self.writers(runs)
         check_set(prompts, len(sides), sampling.max_new_tokens, self.limits)
         with self._kept.busy:
             loaded = self._with_adapters(views)
@@ -524,7 +534,8 @@ class Studio:
                 if len(one) > most:
                     message = f"Prompt {number:,} is {len(one):,} tokens long, this model reads at most {most:,.0f}."
                     raise StudioError("E_CONTEXT", message, "Shorten it.")
-            rows = [None if side == BASE else side for side in sides]
+            adapters = {run: view.id for run, view in zip(runs, views, strict=True)}
+            rows = [adapters.get(side) for side in sides]
             yield from answer_all(loaded.lora, loaded.tokenizer, ids, rows, sampling)
 
     def chat(
@@ -792,15 +803,6 @@ class Studio:
         skeleton = self.models.skeleton(view.config.model, labels=len(view.labels))
         return sum(tensor.numel() for tensor in skeleton.parameters())
 
-    def writers(self, runs: Sequence[str]) -> list[Run]:
-        """The runs, each of which writes text. Raises E_RUN_NOT_FOUND, E_NO_TEXT."""
-        views = [self.runs.get(run) for run in runs]
-        for view in views:
-            if view.labels:
-                message = f"{quote(view.name)} chooses among labels and writes no text."
-                raise StudioError("E_NO_TEXT", message, "Under Answers you see the chance of each label.")
-        return views
-
     def _check_strength(self, strength: float, views: Sequence[Run]) -> None:
         if not 0 <= strength <= 4:
             raise StudioError("E_STRENGTH", f"The strength is {quote(strength)}.", "Give a number between 0 and 4.")
@@ -820,11 +822,9 @@ class Studio:
         """Messages as the run's training rows began, see `_prompt_ids`."""
         from lora_studio.data.words import prompt_ids
 
-        return (
-            self._prompt_ids(view, tokenizer, messages[0].content)
-            if len(messages) == 1
-            else prompt_ids(tokenizer, messages)
-        )
+        if len(messages) > 1:
+            return prompt_ids(tokenizer, messages)
+        return self._prompt_ids(view, tokenizer, messages[0].content)
 
     def _prompt_ids(self, view: Run, tokenizer: Any, prompt: str) -> list[int]:
         """As the run's training rows began: through the chat template, or as raw text for plain text rows."""

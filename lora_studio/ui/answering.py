@@ -67,17 +67,18 @@ def list_sides(desk: Desk, first: str | None, second: str | None) -> tuple[Any, 
 
 
 def chosen(studio: Studio, sides: Sequence[str]) -> tuple[list[Run], tuple[str, ...]]:
-    """The runs among some sides, and the names of all sides. Each run once.
+    """The runs among some sides, and the names of all sides, no two alike.
 
     Raises E_NO_RUN, E_RUN_NOT_FOUND, E_NO_TEXT.
     """
-    views = studio.writers([side for side in sides if side != BASE])
+    runs = [side for side in sides if side != BASE]
+    views = studio.writers(runs)
     if not views:
         raise NO_RUN
     names: dict[str, str] = {BASE: BASE_NAME}
-    for view in views:
+    for run, view in zip(runs, views, strict=True):
         name = view.name or view.id[:8]
-        names[view.id] = f"{name} · {view.id[:8]}" if name in names.values() else name
+        names[run] = f"{name} · {view.id[:8]}" if name in names.values() else name
     return views, tuple(names[side] for side in sides)
 
 

@@ -6,7 +6,7 @@ blind.js; everything that a model or a person wrote goes into the page as text.
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,8 @@ def start(
     from lora_studio.prompts import check_set
 
     prompts = answering.asked(studio, views[-1].id, source, typed, count)
-    check_set(prompts, len(sides), how.max_new_tokens, studio.limits)
+    limits = replace(studio.limits, prompts=min(blind.MOST_PAIRS, studio.limits.prompts))
+    check_set(prompts, len(sides), how.max_new_tokens, limits)
     trial = blind.new(sides, names, [prompt.messages for prompt in prompts])
     studio.ballots.add(trial)
     yield picture(trial)
