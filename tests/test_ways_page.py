@@ -64,8 +64,8 @@ def test_a_set_of_prompts_becomes_a_table_and_a_file(url: str, browser: Browser,
     assert heads.nth(3).inner_text().startswith(NAME) and "ROUGE-L" in heads.nth(3).inner_text()
     expect(page.locator("#set-table tbody tr")).to_have_count(10)
 
-    page.get_by_label("Typed").check()
-    page.get_by_label("Prompts, one a line").fill(f"=1+1\n{NAME}")
+    page.locator("#set-source").get_by_label("Typed").check()
+    page.locator("#set-typed textarea").fill(f"=1+1\n{NAME}")
     page.get_by_role("button", name="Answer all").click()
     expect(page.locator("#set-table .line")).to_have_text("2 of 2 prompts answered", timeout=60_000)
     expect(page.locator("#set-table tbody th").nth(1)).to_have_text(NAME)
@@ -78,7 +78,7 @@ def test_a_set_of_prompts_becomes_a_table_and_a_file(url: str, browser: Browser,
         assert found == text
 
     (tmp_path / "asked.csv").write_text("prompt,answer\none,1\n")
-    page.get_by_label("A file").check()
+    page.locator("#set-source").get_by_label("A file").check()
     page.locator("#set-upload input[type=file]").set_input_files(tmp_path / "asked.csv")
     expect(page.locator("#set-file")).to_contain_text("1 prompts, 1 of them", timeout=30_000)
     page.get_by_role("button", name="Answer all").click()
@@ -96,8 +96,8 @@ def test_stop_ends_a_set_and_the_model_is_free_for_others(url: str, browser: Bro
     expect(page.locator("#set-table .line")).to_have_text("0 of 10 prompts answered", timeout=60_000)
     page.locator("#stop-set").click()
     expect(page.get_by_role("button", name="Answer all")).to_be_enabled()
-    page.get_by_label("Typed").check()
-    page.get_by_label("Prompts, one a line").fill("hi")
+    page.locator("#set-source").get_by_label("Typed").check()
+    page.locator("#set-typed textarea").fill("hi")
     page.locator("#set-tokens input").fill("4")
     page.get_by_role("button", name="Answer all").click()
     expect(page.locator("#set-table .line")).to_have_text("1 of 1 prompts answered", timeout=60_000)
@@ -141,8 +141,8 @@ def test_votes_by_keyboard_survive_and_nothing_tells_the_sides_apart(url: str, b
         expect(place).to_have_text(f"Pair {number} of 10")
         assert arena.inner_text() != before and NAME not in before and "Base model" not in before
     expect(page.locator("#arena .votes")).to_have_text("2 decided · 1 ties · 1 both bad")
-    page.get_by_label("Typed").check()
-    page.get_by_label("Prompts, one a line").press("1")
+    page.locator("#blind-source").get_by_label("Typed").check()
+    page.locator("#blind-typed textarea").press("1")
     expect(place).to_have_text("Pair 5 of 10")
 
     watch.reload(page)
