@@ -47,10 +47,14 @@ class Answers:
         return any(prompt.target for prompt in self.prompts)
 
 
+def whole(text: str) -> str:
+    """A person's text without half pairs of surrogates, which can neither be tokenised nor written to a file."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def saying(text: str) -> list[Prompt]:
     """A text as one prompt; none where nothing is said."""
-    whole = text.encode("utf-8", "replace").decode()  # half a pair of surrogates can neither be read nor written
-    return [Prompt((Message("user", whole),))] if whole.strip() else []
+    return [Prompt((Message("user", whole(text)),))] if text.strip() else []
 
 
 def typed(text: str) -> list[Prompt]:

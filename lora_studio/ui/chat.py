@@ -96,8 +96,9 @@ def say(
     (view,), (name,) = answering.chosen(desk.studio, [run])
     studio = desk.ready(view.config.model)
     from lora_studio.chat import Turn
+    from lora_studio.prompts import whole
 
-    talked = [*turns, Turn(said.strip())]
+    talked = [*turns, Turn(whole(said.strip()))]
     moment, about = None, {"name": f"{name} · strength {strength:g}"}
     with closing(studio.chat(view.id, talked, strength=float(strength), sampling=how)) as moments:
         for moment, due in answering.paced(moments):
