@@ -16,11 +16,12 @@ SIDES = ("base", "adapted")
 
 @dataclass(frozen=True)
 class Turn:
-    """What was said and what each side answered; the newest turn has no answers yet."""
+    """What was said and what each side answered, nothing yet in the newest turn; strength: the adapted side's."""
 
     said: str
     base: str = ""
     adapted: str = ""
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,11 @@ def test_a_talk_goes_on_and_starts_again(desk: Desk, tiny: Path) -> None:
     run = run_of(desk, tiny)
     box, told, turns, problem = say(desk, run.id, " hello\nthere\ud800 ", [])
     assert (box, problem, turns[0].said, told["note"]) == ("", "", "hello\nthere?", "")
-    assert told["name"] == "orders <r8> · strength 1" and told["turns"][0]["adapted"] == turns[0].adapted
+    assert (
+        told["name"] == "orders <r8>"
+        and told["turns"][0]["strength"] == 1.0
+        and told["turns"][0]["adapted"] == turns[0].adapted
+    )
     assert turns[0].base != turns[0].adapted
     *_, turns, problem = say(desk, run.id, "and?", turns)
     assert len(turns) == 2 and problem == "" and turns[1].base

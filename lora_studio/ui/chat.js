@@ -1,4 +1,4 @@
-// Draws props.value, {name, turns: [{said, base, adapted}], note}; the newest turn grows.
+// Draws props.value, {name, turns: [{said, base, adapted, strength}], note}; the newest turn grows.
 const $ = name => element.querySelector(name);
 const box = $('.turns');
 
@@ -34,7 +34,7 @@ function draw() {
     const place = box.children[number];
     put(place.querySelector('.said'), one.said);
     put(place.querySelector('.base h4'), 'Base');
-    put(place.querySelector('.adapted h4'), name);
+    put(place.querySelector('.adapted h4'), `${name} · strength ${one.strength}`);
     put(place.querySelector('.base p'), one.base);
     put(place.querySelector('.adapted p'), one.adapted);
   });

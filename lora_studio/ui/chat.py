@@ -98,16 +98,16 @@ def say(
     from lora_studio.chat import Turn
     from lora_studio.prompts import whole
 
-    talked = [*turns, Turn(whole(said.strip()))]
-    moment, about = None, {"name": f"{name} · strength {strength:g}"}
-    with closing(studio.chat(view.id, talked, strength=float(strength), sampling=how)) as moments:
+    talked = [*turns, Turn(whole(said.strip()), strength=strength)]
+    moment = None
+    with closing(studio.chat(view.id, talked, strength=strength, sampling=how)) as moments:
         for moment, due in answering.paced(moments):
             if due:
                 talked = [*talked[:-1], _answered(talked[-1], moment)]
-                yield "", picture(talked, remark(moment), **about), talked
+                yield "", picture(talked, remark(moment), name), talked
     if moment:
         talked = [*talked[:-1], _answered(talked[-1], moment)]
-        yield "", picture(talked, remark(moment), **about), talked
+        yield "", picture(talked, remark(moment), name), talked
 
 
 # ---- plain values out of plain values ----------------------------------------------------------------------------
