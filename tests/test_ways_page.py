@@ -134,21 +134,22 @@ def test_votes_by_keyboard_survive_and_nothing_tells_the_sides_apart(url: str, b
     page.locator("#blind-tokens input").fill("12")
     page.locator("#blind-start").click()
     place, arena = page.locator("#arena .place"), page.locator("#arena")
-    expect(place).to_have_text("Pair 1 of 10", timeout=120_000)
+    expect(place).to_have_text(re.compile(r"^Pair 1 of \d+$"), timeout=120_000)
+    of = place.inner_text().rpartition(" ")[2]  # pairs with equal answers are not asked
     for number, key in enumerate("1234", 2):
         before = arena.inner_text()
         page.keyboard.press(key)
-        expect(place).to_have_text(f"Pair {number} of 10")
+        expect(place).to_have_text(f"Pair {number} of {of}")
         assert arena.inner_text() != before and NAME not in before and "Base model" not in before
-    expect(page.locator("#arena .votes")).to_have_text("2 decided · 1 ties · 1 both bad")
+    expect(page.locator("#arena .votes")).to_contain_text("2 decided · 1 tie · 1 both bad")
     page.locator("#blind-source").get_by_label("Typed").check()
     page.locator("#blind-typed textarea").press("1")
-    expect(place).to_have_text("Pair 5 of 10")
+    expect(place).to_have_text(f"Pair 5 of {of}")
 
     watch.reload(page)
     page.get_by_role("tab", name="3 Compare").click()
     page.get_by_role("tab", name="Blind", exact=True).click()
-    expect(place).to_have_text("Pair 5 of 10", timeout=30_000)
+    expect(place).to_have_text(f"Pair 5 of {of}", timeout=30_000)
     with page.expect_download() as download:
         page.get_by_role("button", name="Download as preference pairs").click()
     pairs = [json.loads(line) for line in Path(download.value.path()).read_text().splitlines()]

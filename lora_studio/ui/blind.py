@@ -164,9 +164,9 @@ def picture(trial: blind.Trial) -> Mapping[str, Any]:
 
 
 def _votes(count: blind.Tally) -> str:
-    """The votes that favour nobody, in words."""
-    said = [f"{count.decided} decided", f"{count.ties} ties", f"{count.bad} both bad"]
-    return " · ".join(said + ([f"{count.same} equal answers, not asked"] if count.same else []))
+    """How many votes of which kind, but not for whom."""
+    said = [f"{count.decided} decided", f"{count.ties} {'tie' if count.ties == 1 else 'ties'}", f"{count.bad} both bad"]
+    return " · ".join(said + ([f"{count.same} with equal answers, not asked"] if count.same else []))
 
 
 def _revealed(trial: blind.Trial, pair: blind.Pair) -> dict[str, Any]:
