@@ -18,9 +18,11 @@ import time
 from bisect import bisect_left
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lora_studio.ballots import Ballots
 from lora_studio.core.spec import VIRTUAL, BaselineSpec, Method
 from lora_studio.data.library import DataLibrary, Dataset, split
 from lora_studio.errors import StudioError, quote
@@ -199,6 +201,7 @@ class Studio:
     def _belong(self, owner: str) -> None:
         self.owner = owner
         self.data = DataLibrary(home(self.root, owner), self.limits)
+        self.ballots = Ballots(home(self.root, owner))
         self._read: tuple[Any, Any] = (None, None)  # the rows looked at last, by their choice
         self._measured: tuple[Any, Any] = (None, None)  # their lengths, by choice, model and task
         self._health: tuple[Any, Any] = (None, None)  # and what is known of them, by that and the split
@@ -554,6 +557,88 @@ class Studio:
             for answers in compare(loaded.lora, loaded.tokenizer, ids, batch, sampling):
                 yield Comparison(names, answers, difference, time.monotonic() - clock, exact)
 
+    def writers(self, runs: Sequence[str]) -> list[Run]:
+        """The runs, each of which writes text. Raises E_RUN_NOT_FOUND, E_NO_TEXT."""
+        views = [self.runs.get(run) for run in runs]
+        for view in views:
+            if view.labels:
+                message = f"{quote(view.name)} chooses among labels and writes no text."
+                raise StudioError("E_NO_TEXT", message, "Under Answers you see the chance of each label.")
+        return views
+
+    def prompts_in(self, path: Path) -> list[Any]:
+        """The prompts of a small file and the answers that it gives for them: prompts.Prompt."""
+        from lora_studio.data.formats import asked
+        from lora_studio.prompts import of_examples
+
+        return of_examples(asked(self.data.glance(path, self.limits.prompts)))
+
+    def answer_prompts(
+        self, sides: Sequence[str], prompts: Sequence[Any], sampling: Any = None
+    ) -> Generator[dict[int, list[str]], None, None]:
+        """What each side, "base" or a run's id, answers to each of prompts.Prompt, all sides in one batch.
+
+        Yields the texts that are finished since the last time, by number of the prompt. All runs must share a base
+        model. Raises E_NO_PROMPT, E_LIMIT, E_CONTEXT, E_NO_TEXT, and as `compare` does.
+        """
+        from lora_studio.generate import Sampling, answer_all
+        from lora_studio.prompts import BASE, check_set
+
+        sampling = check(sampling or Sampling())
+        runs = [side for side in sides if side != BASE]
+        views = self.writers(runs)
+        check_set(prompts, len(sides), sampling.max_new_tokens, self.limits)
+        with self._kept.busy:
+            loaded = self._with_adapters(views)
+            most = self._room(views, loaded) - 1
+            ids = [self._asked_ids(views[0], loaded.tokenizer, prompt.messages) for prompt in prompts]
+            for number, one in enumerate(ids, 1):
+                if len(one) > most:
+                    message = f"Prompt {number:,} is {len(one):,} tokens long, this model reads at most {most:,.0f}."
+                    raise StudioError("E_CONTEXT", message, "Shorten it.")
+            adapters = {run: view.id for run, view in zip(runs, views, strict=True)}
+            rows = [adapters.get(side) for side in sides]
+            yield from answer_all(loaded.lora, loaded.tokenizer, ids, rows, sampling)
+
+    def chat(
+        self, run: str, turns: Sequence[Any], *, strength: float = 1.0, sampling: Any = None
+    ) -> Generator[Any, None, None]:
+        """Base and adapted answers to the newest of chat.Turn, each going on from its own conversation: chat.Moment.
+
+        Oldest turns that do not fit are left out. Raises E_NO_PROMPT, E_LIMIT, E_CONTEXT, and as `compare` does.
+        """
+        from lora_studio.chat import SIDES, Moment, fitting, template_remark
+        from lora_studio.generate import Sampling, answer
+        from lora_studio.prompts import check_set, saying
+
+        sampling, views = check(sampling or Sampling()), self.writers([run])
+        check_set(saying(turns[-1].said), len(SIDES), sampling.max_new_tokens, self.limits)
+        self._check_strength(strength, views)
+        with self._kept.busy:
+            loaded = self._with_adapters(views)
+            room, model = self._room(views, loaded), loaded.lora.model
+            room -= min(sampling.max_new_tokens, room // 2)  # an answer may have half of what the model reads
+            most = self.limits.prompt_characters
+            fitted = [fitting(loaded.tokenizer, turns, side, room, most) for side in SIDES]
+            left_out, remark = (fitted[0][1], fitted[1][1]), template_remark(loaded.tokenizer)
+            with loaded.lora.use(None, {views[0].id: strength}):
+                for answers in answer(model, loaded.tokenizer, [ids for ids, _ in fitted], sampling):
+                    yield Moment(answers, left_out, remark)
+
+    def answer_blind(self, trial: str, sampling: Any = None) -> Generator[None, None, None]:
+        """Write both sides' answers of a blind test, a step at a time; `ballots` has it as it stands."""
+        from lora_studio import blind
+        from lora_studio.prompts import Prompt
+
+        begun = self.ballots.get(trial)
+        try:
+            for found in self.answer_prompts(begun.sides, [Prompt(pair.messages) for pair in begun.pairs], sampling):
+                if found:
+                    self.ballots.change(trial, partial(blind.answered, answers=found))
+                yield
+        finally:
+            self.ballots.change(trial, blind.written)
+
     def evaluate(self, run: str, choice: DataChoice | None = None, limit: int = 200) -> dict[str, Any]:
         """Base against adapted on the run's held-out rows, or on all rows of another dataset; at most `limit`."""
         from lora_studio.evaluate import evaluate
@@ -861,6 +946,29 @@ class Studio:
     def _parameters(self, view: Run) -> int:
         skeleton = self.models.skeleton(view.config.model, labels=len(view.labels))
         return sum(tensor.numel() for tensor in skeleton.parameters())
+
+    def _check_strength(self, strength: float, views: Sequence[Run]) -> None:
+        if not 0 <= strength <= 4:
+            raise StudioError("E_STRENGTH", f"The strength is {quote(strength)}.", "Give a number between 0 and 4.")
+        if strength not in (0, 1) and any(getattr(view.config.method, "kind", "") in VIRTUAL for view in views):
+            message = f"Virtual tokens are there or not; the strength is {quote(strength)}."
+            raise StudioError("E_STRENGTH", message, "Set it to 1, or to 0 for the base model.")
+
+    def _room(self, views: Sequence[Run], loaded: _Loaded) -> int:
+        """Tokens that a prompt and its answer may have together, beside the virtual ones of these runs."""
+        from lora_studio.models import context
+
+        methods = [view.config.method for view in views]
+        virtual = [one.size for one in methods if isinstance(one, BaselineSpec) and one.kind in VIRTUAL]
+        return (context(loaded.lora.model) or sys.maxsize) - max(virtual, default=0)
+
+    def _asked_ids(self, view: Run, tokenizer: Any, messages: Sequence[Any]) -> list[int]:
+        """Messages as the run's training rows began, see `_prompt_ids`."""
+        from lora_studio.data.words import prompt_ids
+
+        if len(messages) > 1:
+            return prompt_ids(tokenizer, messages)
+        return self._prompt_ids(view, tokenizer, messages[0].content)
 
     def _prompt_ids(self, view: Run, tokenizer: Any, prompt: str) -> list[int]:
         """As the run's training rows began: through the chat template, or as raw text for plain text rows."""

@@ -14,6 +14,8 @@ import gradio as gr
 import pytest
 from gradio.components import Component
 
+from lora_studio import blind
+from lora_studio.data.formats import Message
 from lora_studio.limits import LAPTOP
 from lora_studio.owners import home, owner_name
 from lora_studio.runs.config import DataChoice
@@ -24,6 +26,11 @@ from tests.visits import ANN, BOB, ReadyDesk, asking, came, rows, trained
 
 OWN, BRING, OPEN, PLAIN = "somebody's work", "new work for the caller", "the same for all", "only what it is given"
 POLICY = {
+    "answering.begun": PLAIN,
+    "answering.list_several": OWN,
+    "answering.list_sides": OWN,
+    "answering.settled": PLAIN,
+    "answering.show_source": PLAIN,
     "api.add_dataset": BRING,
     "api.compare": OWN,
     "api.compare_runs": OWN,
@@ -32,6 +39,11 @@ POLICY = {
     "api.run_status": OWN,
     "api.start_run": OWN,
     "api.stop_run": OWN,
+    "blind.download": OWN,
+    "blind.resume": OWN,
+    "blind.reveal": OWN,
+    "blind.start": OWN,
+    "blind.vote": OWN,
     "build._cell_to_compare": OWN,
     "build._cell_to_export": OWN,
     "build._cell_to_run": PLAIN,
@@ -42,6 +54,8 @@ POLICY = {
     "build._used": OWN,
     "build.restore": OWN,
     "build.status": OPEN,
+    "chat.forget": PLAIN,
+    "chat.say": OWN,
     "compare_tab.clear": PLAIN,
     "compare_tab.compare": OWN,
     "compare_tab.compare_strengths": OWN,
@@ -83,6 +97,10 @@ POLICY = {
     "live.resume": OWN,
     "live.share": OWN,
     "live.stop": OWN,
+    "prompt_set.answer": OWN,
+    "prompt_set.download": BRING,
+    "prompt_set.open_file": BRING,
+    "prompt_set.show_source": PLAIN,
     "runs_tab.delete": OWN,
     "runs_tab.describe": OWN,
     "runs_tab.poll": OWN,
@@ -102,7 +120,12 @@ POLICY = {
     "train_tab.show_method": PLAIN,
     "train_tab.start": OWN,
 }
-SAME_FOR_OWNER = {"build._used"}  # takes no id, so its answer is compared with that of one who has nothing
+SAME_FOR_OWNER = {
+    "build._used",
+    "blind.resume",
+}  # takes no id, so its answer is compared with that of one who has nothing
+ALONE = {"build._used", "live.restart", "live.delete", "runs_tab.delete"}
+ALONE |= {"blind.download", "blind.resume", "blind.reveal", "blind.vote"}
 SILENT = {"train_tab.settle_task"}  # says only whether rows have labels, and hers have none
 SECRET = "sesame-7f3a"  # in Ann's rows, names, answers and log
 DEFAULTS = {name: setting.default for name, setting in form.SETTINGS.items() if name != "targets"}
@@ -137,7 +160,11 @@ def hers(desk: ReadyDesk, tiny: Path) -> dict[str, Any]:
     kept = studio.data.add_text(rows(SECRET), SECRET)
     choice, study = DataChoice(id=kept.id, name=SECRET), "5" * 32
     runs = [trained(studio, tiny, choice, SECRET, words=SECRET, warning=SECRET, study=study) for _ in range(2)]
+    trial = blind.new(("base", runs[0].id), ("base", SECRET), [(Message("user", SECRET),)] * 4)
+    trial = blind.answered(trial, dict.fromkeys(range(4), (SECRET, SECRET * 2)))
+    studio.ballots.add(blind.voted(trial, 0, "a"))
     return {
+        "trial": trial.id,
         "dataset": kept.id,
         "run": runs[0].id,
         "other": runs[1].id,
@@ -147,10 +174,11 @@ def hers(desk: ReadyDesk, tiny: Path) -> dict[str, Any]:
 
 
 class Event:
-    """As an event of the study's table, or of a chip, comes to a handler."""
+    """As an event of the study's table, of a chip, or of a blind test comes to a handler."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, trial: str) -> None:
         self.run, self.study, self.prompt, self.target_text = run, run, "p", "t"
+        self.trial, self.number, self.vote = trial, 1, "a"
 
 
 def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, Any]:
@@ -173,7 +201,7 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "other": ids["other"],
         "others": [ids["other"]],
         "runs": [ids["run"], ids["other"]],
-        "event": Event(ids["run"]),
+        "event": Event(ids["run"], ids["trial"]),
         "model": str(tiny),
         "text": "a,b\n1,2\n",
         "path": str(at),
@@ -208,6 +236,17 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "steps": 3,
         "batch_size": 2,
         "learning_rate": 0.01,
+        "first": "base",
+        "second": ids["run"],
+        "source": "Typed",
+        "count": 2,
+        "typed": "p",
+        "uploaded": [],
+        "said": "p",
+        "turns": [],
+        "temperature": 0.0,
+        "kind": "csv",
+        "answers": None,
         "dtype": "float32",
         "start": 0,
     }
@@ -250,7 +289,7 @@ def answer(function: Callable, ids: dict[str, Any], who: dict[str, Any], model: 
     except gr.Error as error:
         said = f"error: {error}"
     text = json.dumps(plain(said), default=str)
-    for name in ("dataset", "run", "other", "study"):
+    for name in ("dataset", "run", "other", "study", "trial"):
         text = text.replace(ids[name], name.upper()).replace(ids[name][:8], name)
     return text
 
@@ -260,7 +299,7 @@ def everything(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-MISSING = {"dataset": "0" * 32, "run": "1" * 32, "other": "2" * 32, "study": "3" * 32}
+MISSING = {"trial": "4" * 32, "dataset": "0" * 32, "run": "1" * 32, "other": "2" * 32, "study": "3" * 32}
 
 
 def test_every_function_that_can_be_called_has_a_policy(reachable: dict[str, list[Callable]]) -> None:
@@ -312,10 +351,9 @@ def test_who_owns_it_and_the_operator_get_an_answer(
         for function in reachable[name]:
             for caller in (operator, {"secret": ANN}):
                 parameters = inspect.signature(function).parameters
-                once = ("build._used", "live.restart", "live.delete", "runs_tab.delete")
-                rows_alone = about_rows & parameters.keys() or name in once
+                rows_alone = about_rows & parameters.keys() or name in ALONE
                 if caller is operator and rows_alone:
-                    continue  # an operator sees runs and what they were trained on, but opens nobody's rows
+                    continue  # an operator sees runs and what they were trained on, but opens nobody's rows or votes
                 got, missing = (answer(function, ids, caller, tiny, tmp_path) for ids in (hers, MISSING))
                 assert "E_UNEXPECTED" not in got and "E_VISITOR" not in got, (name, got)
                 if name in SAME_FOR_OWNER:
