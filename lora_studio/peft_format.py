@@ -90,7 +90,7 @@ def load(lora: LoRA, folder: Path, name: str) -> LoraSpec:
     Raises E_ADAPTER_FILES, E_PICKLE, E_TOO_LARGE, E_SAFETENSORS, E_DTYPE, E_PEFT_VARIANT, E_RANK, E_BASE, E_KEYS,
     E_SHAPE and E_NOT_FINITE.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     tensors, about = _read_tensors(folder / WEIGHTS)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     copies: dict[str, torch.Tensor] = {}
@@ -121,7 +121,7 @@ def load(lora: LoRA, folder: Path, name: str) -> LoraSpec:
 
 def portable(folder: Path) -> tuple[bool, str]:
     """Whether vLLM takes the adapter in `folder` too, and why not."""
-    config = _read_config(folder)
+    config = read_config(folder)
     tensors, _ = _read_tensors(folder / WEIGHTS)
     if config.get("use_dora"):
         return False, "It is DoRA, which vLLM does not load."
@@ -365,7 +365,8 @@ def _patterned(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> A
     return default
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json with PEFT's defaults. Raises E_PICKLE, E_ADAPTER_FILES, E_PEFT_VARIANT and E_RANK."""
     if (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file():
         message = f"The adapter is in {PICKLE}, which may run code when it is opened."
         raise StudioError("E_PICKLE", message, f"Save it as {WEIGHTS}, where you trust it.")

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -431,6 +432,32 @@ class Studio:
         config = replace(view.config, name=self._free_name(view.name), train=train, study="")
         return self._of_owner(view).start(config)
 
+    def adopt(self, folder: Path, model: str, name: str = "") -> Run:
+        """Keep an adapter that was made elsewhere, in PEFT's layout, as a run that is done; `model` is its base.
+
+        Only its two files are read, and nothing is stored unless they fit the base. Raises E_TOO_LARGE, E_LIMIT, E_DISK
+        and the codes of peft_format.load.
+        """
+        from lora_studio.adapters import save
+        from lora_studio.adoption import draft, settled, take
+
+        model = self.models.lasting_name(model)
+        with tempfile.TemporaryDirectory(prefix="claimed-", dir=self.root) as own:
+            origin = take(folder, Path(own) / "adapter", self.limits)
+            config = draft(model, name, self.models.tokenizer(model).chat_template)
+            view = Run(id="draft", path=Path(own), config=config, status="done", created=0.0)
+            repo = {"repo": CATALOGUE[model].repo} if model in CATALOGUE else {}
+            facts = {"revision": self.models.revision(model), "origin": origin, **repo}
+            with self._kept.busy:
+                lora = self._with_adapters([view]).lora
+                config = settled(config, lora.specs[view.id], self.limits)
+                values = sum(tensor.numel() for _, part in lora.parts(view.id) for tensor in part.parameters())
+                self.runs.check_free("This adapter needs", 4 * values)
+                save(lora, view.id, Path(own) / "checked", repo.get("repo", model))
+            run = self.runs.create(config, facts, adapter=Path(own) / "checked")
+        self._note("adopt", run.id)
+        return run
+
     def _free_name(self, name: str) -> str:
         """The name with the lowest number behind it that no run has: orders, orders (2); none stays none."""
         stem = re.sub(r" \(\d+\)$", "", name)
@@ -440,8 +467,10 @@ class Studio:
         return next(free for number in itertools.count(2) if (free := f"{stem} ({number})") not in taken)
 
     def heldout(self, run: str, limit: int = 5) -> list[Any]:
-        """The first held-out examples of a run, which it never trained on."""
+        """The first held-out examples of a run, which it never trained on; none of one that was brought along."""
         view = self.runs.get(run)
+        if view.brought:
+            return []
         examples, _ = self._of_owner(view)._examples(view.config.dataset)
         return split(examples, view.config.train.holdout, view.config.train.seed)[1][:limit]
 
@@ -728,9 +757,16 @@ class Studio:
         if view.labels:
             example = Example((said, Message("assistant", view.labels[0])))
             return list(encode_label(tokenizer, example, view.labels, sys.maxsize).tokens.ids)
-        if self._of_owner(view).format(view.config.dataset) == "text":
+        if self._plain_text(view):
             return read_texts(tokenizer, [prompt])[0].ids
         return prompt_ids(tokenizer, [said])
+
+    def _plain_text(self, view: Run) -> bool:
+        """Whether a run's rows are texts without a chat's template; of rows that are gone, it is taken that they are not."""
+        try:
+            return self._of_owner(view).format(view.config.dataset) == "text"
+        except StudioError:
+            return False
 
     def _heldout_ids(self, view: Run, limit: int = 8) -> list[Sequence[int]]:
         """Token ids of the first held-out rows of a run, as training saw them; of any rows when none were held out."""
@@ -781,6 +817,7 @@ def run_as_json(run: Run) -> dict[str, Any]:
         "model": run.config.model,
         "error": dict(run.error) if run.error else None,
         "created": run.created,
+        "brought": run.brought,
         "summary": dict(run.summary),
         "config": asdict(run.config),
     }

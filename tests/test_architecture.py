@@ -30,6 +30,7 @@ HOUSE = [
         "evaluate",
         "inside",
         "charts",
+        "svg",
     ],
     [
         "runs.config",
@@ -37,6 +38,7 @@ HOUSE = [
         "runs.memory",
         "study",
         "export",
+        "adoption",
         "runs.checkpoints",
         "runs.store",
         "runs.executors",
@@ -45,7 +47,7 @@ HOUSE = [
         "runs.spare",
         "runs.worker",
     ],
-    ["studio", "visitors", "door"],
+    ["report", "studio", "visitors", "door"],
     ["cli", "ui"],
 ]
 ORDER = {name: (row, place) for row, names in enumerate(HOUSE) for place, name in enumerate(names)}
