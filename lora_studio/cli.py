@@ -424,6 +424,21 @@ def combine(
 
 
 @app.command()
+def report(
+    run: str,
+    to: Annotated[Path, typer.Option(help="The file to write, such as report.html.")],
+    as_json: Json = False,
+    root: Root = None,
+) -> None:
+    """One HTML file about a run: curves, answers, data, settings. It opens offline, and quotes held-out rows."""
+    studio = Studio(root)
+    file = str(studio.report(studio.runs.get(run).id, to))
+    if as_json:
+        return _print_json({"files": [file]})
+    print(file)
+
+
+@app.command()
 def adopt(
     folder: Annotated[Path, typer.Argument(help="Holds adapter_config.json and adapter_model.safetensors.")],
     model: Model = "starter",

@@ -277,7 +277,7 @@ def _origin(run: Run) -> str:
     """What a run was trained on, or where its adapter comes from."""
     if run.brought:
         named = _plain(run.facts["origin"]["base_model"])
-        return f"Made elsewhere, for a base that its files call `{named}`; its rows and its training are not known here."
+        return f"Made elsewhere, for a base that its files call `{named}`; nothing is known here of its training."
     data = run.config.dataset
     return f"Trained for {run.step} steps on `{_plain(data.name)}` (fingerprint `{data.id}`)."
 

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_studio.core.layout import dimensions, heads, is_adaptable, matrices
-from lora_studio.core.lora import Factors, LoRA
+from lora_studio.core.lora import Factors, LoRA, check_finite
 from lora_studio.core.slot import base_weight
 from lora_studio.core.spec import VARIANTS, LoraSpec
 from lora_studio.errors import StudioError, quote
@@ -117,6 +117,25 @@ def load(lora: LoRA, folder: Path, name: str) -> LoraSpec:
     spec = replace(_spec(config, about, factors), modules_to_save=tuple(saved))
     lora.load_state(name, spec, factors, copies)
     return spec
+
+
+def pairs(folder: Path) -> list[Factors]:
+    """Both factors of every layer as they lie in the file, a fused matrix as one; no base is needed.
+
+    Raises as `load` does for files that are damaged or foreign.
+    """
+    config, (tensors, _) = read_config(folder), _read_tensors(folder / WEIGHTS)
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key.removeprefix(PREFIX))
+        if match and NAMES[match["kind"]] != "magnitude":
+            check_finite(key, tensor)
+            layers.setdefault(match["layer"], {})[NAMES[match["kind"]]] = tensor.float()
+    return [
+        Factors(layer=layer, role="", A=both["A"], B=both["B"], scale=_scale(config, layer, len(both["A"])))
+        for layer, both in layers.items()
+        if both.keys() == {"A", "B"}
+    ]
 
 
 def portable(folder: Path) -> tuple[bool, str]:
@@ -269,12 +288,17 @@ def _factors(
     if rank != len(A):
         message = f"{layer}: the config says rank {rank}, A has {len(A)} rows."
         raise StudioError("E_SHAPE", message, "The two files do not belong together.")
-    alpha = _patterned(config["alpha_pattern"], layer, config["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = _scale(config, layer, rank)
     own = [target for target in matrices(model) if target.name == layer]
     role = own[0].role if len(own) == 1 else ""
     whole = Factors(layer=layer, role=role, A=A, B=B, scale=scale, magnitude=magnitude)
     return _sliced(model, whole, slices, own) or [whole]
+
+
+def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """What the product of a layer's factors is multiplied with."""
+    alpha = _patterned(config["alpha_pattern"], layer, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _sliced(model: Any, whole: Factors, slices: Any, own: Sequence[Any]) -> list[Factors]:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lora_studio.core.spec import VIRTUAL, BaselineSpec, Method
+from lora_studio.core.spec import VIRTUAL, BaselineSpec, LoraSpec, Method
 from lora_studio.data.library import DataLibrary, Dataset, split
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import build, check
@@ -616,6 +616,29 @@ class Studio:
                 done = Exported(files=files, rounding=rounding)
         return replace(done, files=[*done.files, pack(done.files, to, archive_of(to))]) if archive else done
 
+    def report(self, run: str, to: Path | None = None) -> Path:
+        """Write all that is known of a run to one HTML file, which opens offline; without `to`, one for a download.
+
+        It quotes the run's rows, so nobody but the owner gets one. Raises E_EXISTS, E_WRITE.
+        """
+        from lora_studio.export import fresh_download
+        from lora_studio.models import hardware
+        from lora_studio.peft_format import pairs
+        from lora_studio.report import Shown, page, write
+
+        view, data, update = self.runs.get(run), None, []
+        config = view.config
+        with contextlib.suppress(StudioError):  # the rows, or the model that counts their tokens, may be gone
+            seen = self._of_owner(view).inspect(config.dataset, config.model, config.train, config.task)
+            data = seen.as_json()
+        if view.has_adapter and isinstance(config.method, LoraSpec):
+            with contextlib.suppress(StudioError):  # damaged meanwhile, which the tabs that open it say
+                update = pairs(view.path / "adapter")
+        records = self.runs.curve(view.id)
+        shown = Shown(records=records, data=data, update=update, machine=hardware(), now=time.time())
+        to = to.expanduser().resolve() if to else fresh_download(self.exports) / f"report-{view.id[:8]}.html"
+        return write(page(view, shown), to)
+
     def combine(self, runs: Sequence[str], weights: Sequence[float], to: Path, *, rank: int | None = None) -> Exported:
         """Write one LoRA adapter that does what these runs' adapters do together, each with its weight.
 
@@ -762,7 +785,7 @@ class Studio:
         return prompt_ids(tokenizer, [said])
 
     def _plain_text(self, view: Run) -> bool:
-        """Whether a run's rows are texts without a chat's template; of rows that are gone, it is taken that they are not."""
+        """Whether a run's rows are texts that no chat's template frames; of rows that are gone, that is not known."""
         try:
             return self._of_owner(view).format(view.config.dataset) == "text"
         except StudioError:

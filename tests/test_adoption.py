@@ -141,9 +141,7 @@ def test_a_wrong_base_is_refused_by_both_names_and_nothing_is_stored(
         ({"r": 4}, "E_SHAPE"),
     ],
 )
-def test_what_cannot_be_carried_is_named(
-    studio: Studio, tiny: Path, tmp_path: Path, values: dict, code: str
-) -> None:
+def test_what_cannot_be_carried_is_named(studio: Studio, tiny: Path, tmp_path: Path, values: dict, code: str) -> None:
     made_by_peft(tiny, tmp_path / "adapter")
     change(tmp_path / "adapter", **values)
     assert code_of(lambda: studio.adopt(tmp_path / "adapter", str(tiny))) == code

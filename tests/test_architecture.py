@@ -30,7 +30,7 @@ HOUSE = [
         "evaluate",
         "inside",
         "charts",
-        "svg",
+        "drawings",
     ],
     [
         "runs.config",

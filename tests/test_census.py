@@ -24,6 +24,7 @@ from tests.visits import ANN, BOB, ReadyDesk, asking, came, rows, trained
 
 OWN, BRING, OPEN, PLAIN = "somebody's work", "new work for the caller", "the same for all", "only what it is given"
 POLICY = {
+    "adapter_upload.adopt": BRING,
     "api.add_dataset": BRING,
     "api.compare": OWN,
     "api.plan": OWN,
@@ -71,6 +72,7 @@ POLICY = {
     "live.resume": OWN,
     "live.share": OWN,
     "live.stop": OWN,
+    "report_card.hand_out": OWN,
     "study_tab.cost": OWN,
     "study_tab.drop": OWN,
     "study_tab.poll": OWN,
@@ -156,6 +158,7 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "model": str(tiny),
         "text": "a,b\n1,2\n",
         "path": str(at),
+        "files": [str(at)],
         "repo": "no hub id",
         "name": "n",
         "format": "prompt_completion",

@@ -6,7 +6,21 @@ import gradio as gr
 
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
-from lora_studio.ui import api, compare_tab, data_tab, export_tab, inside_tab, live, study_tab, style, train_tab
+from lora_studio.ui import (
+    adapter_upload,
+    api,
+    compare_tab,
+    data_tab,
+    export_tab,
+    fetch,
+    inside_tab,
+    live,
+    report_card,
+    study_tab,
+    style,
+    train_tab,
+)
+from lora_studio.ui.adapter_upload import AdapterUpload
 from lora_studio.ui.boundary import as_toast
 from lora_studio.ui.compare_tab import CompareTab
 from lora_studio.ui.data_tab import DataTab
@@ -57,17 +71,24 @@ def build(desk: Desk) -> gr.Blocks:
                 study = study_tab.build(desk)
             with gr.Tab("3 Compare", id="compare") as compare_page:
                 compare = compare_tab.build()
+                brought = adapter_upload.build(desk.limits)
             with gr.Tab("4 Inside", id="inside") as inside_page:
                 inside = inside_tab.build()
             with gr.Tab("5 Export", id="export") as export_page:
                 export = export_tab.build()
+                report = report_card.build()
+        report_file = fetch.build("report-file")  # outside the tabs, whose parts are there only once they are opened
         _join_data(desk, data, train, tabs)
         _join_settings(desk, page, data, train)
         _join_run(desk, page, data, train, study, compare, tabs)
         _join_study(desk, study, study_page, data, train, compare, export, tabs)
         _join_compare(desk, compare)
+        _join_upload(desk, brought, compare, tabs)
         _join_inside(desk, inside)
         _join_export(desk, export)
+        hand_out = desk.mine(report_card.hand_out)
+        report.click(hand_out, export.run, report_file, show_progress_on=[report], **PRIVATE)
+        train.live.report(hand_out, train.live, report_file, **QUIET)
         compare_page.select(desk.mine(compare_tab.list_runs), compare.run, compare.run, **QUICK)
         listed = inside_page.select(desk.mine(compare_tab.list_runs), inside.run, inside.run, **QUICK)
         listed.then(desk.mine(inside_tab.list_others), [inside.run, inside.other], inside.other, **QUICK)
@@ -224,6 +245,19 @@ def _join_compare(desk: Desk, compare: CompareTab) -> None:
     )
     answering.then(compare_tab.settle, None, buttons, **QUICK)
     compare.stop.click(compare_tab.settle, None, buttons, cancels=[answering], **QUICK)
+
+
+def _join_upload(desk: Desk, brought: AdapterUpload, compare: CompareTab, tabs: gr.Tabs) -> None:
+    brought.go.click(
+        desk.mine(adapter_upload.adopt),
+        [brought.files, brought.model, brought.name],
+        [brought.run, brought.files, brought.done, brought.problem],
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress_on=[brought.go],
+        **PRIVATE,
+    )
+    brought.run.change(desk.mine(_to_compare), brought.run, [tabs, compare.run], **QUICK)
 
 
 def _join_inside(desk: Desk, inside: InsideTab) -> None:

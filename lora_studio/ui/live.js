@@ -282,6 +282,7 @@ $('nav').addEventListener('click', event => {
   if (picked) { props.value = picked; start(); }
 });
 $('.compare').addEventListener('click', () => trigger('compare'));
+$('.report').addEventListener('click', () => trigger('report'));
 $('.controls').addEventListener('click', async event => {
   const pressed = event.target.closest('button'), wanted = pressed?.dataset.ask, whose = run;
   if (!wanted || !may(wanted)) return;
