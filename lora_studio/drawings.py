@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 COLUMNS = 240  # of a curve: more points than these are drawn as the lowest and the highest of each column
-HOVERS = 100  # places of a curve that have a title
+HOVERS = 100  # places of a curve that have a title; as many again where there are dots
 
 Point = tuple[float, float]
 T = TypeVar("T")
@@ -138,7 +138,8 @@ def _drawn(line: Line, points: Sequence[Point]) -> str:
 def _hovers(lines: Sequence[Line], across: str, last: float) -> str:
     """A column for each place that tells the figures that are known there."""
     every = sorted({x for line in lines for x, _ in line.points})
-    steps = sorted({*spread(every, HOVERS), *(x for line in lines if line.dots for x, _ in line.points)})
+    dotted = sorted({x for line in lines if line.dots for x, _ in line.points})
+    steps = sorted({*spread(every, HOVERS), *spread(dotted, HOVERS)})
     borders = [0.0, *((a + b) / 2 for a, b in itertools.pairwise(steps)), last]
     known = [dict(line.points) for line in lines]
     drawn = ""

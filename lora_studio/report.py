@@ -49,7 +49,7 @@ class Shown:
 
 
 def page(run: Run, shown: Shown) -> str:
-    """The whole file."""
+    """The whole file; tokens that somebody wrote are not in it."""
     parts = [
         _head(run, shown),
         _result(run, shown.records),
@@ -63,7 +63,7 @@ def page(run: Run, shown: Shown) -> str:
         _made(run, shown),
     ]
     name = said(run.name or run.id[:8])
-    return (
+    return redacted(
         "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         f"<meta name='generator' content='{MADE_BY}'>"
@@ -88,8 +88,8 @@ def write(text: str, to: Path) -> Path:
 
 
 def said(text: object, most: int = TEXT) -> str:
-    """Somebody's words as text of the page: escaped, without tokens, and not without end."""
-    words = redacted(str(text))
+    """Somebody's words as text of the page: escaped, and not without end."""
+    words = str(text)
     return html.escape(words if len(words) <= most else f"{words[:most]}…")
 
 
