@@ -234,9 +234,10 @@ def _costs(run: Run, records: Sequence[Mapping[str, Any]]) -> str:
     found = {**run.latest, **run.summary}
     memory = ((known.get("memory_bytes") or {}).get("peak"), probe.get("memory_bytes"), found.get("memory_bytes"))
     seconds = known.get("seconds"), probe.get("seconds"), found.get("seconds")
-    rows = [["Memory", *(_of(one, _size) for one in memory)], ["Time", *(_of(one, _duration) for one in seconds)]]
     if not any(memory + seconds):
         return ""
+    rows = [["Memory", *(_of(one, _size) for one in memory)], ["Time", *(_of(one, _duration) for one in seconds)]]
+    rows[1][-1] += f" for {run.step:,} of {run.steps:,} steps" if run.step < run.steps else ""
     return _section("Estimated and measured", _table(["", "Estimated", "Probe step", "The run"], rows))
 
 

@@ -1,4 +1,4 @@
-"""The page in Chromium: a run's report is downloaded, and an adapter made by PEFT is brought, compared and taken away."""
+"""The page in Chromium: a report is downloaded, and an adapter made by PEFT is brought, compared and taken away."""
 
 import re
 from collections.abc import Iterator

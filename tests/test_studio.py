@@ -11,6 +11,7 @@ from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio, default_root
 from tests.tiny import tiny_encoder
+from tests.visits import trained
 
 
 @pytest.fixture
@@ -103,3 +104,10 @@ def test_the_root_is_one_folder_given_by_the_environment(monkeypatch: pytest.Mon
     assert studio.root == default_root() == tmp_path / "here"
     folders = (studio.models.folder, studio.data.folder, studio.runs.folder)
     assert all(folder.is_relative_to(tmp_path / "here") for folder in folders)
+
+
+def test_a_run_whose_rows_are_gone_can_still_be_compared(studio: Studio, rows: DataChoice, tiny: Path) -> None:
+    run = trained(studio, tiny, rows, "orders")
+    studio.data.delete(rows.id)
+    *_, last = studio.compare([run.id], "hello")
+    assert last.answers[0].text != last.answers[1].text
