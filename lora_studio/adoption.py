@@ -28,7 +28,7 @@ def take(folder: Path, to: Path, limits: Limits) -> dict[str, str]:
     Raises E_PICKLE, E_ADAPTER_FILES, E_PEFT_VARIANT, E_RANK and E_TOO_LARGE.
     """
     config = peft_format.read_config(folder)
-    check_size(folder / peft_format.WEIGHTS, limits)
+    _check_size(folder / peft_format.WEIGHTS, limits)
     to.mkdir(parents=True)
     for name in FILES:
         shutil.copyfile(folder / name, to / name)
@@ -39,15 +39,6 @@ def take(folder: Path, to: Path, limits: Limits) -> dict[str, str]:
     with (to / peft_format.WEIGHTS).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"base_model": str(config.get("base_model_name_or_path") or "")[:NAMED_CHARACTERS], "sha256": digest}
-
-
-def check_size(weights: Path, limits: Limits) -> None:
-    """Raise E_TOO_LARGE for a file that is larger than any adapter, or than what one may bring."""
-    peft_format.check_size(weights)
-    size = weights.stat().st_size
-    if size > limits.file_bytes:
-        message = f"{weights.name} has {size / 2**20:,.0f} MB; at most {limits.file_bytes / 2**20:,.0f} are taken."
-        raise StudioError("E_TOO_LARGE", message, "Cut its rank, or run LoRA Studio on a machine of your own.")
 
 
 def draft(model: str, name: str, template: Any) -> RunConfig:
@@ -64,3 +55,12 @@ def settled(config: RunConfig, spec: LoraSpec, limits: Limits) -> RunConfig:
     found = replace(config, method=check(spec), name=config.name or f"{short(spec)}, brought along")
     check_limits(found, limits)
     return found
+
+
+def _check_size(weights: Path, limits: Limits) -> None:
+    """Raise E_TOO_LARGE for a file that is larger than any adapter, or than what one may bring."""
+    peft_format.check_size(weights)
+    size = weights.stat().st_size
+    if size > limits.file_bytes:
+        message = f"{weights.name} has {size / 2**20:,.0f} MB; at most {limits.file_bytes / 2**20:,.0f} are taken."
+        raise StudioError("E_TOO_LARGE", message, "Cut its rank, or run LoRA Studio on a machine of your own.")

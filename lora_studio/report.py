@@ -51,7 +51,7 @@ class Shown:
 def page(run: Run, shown: Shown) -> str:
     """The whole file; tokens that somebody wrote are not in it."""
     parts = [
-        _head(run, shown),
+        _head(run),
         _result(run, shown.records),
         _learned(shown.records),
         _curves(run, shown.records),
@@ -76,13 +76,14 @@ def page(run: Run, shown: Shown) -> str:
 
 def write(text: str, to: Path) -> Path:
     """Write a report to a new file, or over an earlier report. Raises E_EXISTS and E_WRITE."""
+    part = to.with_name(f".{to.name}.part")
     try:
-        if to.exists() and MADE_BY.encode() not in to.open("rb").read(1000):
+        if to.exists() and MADE_BY.encode() not in to.read_bytes()[:1000]:
             raise StudioError("E_EXISTS", f"{quote(str(to))} is there and is no report.", "Give another name.")
-        part = to.with_name(f".{to.name}.part")
         part.write_text(text, encoding="utf-8", errors="replace")
         return part.replace(to)
     except OSError as error:
+        part.unlink(missing_ok=True)
         message = f"{quote(str(to))} cannot be written: {error.strerror}."
         raise StudioError("E_WRITE", message, "Give a file in a folder that is there.") from error
 
@@ -96,7 +97,7 @@ def said(text: object, most: int = TEXT) -> str:
 # ---- sections ----------------------------------------------------------------------------------------------------
 
 
-def _head(run: Run, shown: Shown) -> str:
+def _head(run: Run) -> str:
     config = run.config
     made = "brought along, made elsewhere" if run.brought else config.dataset.name
     line = " · ".join(said(part) for part in (config.model.rstrip("/").rsplit("/", 1)[-1], made, _method(run)) if part)

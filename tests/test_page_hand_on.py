@@ -52,6 +52,7 @@ def test_a_report_is_taken_away_from_both_places(app: tuple[str, Path, str], bro
     assert overflow(page) <= 0
     with page.expect_download(timeout=SLOWLY) as first:
         button.click()
+    expect(button).to_have_text("Report", timeout=SLOWLY)
     page.get_by_role("tab", name="5 Export").click()
     expect(page.locator("#command textarea")).not_to_have_value("", timeout=SLOWLY)
     with page.expect_download(timeout=SLOWLY) as second:

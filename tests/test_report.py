@@ -110,7 +110,7 @@ def test_it_says_all_that_is_known(studio: Studio, run: Run, tiny: Path) -> None
     text = Skeleton(studio.report(run.id).read_text()).text
     choice = run.config.dataset
     wanted = ["orders r2", "lora, rank 2 on attn.q, attn.v", "2 → 1", "held out", "a latte", "Step 4 ✓", choice.id]
-    wanted += ["18 / 2", "instruction" if "instruction" in text else "prompt_completion", "Every setting", "--rank 2"]
+    wanted += ["18 / 2", "prompt_completion", "prompt from “question”", "Every setting", "--rank 2"]
     wanted += ["cpu, base in float32", "transformers", "Held out", "odd", "3 s", "self_attn.q_proj"]
     for words in wanted:
         assert words in text, words
@@ -249,16 +249,15 @@ def browser() -> Iterator[Browser]:
         yield started
 
 
-in_chromium = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"),
-]
+def in_chromium(test: Any) -> Any:
+    missing = f"no browser at {CHROMIUM}: apt-get install chromium"
+    return pytest.mark.browser(pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=missing)(test))
 
 
 @pytest.mark.parametrize(("size", "scheme"), [((1280, 900), "light"), ((390, 844), "dark")])
-@pytest.mark.parametrize("_", [pytest.param(0, marks=in_chromium)])
+@in_chromium
 def test_it_opens_offline_from_a_file_in_silence(
-    studio: Studio, run: Run, browser: Browser, tmp_path: Path, size: tuple[int, int], scheme: Any, _: int
+    studio: Studio, run: Run, browser: Browser, tmp_path: Path, size: tuple[int, int], scheme: Any
 ) -> None:
     file = report.write(page(run, Shown(records=records(studio, run), update=FACTORS)), tmp_path / "report.html")
     context = browser.new_context(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, offline=True)
@@ -279,9 +278,9 @@ def test_it_opens_offline_from_a_file_in_silence(
     context.close()
 
 
-@pytest.mark.parametrize("_", [pytest.param(0, marks=in_chromium)])
+@in_chromium
 def test_payloads_stay_text_and_the_policy_holds_where_they_do_not(
-    studio: Studio, run: Run, browser: Browser, tmp_path: Path, _: int
+    studio: Studio, run: Run, browser: Browser, tmp_path: Path
 ) -> None:
     told = records(studio, run)
     files = [

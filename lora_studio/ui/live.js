@@ -282,7 +282,10 @@ $('nav').addEventListener('click', event => {
   if (picked) { props.value = picked; start(); }
 });
 $('.compare').addEventListener('click', () => trigger('compare'));
-$('.report').addEventListener('click', () => trigger('report'));
+$('.report').addEventListener('click', event => {
+  event.target.textContent = 'Making it';  // report_card.MADE is called when it is there
+  trigger('report');
+});
 $('.controls').addEventListener('click', async event => {
   const pressed = event.target.closest('button'), wanted = pressed?.dataset.ask, whose = run;
   if (!wanted || !may(wanted)) return;

@@ -8,6 +8,7 @@ from lora_studio.ui.desk import Desk
 ABOUT = """<h3>Show it to someone</h3><p class='soft'>One HTML file with everything about this run: curves, answers,
 data, settings, figures. It opens in any browser, offline, and loads nothing. It quotes held-out rows: send it to those
 who may read them.</p>"""
+MADE = "() => { document.querySelector('#live .report').textContent = 'Report'; }"  # in the live view
 
 
 def build() -> gr.Button:
