@@ -93,11 +93,11 @@ def test_an_adapter_is_brought_compared_looked_into_and_taken_away(
 
     files.set_input_files(both)
     expect(page.locator("#adapter-files")).to_contain_text("safetensors", timeout=SLOWLY)
-    page.get_by_label("Name", exact=True).last.fill("from <b>elsewhere</b>")
+    page.locator("#adapter-name").get_by_role("textbox").fill("from <b>elsewhere</b>")
     go.click()
     expect(page.locator("#adopted")).to_contain_text("from <b>elsewhere</b> is among your runs", timeout=SLOWLY)
     expect(page.locator("#compare-run input")).to_have_value(re.compile("from <b>elsewhere</b> · brought along"))
-    page.get_by_label("Prompt", exact=True).fill("hello")
+    page.locator("#prompt").get_by_role("textbox").fill("hello")
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#base-badge")).to_contain_text("max difference 0", timeout=SLOWLY)
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=SLOWLY)
