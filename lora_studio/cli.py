@@ -284,7 +284,7 @@ def runs(as_json: Json = False, root: Root = None) -> None:
     for run in every:
         loss = run.latest.get("heldout_loss")
         figure = f"held-out loss {loss:.3f}" if loss is not None else ""
-        reason = run.error["message"] if run.error else ""
+        reason = run.error["message"] if run.error else "brought along" if run.brought else ""
         print(f"{run.id[:8]}  {run.status:8} {run.step:>5}/{run.steps:<5} {run.name:28} {figure} {reason}")
 
 
@@ -429,6 +429,37 @@ def combine(
     if as_json:
         return _print_json({"files": files})
     print("\n".join(files))
+
+
+@app.command()
+def report(
+    run: str,
+    to: Annotated[Path, typer.Option(help="The file to write, such as report.html.")],
+    as_json: Json = False,
+    root: Root = None,
+) -> None:
+    """One HTML file about a run: curves, answers, data, settings. It opens offline, and quotes held-out rows."""
+    studio = Studio(root)
+    file = str(studio.report(studio.runs.get(run).id, to))
+    if as_json:
+        return _print_json({"files": [file]})
+    print(file)
+
+
+@app.command()
+def adopt(
+    folder: Annotated[Path, typer.Argument(help="Holds adapter_config.json and adapter_model.safetensors.")],
+    model: Model = "starter",
+    name: Annotated[str, typer.Option(help="Shown in the run list.")] = "",
+    as_json: Json = False,
+    root: Root = None,
+) -> None:
+    """Bring an adapter that was made elsewhere, in PEFT's layout, into the run list; --model is its base."""
+    studio = Studio(root)
+    run = studio.adopt(folder, model, name)
+    if as_json:
+        return _print_json(run_as_json(run))
+    print(f"run {run.id}")
 
 
 @app.command()

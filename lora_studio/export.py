@@ -65,8 +65,14 @@ class Rounding:
 
 
 def command_line(run: Run) -> str:
-    """The train command that repeats this run; only what differs from the defaults is spelled out."""
+    """The train command that repeats this run; only what differs from the defaults is spelled out.
+
+    Of a run that was brought along, the command that brings its folder along again.
+    """
     config = run.config
+    if run.brought:
+        folder = ["python", "-m", "lora_studio", "adopt", "FOLDER"]
+        return shlex.join([*folder, "--model", config.model, "--name", config.name])
     titles = {sample.title: name for name, sample in SAMPLES.items()}
     named = config.dataset.name
     data = named if named in SAMPLES else titles.get(named, config.dataset.id)
@@ -255,7 +261,7 @@ def model_card(run: Run, stored: str = "") -> str:
         f"# {_plain(run.name)}",
         f"{_what(config.method, merged=bool(stored))} `{config.model}` (revision "
         f"`{run.facts.get('revision', 'unknown')}`), {_settings(config.method)}.",
-        f"Trained for {run.step} steps on `{_plain(config.dataset.name)}` (fingerprint `{config.dataset.id}`).",
+        _origin(run),
         f"It chooses one of {len(run.labels)} labels: {', '.join(map(_plain, run.labels))}." if run.labels else "",
         stored,
         "" if portable else _opens(config.method, why),
@@ -265,6 +271,15 @@ def model_card(run: Run, stored: str = "") -> str:
     ]
     peft = isinstance(config.method, LoraSpec)
     return _card(lines, library="transformers" if stored else "peft" if peft else None, base=run.facts.get("repo"))
+
+
+def _origin(run: Run) -> str:
+    """What a run was trained on, or where its adapter comes from."""
+    if run.brought:
+        named = _plain(run.facts["origin"]["base_model"])
+        return f"Made elsewhere, for a base that its files call `{named}`; nothing is known here of its training."
+    data = run.config.dataset
+    return f"Trained for {run.step} steps on `{_plain(data.name)}` (fingerprint `{data.id}`)."
 
 
 def smaller_card(run: Run, rank: int) -> str:

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from bisect import bisect_left
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_studio.ballots import Ballots
-from lora_studio.core.spec import VIRTUAL, BaselineSpec, Method
+from lora_studio.core.spec import VIRTUAL, BaselineSpec, LoraSpec, Method
 from lora_studio.data.library import DataLibrary, Dataset, split
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import build, check
@@ -494,6 +495,32 @@ class Studio:
         config = replace(view.config, name=self._free_name(view.name), train=train, study="")
         return self._of_owner(view).start(config)
 
+    def adopt(self, folder: Path, model: str, name: str = "") -> Run:
+        """Keep an adapter that was made elsewhere, in PEFT's layout, as a run that is done; `model` is its base.
+
+        Only its two files are read, and nothing is stored unless they fit the base. Raises E_TOO_LARGE, E_LIMIT, E_DISK
+        and the codes of peft_format.load.
+        """
+        from lora_studio.adapters import save
+        from lora_studio.adoption import draft, settled, take
+
+        model = self.models.lasting_name(model)
+        with tempfile.TemporaryDirectory(prefix="claimed-", dir=self.root) as own:
+            origin = take(folder, Path(own) / "adapter", self.limits)
+            config = draft(model, name, self.models.tokenizer(model).chat_template)
+            view = Run(id="draft", path=Path(own), config=config, status="done", created=0.0)
+            repo = {"repo": CATALOGUE[model].repo} if model in CATALOGUE else {}
+            facts = {"revision": self.models.revision(model), "origin": origin, **repo}
+            with self._kept.busy:
+                lora = self._with_adapters([view]).lora
+                config = settled(config, lora.specs[view.id], self.limits)
+                values = sum(tensor.numel() for _, part in lora.parts(view.id) for tensor in part.parameters())
+                self.runs.check_free("This adapter needs", 4 * values)
+                save(lora, view.id, Path(own) / "checked", repo.get("repo", model))
+            run = self.runs.create(config, facts, adapter=Path(own) / "checked")
+        self._note("adopt", run.id)
+        return run
+
     def _free_name(self, name: str) -> str:
         """The name with the lowest number behind it that no run has: orders, orders (2); none stays none."""
         stem = re.sub(r" \(\d+\)$", "", name)
@@ -503,8 +530,10 @@ class Studio:
         return next(free for number in itertools.count(2) if (free := f"{stem} ({number})") not in taken)
 
     def heldout(self, run: str, limit: int = 5) -> list[Any]:
-        """The first held-out examples of a run, which it never trained on."""
+        """The first held-out examples of a run, which it never trained on; none of one that was brought along."""
         view = self.runs.get(run)
+        if view.brought:
+            return []
         examples, _ = self._of_owner(view)._examples(view.config.dataset)
         return split(examples, view.config.train.holdout, view.config.train.seed)[1][:limit]
 
@@ -774,6 +803,29 @@ class Studio:
                 done = Exported(files=files, rounding=rounding)
         return replace(done, files=[*done.files, pack(done.files, to, archive_of(to))]) if archive else done
 
+    def report(self, run: str, to: Path | None = None) -> Path:
+        """Write all that is known of a run to one HTML file, which opens offline; without `to`, one for a download.
+
+        It quotes the run's rows, so nobody but the owner gets one. Raises E_EXISTS, E_WRITE.
+        """
+        from lora_studio.export import fresh_download
+        from lora_studio.models import hardware
+        from lora_studio.peft_format import pairs
+        from lora_studio.report import Shown, page, write
+
+        view, data, update = self.runs.get(run), None, []
+        config = view.config
+        with contextlib.suppress(StudioError):  # the rows, or the model that counts their tokens, may be gone
+            seen = self._of_owner(view).inspect(config.dataset, config.model, config.train, config.task)
+            data = seen.as_json()
+        if view.has_adapter and isinstance(config.method, LoraSpec):
+            with contextlib.suppress(StudioError):  # damaged meanwhile, which the tabs that open it say
+                update = pairs(view.path / "adapter")
+        records = self.runs.curve(view.id)
+        shown = Shown(records=records, data=data, update=update, machine=hardware(), now=time.time())
+        to = to.expanduser().resolve() if to else fresh_download(self.exports) / f"report-{view.id[:8]}.html"
+        return write(page(view, shown), to)
+
     def combine(self, runs: Sequence[str], weights: Sequence[float], to: Path, *, rank: int | None = None) -> Exported:
         """Write one LoRA adapter that does what these runs' adapters do together, each with its weight.
 
@@ -835,10 +887,7 @@ class Studio:
         """Raise E_DISK where an export and its zip would not fit beside what is to stay free."""
         files = (view.path / "adapter").glob("*")
         needs = 2 * (4 * self._parameters(view) if merged else sum(file.stat().st_size for file in files))
-        free = shutil.disk_usage(self.root).free
-        if free < needs + self.limits.reserve_bytes:
-            message = f"This export needs {needs / 1e6:,.0f} MB on the disk for a while; {free / 1e6:,.0f} MB are free."
-            raise StudioError("E_DISK", message, "Make room, for instance by deleting runs.")
+        self.runs.check_free("This export needs for a while", needs)
 
     def _writes(self, model: str) -> bool:
         """Whether a model can write text; encoders can only choose labels. Raises E_ARCH for one that does neither."""
@@ -980,9 +1029,16 @@ class Studio:
         if view.labels:
             example = Example((said, Message("assistant", view.labels[0])))
             return list(encode_label(tokenizer, example, view.labels, sys.maxsize).tokens.ids)
-        if self._of_owner(view).format(view.config.dataset) == "text":
+        if self._plain_text(view):
             return read_texts(tokenizer, [prompt])[0].ids
         return prompt_ids(tokenizer, [said])
+
+    def _plain_text(self, view: Run) -> bool:
+        """Whether a run's rows are texts that no chat's template frames; of rows that are gone, that is not known."""
+        try:
+            return self._of_owner(view).format(view.config.dataset) == "text"
+        except StudioError:
+            return False
 
     def _heldout_ids(self, view: Run, limit: int = 8) -> list[Sequence[int]]:
         """Token ids of the first held-out rows of a run, as training saw them; of any rows when none were held out."""
@@ -1044,6 +1100,7 @@ def run_as_json(run: Run) -> dict[str, Any]:
         "model": run.config.model,
         "error": dict(run.error) if run.error else None,
         "created": run.created,
+        "brought": run.brought,
         "summary": dict(run.summary),
         "config": asdict(run.config),
     }

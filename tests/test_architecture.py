@@ -35,6 +35,7 @@ HOUSE = [
         "strength",
         "changes",
         "charts",
+        "drawings",
     ],
     [
         "runs.config",
@@ -42,6 +43,7 @@ HOUSE = [
         "runs.memory",
         "study",
         "export",
+        "adoption",
         "runs.checkpoints",
         "runs.store",
         "runs.executors",
@@ -51,7 +53,7 @@ HOUSE = [
         "runs.worker",
         "ballots",
     ],
-    ["studio", "visitors", "door"],
+    ["report", "studio", "visitors", "door"],
     ["cli", "ui"],
 ]
 ORDER = {name: (row, place) for row, names in enumerate(HOUSE) for place, name in enumerate(names)}

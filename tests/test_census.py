@@ -26,6 +26,7 @@ from tests.visits import ANN, BOB, ReadyDesk, asking, came, rows, trained
 
 OWN, BRING, OPEN, PLAIN = "somebody's work", "new work for the caller", "the same for all", "only what it is given"
 POLICY = {
+    "adapter_upload.adopt": BRING,
     "answering.begun": PLAIN,
     "answering.list_several": OWN,
     "answering.list_sides": OWN,
@@ -101,6 +102,7 @@ POLICY = {
     "prompt_set.download": BRING,
     "prompt_set.open_file": BRING,
     "prompt_set.show_source": PLAIN,
+    "report_card.hand_out": OWN,
     "runs_tab.delete": OWN,
     "runs_tab.describe": OWN,
     "runs_tab.poll": OWN,
@@ -205,6 +207,7 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "model": str(tiny),
         "text": "a,b\n1,2\n",
         "path": str(at),
+        "files": [str(at)],
         "repo": "no hub id",
         "name": "n",
         "format": "prompt_completion",

@@ -77,6 +77,11 @@ class Run:
         return self.status in ACTIVE
 
     @property
+    def brought(self) -> bool:
+        """Whether its adapter was made elsewhere (adoption.origin): nothing is known of the training."""
+        return "origin" in self.facts
+
+    @property
     def has_adapter(self) -> bool:
         return self.status != "damaged" and (self.path / "adapter" / "adapter_model.safetensors").is_file()
 

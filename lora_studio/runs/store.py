@@ -267,9 +267,10 @@ class RunStore:
         scoped.owner = owner
         return scoped
 
-    def create(self, config: RunConfig, facts: Mapping[str, Any]) -> Run:
+    def create(self, config: RunConfig, facts: Mapping[str, Any], adapter: Path | None = None) -> Run:
         """A new queued run. `facts` are what was known before launch: model revision, data fingerprint, estimate.
 
+        adapter: a folder under the root with one that was made elsewhere; it is moved, and the run is done.
         It is made aside and renamed, so that it is whole once it is seen. Raises E_DISK.
         """
         run = uuid.uuid4().hex
@@ -277,6 +278,11 @@ class RunStore:
         record = {"created": time.time(), "owner": self.owner or NOBODY, "config": asdict(config), "facts": dict(facts)}
         try:
             fresh.mkdir(parents=True)
+            if adapter:
+                for file in (adapter, *adapter.iterdir()):
+                    disk.sync(file)
+                adapter.rename(fresh / "adapter")
+                write_end(fresh, "done", step=0)
             write_json(fresh / "run.json", record)
             fresh.rename(self.folder / run)
             disk.sync(self.folder)
@@ -307,11 +313,14 @@ class RunStore:
 
     def check_room(self, facts: Mapping[str, Any]) -> None:
         """Raise E_DISK when a run's checkpoints would not fit beside what is to stay free."""
-        needs = 3 * checkpoint_bytes(facts)
+        self.check_free("Checkpoints of this run need", 3 * checkpoint_bytes(facts))
+
+    def check_free(self, what_needs: str, needs: int) -> None:
+        """Raise E_DISK when so many bytes would not fit beside what is to stay free."""
         left, reserve = self._free(needs), self.limits.reserve_bytes
         if left < needs + reserve:
             message = (
-                f"Checkpoints of this run need {disk.megabytes(needs)} and {disk.megabytes(reserve)} are to stay free, "
+                f"{what_needs} {disk.megabytes(needs)} and {disk.megabytes(reserve)} are to stay free, "
                 f"but only {disk.megabytes(left)} of the disk are free."
             )
             raise StudioError("E_DISK", message, "Make room, for instance by deleting runs.")

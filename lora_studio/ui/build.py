@@ -7,6 +7,7 @@ import gradio as gr
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
 from lora_studio.ui import (
+    adapter_upload,
     answering,
     api,
     blind,
@@ -14,14 +15,17 @@ from lora_studio.ui import (
     compare_tab,
     data_tab,
     export_tab,
+    fetch,
     inside_tab,
     live,
     prompt_set,
+    report_card,
     runs_tab,
     study_tab,
     style,
     train_tab,
 )
+from lora_studio.ui.adapter_upload import AdapterUpload
 from lora_studio.ui.blind import Blind
 from lora_studio.ui.boundary import as_toast
 from lora_studio.ui.chat import Chat
@@ -78,6 +82,7 @@ def build(desk: Desk) -> gr.Blocks:
             with gr.Tab("3 Compare", id="compare") as compare_page, gr.Tabs(elem_id="compare-ways"):
                 with gr.Tab("Answers"):
                     compare = compare_tab.build()
+                    brought = adapter_upload.build(desk.limits)
                 with gr.Tab("Prompt set") as set_page:
                     questions = prompt_set.build(desk)
                 with gr.Tab("Chat") as chat_page:
@@ -88,6 +93,8 @@ def build(desk: Desk) -> gr.Blocks:
                 inside = inside_tab.build()
             with gr.Tab("5 Export", id="export") as export_page:
                 export = export_tab.build()
+                report = report_card.build()
+        report_file = fetch.build("report-file")  # outside the tabs, whose parts are there only once they are opened
         _join_data(desk, data, train, tabs)
         _join_settings(desk, page, data, train)
         _join_run(desk, page, data, train, study, compare, tabs)
@@ -97,8 +104,13 @@ def build(desk: Desk) -> gr.Blocks:
         _join_prompt_set(desk, questions, [compare_page.select, set_page.select])
         _join_chat(desk, talk, [compare_page.select, chat_page.select])
         _join_blind(desk, votes, [compare_page.select, blind_page.select])
+        _join_upload(desk, brought, compare, tabs)
         _join_inside(desk, inside)
         _join_export(desk, export)
+        hand_out = desk.mine(report_card.hand_out)
+        report.click(hand_out, export.run, report_file, show_progress_on=[report], **PRIVATE)
+        made = train.live.report(hand_out, train.live, report_file, **QUIET)
+        made.then(None, None, None, js=report_card.MADE, **QUICK)
         seen = compare_page.select(desk.mine(compare_tab.list_runs), compare.run, compare.run, **QUICK)
         seen.then(desk.mine(compare_tab.list_others), [compare.run, compare.others], _beside(compare), **QUICK)
         listed = inside_page.select(desk.mine(compare_tab.list_runs), inside.run, inside.run, **QUICK)
@@ -366,6 +378,19 @@ def _with_stop(triggers: Any, handler: Any, inputs: list[Any], outputs: list[Any
     streaming = begun.then(handler, inputs, outputs, concurrency_id="model", concurrency_limit=1, **QUIET)
     streaming.then(answering.settled, None, buttons, **QUICK)
     return streaming
+
+
+def _join_upload(desk: Desk, brought: AdapterUpload, compare: CompareTab, tabs: gr.Tabs) -> None:
+    brought.go.click(
+        desk.mine(adapter_upload.adopt),
+        [brought.files, brought.model, brought.name],
+        [brought.run, brought.files, brought.done, brought.problem],
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress_on=[brought.go],
+        **PRIVATE,
+    )
+    brought.run.change(desk.mine(_to_compare), brought.run, [tabs, compare.run], **QUICK)
 
 
 def _join_inside(desk: Desk, inside: InsideTab) -> None:

@@ -121,7 +121,7 @@ function figures(news) {
   element.dataset.points = points;
   element.dataset.run = run;
   [own, shared, visitors] = [news.own, news.shared, news.visitors];
-  $('.pace').hidden = $('.tiles').hidden = false;
+  $('.pace').hidden = $('.tiles').hidden = news.brought;  // it has not trained here
   $('.log').hidden = !own;
   $('.state').textContent = WORDS[state] || state;
   $('.state').dataset.state = state;
@@ -227,7 +227,7 @@ function ended(news, active) {
   if (found.best_step) words.push(`best at step ${found.best_step}`);
   if (found.seconds) words.push(duration(found.seconds));
   $('.result').hidden = active || !news.adapter;
-  $('.result span').textContent = words.join(' · ') || 'The best adapter so far is kept';
+  $('.result span').textContent = words.join(' · ') || (news.brought ? 'Made elsewhere and brought along' : 'The best adapter so far is kept');
   const known = { memory_bytes: news.latest.memory_bytes, probe_memory_bytes: probe?.memory_bytes, probe_seconds: probe?.seconds, ...found };
   $('.costs').hidden = active || known.memory_bytes == null;
   if (!$('.costs').hidden) costs(news, known);
@@ -270,6 +270,10 @@ $('nav').addEventListener('click', event => {
   if (picked) { props.value = picked; start(); }
 });
 $('.compare').addEventListener('click', () => trigger('compare'));
+$('.report').addEventListener('click', event => {
+  event.target.textContent = 'Making it';  // report_card.MADE is called when it is there
+  trigger('report');
+});
 $('.controls').addEventListener('click', async event => {
   const pressed = event.target.closest('button'), wanted = pressed?.dataset.ask, whose = run;
   if (!wanted || !may(wanted)) return;

@@ -31,6 +31,7 @@ PLOTLY = Path(importlib.util.find_spec("plotly").origin).parent / "package_data"
 DRAWING = "<script src='plotly.min.js'></script>"  # which the door serves
 POINTS = 4_000  # of a curve in one answer; a longer one is thinned
 LOG_CHARACTERS = 8_000
+BROUGHT = "brought along"  # an adapter that was made elsewhere
 TILES = {
     "step": "Step",
     "train_loss": "Train loss",
@@ -261,6 +262,7 @@ def _news(store: RunStore, view: Run, start: int) -> dict[str, Any]:
         "latest": {name: _rounded(value) for name, value in view.latest.items() if name in TILES},
         "note": redacted(view.note),
         "own": True,
+        "brought": view.brought,
         "shared": view.shared,
         "place": store.position(view.id) if view.status == "queued" else 0,
         "adapter": view.has_adapter,
@@ -306,7 +308,7 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
 def _about(run: Run) -> dict[str, Any]:
     config = run.config
     base = config.model.rstrip("/").rsplit("/", 1)[-1]
-    parts = [base, config.dataset.name, method_in_words(config.method)]
+    parts = [base, BROUGHT if run.brought else config.dataset.name, method_in_words(config.method)]
     if run.labels:
         parts.append(f"{len(run.labels)} labels")
     return {"name": run.name or run.id[:8], "line": " · ".join(parts), "estimate": _estimate(run)}
@@ -344,7 +346,7 @@ def _entry(run: Run) -> dict[str, Any]:
         "step": run.step,
         "steps": run.steps,
         "loss": _rounded(run.summary.get("best_loss")),
-        "reason": (run.error or {}).get("message", ""),
+        "reason": BROUGHT if run.brought else (run.error or {}).get("message", ""),
     }
 
 
@@ -369,5 +371,5 @@ def _number(value: float | None) -> float:
 def run_label(run: Run) -> str:
     """A run in the dropdowns: its name and how it stands."""
     loss = run.summary.get("best_loss")
-    state = f"held-out loss {loss:.3g}" if loss is not None else run.status
+    state = f"held-out loss {loss:.3g}" if loss is not None else BROUGHT if run.brought else run.status
     return f"{run.name or run.id[:8]} · {state}"
