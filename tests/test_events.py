@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from lora_studio.events import (
     EVENTS,
     Ended,
+    Learned,
     Metric,
     Probed,
     Sample,
@@ -27,6 +28,15 @@ ALL = [
     Sample(step=0, index=0, prompt="p\n", text="tö", target="x"),
     Saved(step=1, heldout_loss=None),
     Warned(step=0, code="W", message="m"),
+    Learned(
+        step=3,
+        verdict="learnt",
+        sentence="It learnt.",
+        advice="Go on.",
+        losses={"heldout": [2.0, None]},
+        metric=None,
+        rows=[{"part": "train", "base": "ö\n"}],
+    ),
     Ended(step=3, run="r", status="done"),
 ]
 
