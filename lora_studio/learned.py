@@ -219,7 +219,7 @@ def score(rows: Iterable[Row], name: str) -> Score | None:
 
 
 def _point(name: str, text: str, target: str) -> float:
-    return scored([text], [target], labels=name == "accuracy")[name]
+    return scored([text], [target], labels=False)[name] if name == "rouge_l" else float(text.strip() == target.strip())
 
 
 def wilson(hits: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -227,7 +227,7 @@ def wilson(hits: float, count: int, z: float = 1.96) -> tuple[float, float]:
     share, spread = hits / count, z * z / count
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # sums round
 
 
 def bootstrap(differences: Sequence[float], draws: int = 2_000) -> tuple[float, float]:
