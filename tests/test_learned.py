@@ -85,7 +85,9 @@ losses = st.tuples(st.floats(0.1, 20), st.floats(0, 20))
 
 @PATIENT
 @given(losses, losses, st.sampled_from(["right", "x", "", "other"]), st.randoms())
-def test_the_order_of_rows_says_nothing_and_every_case_has_a_verdict(train: Any, held: Any, text: str, dice: Any) -> None:
+def test_the_order_of_rows_says_nothing_and_every_case_has_a_verdict(
+    train: Any, held: Any, text: str, dice: Any
+) -> None:
     made = rows(train, held, answer=text)
     said = judge(made)
     dice.shuffle(made)
@@ -156,7 +158,9 @@ def test_its_width_is_that_of_the_normal_law_where_rows_are_many() -> None:
 
 
 def test_the_figure_follows_the_answers() -> None:
-    assert fitting(["billing", "returns"] * 20) == "accuracy" and fitting(["a b c d e f g h"], labels=True) == "accuracy"
+    assert (
+        fitting(["billing", "returns"] * 20) == "accuracy" and fitting(["a b c d e f g h"], labels=True) == "accuracy"
+    )
     assert fitting([str(n) for n in range(30)]) == "exact_match"
     assert fitting([json.dumps({"items": ["a b c d e f g h"], "n": n}) for n in range(30)]) == "exact_match"
     assert fitting([f"this is quite a long sentence about the number {n}" for n in range(30)]) == "rouge_l"

@@ -96,8 +96,8 @@ def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """What is new since the caller's last look.
 
     ask: run (id or ""), start (records seen), curve (of CURVES), list (whether runs may have changed), known (their
-    last token), log (whether the log is open). An unknown run has state "missing", none at all has "none". A run that somebody
-    else shares comes as `public` leaves it.
+    last token), log (whether the log is open). An unknown run has state "missing", none at all has "none". A run
+    that somebody else shares comes as `public` leaves it.
     """
     curve = ask.get("curve") if ask.get("curve") in (*CURVES,) else "train_loss"
     said: dict[str, Any] = {"run": ask.get("run") or "", "start": _count(ask.get("start")), "state": "none"}
