@@ -40,8 +40,8 @@ PASSAGES = (
     " the earth turns, most coasts pass through high water twice a day.",
     # directions
     "To get to the museum, leave the station by the south exit and walk along the canal as far as the second"
-    " footbridge. Cross it, turn left at the bakery, and go up the hill past the school. The entrance is behind the tall chestnut"
-    " tree; on Thursdays it is open until eight in the evening, and children come in free.",
+    " footbridge. Cross it, turn left at the bakery, and go up the hill past the school. The entrance is behind"
+    " the tall chestnut tree; on Thursdays it is open until eight in the evening, and children come in free.",
     # a life
     "Maria Anna Keller was born in 1847 as the third daughter of a clockmaker. At sixteen she built her first telescope"
     " from two old lenses, and for thirty years she drew the surface of the moon, night after night, in a garden shed."

@@ -336,8 +336,8 @@ class Attempt:
         rows = []
         with closing(look(job.lora, job.adapter, job.tokenizer, train, kept[:ANSWERED], job.classes)) as moments:
             for rows in moments:  # noqa: B007
-                asked = status == "done" and any(one.asked() for one in self.companions if not one.ended)
-                if asked or time.monotonic() > until:
+                asked = self.terminated or any(one.asked() for one in self.companions if not one.ended)
+                if (asked and status == "done") or time.monotonic() > until:
                     break
         event = told(
             rows,

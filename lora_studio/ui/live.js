@@ -80,7 +80,7 @@ function smooth(values, steps) {  // a running mean that starts unbiased; a shor
   });
 }
 
-function extend(news) {
+function extend(news) {  // the lines by what is new of them; whether anything is
   const [steps, values] = news.train;
   const even = figure === 'learning_rate' ? values : smooth(values, news.steps || 100);
   steps.forEach((step, place) => curve.push([step, values[place], even[place]]));
@@ -89,7 +89,7 @@ function extend(news) {
   if (news.saved.length) [best] = news.saved;
   if (news.steps) extent = [-.015 * news.steps, 1.01 * news.steps];
   $('.forgetting').hidden = figure !== 'train_loss' || !general.size;
-  if (steps.length || news.heldout[0].length || news.general[0].length || news.saved.length) return draw();
+  return steps.length || news.heldout[0].length || news.general[0].length || news.saved.length;
 }
 
 async function draw() {  // once for all lines, however long they are; a zoom stays
@@ -514,22 +514,23 @@ async function take(news) {
     return;
   }
   if (news.whole) forget();
+  seen = news.next;  // and all that is new is taken in before anything is waited for: a click may come meanwhile
   if (news.about) {
     $('.name').textContent = news.about.name;
     $('.line').textContent = news.about.line;
     estimate = news.about.estimate;
   }
-  if (news.train[0].length || news.heldout[0].length) {
-    plot.hidden = $('.switch').hidden = false;
-  }
-  if (!plot.hidden && drawn !== run) await blank();
-  if (drawn === run) await extend(news);
   for (const sample of news.samples) {
     if (!evaluations.has(sample.step)) evaluations.set(sample.step, new Map());
     evaluations.get(sample.step).set(sample.index, sample);
   }
   if (news.learned) learned = news.learned;
-  seen = news.next;
+  if (extend(news)) {
+    plot.hidden = $('.switch').hidden = false;
+    if (drawn !== run) await blank();
+    await draw();
+    if (news.run !== run || news.curve !== figure) return;
+  }
   if (news.samples.length) samples();
   if (news.state !== state) listed = 0;  // the list shows another state, too
   figures(news);
