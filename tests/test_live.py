@@ -54,12 +54,14 @@ def test_the_chart_shows_one_curve_at_a_time_and_only_of_those_there_are(studio:
 def test_an_update_of_a_long_run_is_below_one_kilobyte(studio: Studio) -> None:
     run = put(studio.runs, "long")
     say(run, *(metric(step) for step in range(1, POINTS)))
-    for curve in live.CURVES:
-        seen = live.answer(studio, {"run": run.id, "start": 0, "curve": curve, "list": True})
-        assert len(seen["train"][0]) <= live.POINTS + 2
-        say(run, *(metric(step) for step in range(POINTS, POINTS + 5)))
-        ask = {"run": run.id, "start": seen["next"], "curve": curve, "list": True, "known": seen["token"]}
-        assert len(json.dumps(live.answer(studio, ask))) < 1000
+    with (run.path / "worker.lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for curve in live.CURVES:
+            seen = live.answer(studio, {"run": run.id, "start": 0, "curve": curve, "list": True})
+            assert len(seen["train"][0]) <= live.POINTS + 2
+            say(run, *(metric(step) for step in range(POINTS, POINTS + 5)))
+            ask = {"run": run.id, "start": seen["next"], "curve": curve, "list": True, "known": seen["token"]}
+            assert len(json.dumps(live.answer(studio, ask))) < 1000
 
 
 def test_the_record_comes_once_and_of_a_shared_run_without_rows(studio: Studio, run: Run) -> None:
@@ -186,7 +188,7 @@ def test_a_long_curve_grows_under_a_zoom_that_stays_and_everybody_sees_the_same(
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         watch = Watch(page, url)
         page.goto(f"{url}/?run={run.id}")
-        page.wait_for_function(LAST, arg=POINTS, timeout=60_000)
+        page.wait_for_function(LAST, arg=POINTS, timeout=120_000)
         assert max(page.evaluate(DRAWN)) <= 1500
         node = page.query_selector("#live .plot .main-svg")
         box = page.locator("#live .plot .nsewdrag").first.bounding_box()
@@ -201,23 +203,23 @@ def test_a_long_curve_grows_under_a_zoom_that_stays_and_everybody_sees_the_same(
         page.wait_for_function(
             "count => document.querySelector('#live [data-points]').dataset.points >= count",
             arg=int(page.locator("#live [data-points]").get_attribute("data-points") or 0) + 1,
-            timeout=60_000,
+            timeout=120_000,
         )
         assert span(page) == zoomed and page.evaluate("node => node.isConnected", node)
 
         page.get_by_role("button", name="Gradient norm").click()
-        page.wait_for_function(LAST, arg=POINTS + 5, timeout=60_000)
+        page.wait_for_function(LAST, arg=POINTS + 5, timeout=120_000)
         expect(page.locator("#live .forgetting")).to_be_hidden()
         page.get_by_role("button", name="Loss", exact=True).click()
         page.locator("#live .forgetting").click()
-        expect(page.locator("#live .forgetting")).to_have_attribute("aria-pressed", "true")
+        expect(page.locator("#live .forgetting")).to_have_attribute("aria-pressed", "true", timeout=120_000)
         page.wait_for_function("() => document.querySelector('#live .plot').data[4].visible === true")
 
         other = browser.new_context().new_page()
         other.goto(page.url)
         watch.reload(page)
         for viewer in (page, other):
-            viewer.wait_for_function(LAST, arg=POINTS + 5, timeout=60_000)
+            viewer.wait_for_function(LAST, arg=POINTS + 5, timeout=120_000)
         assert watch.wrong == []
 
 
@@ -232,7 +234,7 @@ def test_the_card_says_what_was_learnt_and_marks_what_changed(
     watch = Watch(page, url)
     page.goto(f"{url}/?run={run.id}&__theme={theme}")
     card = page.locator("#live .result")
-    expect(card.locator(".verdict")).to_have_text("It learnt: the loss went from 2 to 0.1.", timeout=60_000)
+    expect(card.locator(".verdict")).to_have_text("It learnt: the loss went from 2 to 0.1.", timeout=120_000)
     expect(card).to_contain_text("Exact match on 48 held-out rows; 95 % interval 61 % to 85 % (Wilson)")
     expect(card).to_contain_text("It forgot a little: loss on general text 3.00 → 3.10")
     expect(card.locator("summary")).to_have_count(2)

@@ -294,6 +294,7 @@ class Attempt:
     def finish(self, job: Any, status: Status) -> None:
         """End a run that has trained: done or stopped with what it learnt, which must be sound; or paused."""
         job.leave()
+        until = time.monotonic() + LOOK_S  # whoever asked for a stop waits
         if status == "paused":
             return self.end(status)
         if self.step and self.judged != self.step:  # between two evaluations
@@ -308,22 +309,22 @@ class Attempt:
         self._trained = self._spent()
         if (self.path / "adapter").is_dir() and not self.terminated:
             try:
-                self._look(job, status)
+                if status == "done":
+                    until = time.monotonic() + max(LOOK_S, min(LOOK_MOST_S, LOOK_SHARE * self._spent()))
+                self._look(job, status, until)
             except Exception:  # what was learnt is kept, whatever breaks while it is looked at
                 log.exception("what %s has learnt could not be looked at", self.path.name)
         self.end(status)
 
-    def _look(self, job: Any, status: Status) -> None:
-        """Say what the kept adapter has learnt, in time that is bounded; a kill meanwhile leaves a run that has ended.
+    def _look(self, job: Any, status: Status, until: float) -> None:
+        """Say what the kept adapter has learnt, until about this time; a kill meanwhile leaves a run that has ended.
 
-        It ends with what it has when a run of this worker is asked to end; one that was, is looked at for a moment.
+        It ends with what it has when a run of this worker is asked to end.
         """
         from lora_studio.adapters import load
         from lora_studio.learned import ANSWERED, SHOWN, fitting, look, told
         from lora_studio.train import seen_first
 
-        until = time.monotonic()
-        until += LOOK_S if status == "stopped" else max(LOOK_S, min(LOOK_MOST_S, LOOK_SHARE * self._spent()))
         write_end(self.path, status, step=self.step, values=self._summary(), name=OVER)
         if status == "done":
             checkpoints.forget(self.path)
