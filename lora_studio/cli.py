@@ -351,7 +351,9 @@ def evaluate(
     """Base against adapted: loss, perplexity, and exact match, ROUGE-L, BLEU or accuracy."""
     studio = Studio(root)
     choice = _choice(studio, data, "", None) if data else None
-    result = studio.evaluate(studio.runs.get(run).id, choice, limit)
+    id = studio.runs.get(run).id
+    learned = studio.learned(id)
+    result = studio.evaluate(id, choice, limit) | {"learned": learned}
     if as_json:
         return _print_json(result)
     print(f"{result['rows']} rows            base    adapted")
@@ -359,6 +361,8 @@ def evaluate(
         print(f"{name:12} {_figure(base)} {_figure(result['adapted'][name])}")
     if result["capped"]:
         print(f"{result['capped']} answers are longer than what was generated")
+    if learned:
+        print(_sentence(dict(learned)))
 
 
 @app.command()
@@ -546,6 +550,8 @@ def _sentence(event: dict[str, Any]) -> str:
         return f"{step}  saved, the best so far"
     if event["type"] == "Warned":
         return event["message"]
+    if event["type"] == "Learned":
+        return f"{event['sentence']} {event['advice']}"
     return f"{event['status']} at {step}"
 
 

@@ -495,6 +495,20 @@ class Studio:
         config = replace(view.config, name=self._free_name(view.name), train=train, study="")
         return self._of_owner(view).start(config)
 
+    def another_rank(self, run: str, rank: int) -> Run:
+        """Queue the same run with another rank; alpha keeps its ratio to it. Raises E_NOT_LORA, and as `start` does."""
+        view = self.runs.get(run)
+        method = view.config.method
+        if not isinstance(method, LoraSpec):
+            message = f"{quote(view.name)} was trained by the method {method.kind}, which has no rank."
+            raise StudioError("E_NOT_LORA", message, "Choose a run of LoRA.")
+        self._note("another rank of", view.id)
+        old, new = f"r{method.rank}", f"r{rank}"
+        name = " ".join(new if word == old else word for word in view.name.split(" "))
+        name = self._free_name(view.name) if name == view.name else name
+        method = replace(method, rank=rank, alpha=method.alpha / method.rank * rank)
+        return self._of_owner(view).start(replace(view.config, name=name, method=method, study=""))
+
     def adopt(self, folder: Path, model: str, name: str = "") -> Run:
         """Keep an adapter that was made elsewhere, in PEFT's layout, as a run that is done; `model` is its base.
 
@@ -690,6 +704,10 @@ class Studio:
                 labels=kept_by.format(choice) == "text_label",
                 classes=view.labels,
             )
+
+    def learned(self, run: str) -> Mapping[str, Any] | None:
+        """What its worker saw at the end of a run (events.Learned); None where it did not look, or not yet."""
+        return next((one for one in reversed(self.runs.curve(run)) if one["type"] == "Learned"), None)
 
     def inside(self, run: str, other: str | None = None) -> Any:
         """What a run's adapter is made of (inside.Report) and, with `other`, what it has in common with that run's.
@@ -1097,6 +1115,7 @@ def run_as_json(run: Run) -> dict[str, Any]:
         "status": run.status,
         "step": run.step,
         "steps": run.steps,
+        "verdict": run.verdict,
         "model": run.config.model,
         "error": dict(run.error) if run.error else None,
         "created": run.created,

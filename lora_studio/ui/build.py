@@ -97,7 +97,7 @@ def build(desk: Desk) -> gr.Blocks:
         report_file = fetch.build("report-file")  # outside the tabs, whose parts are there only once they are opened
         _join_data(desk, data, train, tabs)
         _join_settings(desk, page, data, train)
-        _join_run(desk, page, data, train, study, compare, tabs)
+        _join_run(desk, page, data, train, study, compare, export, tabs)
         _join_study(desk, study, study_page, data, train, compare, export, tabs)
         _join_runs(desk, runs, data, train, study, compare, tabs)
         _join_compare(desk, compare)
@@ -207,6 +207,7 @@ def _join_run(
     train: TrainTab,
     study: StudyTab,
     compare: CompareTab,
+    export: ExportTab,
     tabs: gr.Tabs,
 ) -> None:
     train.start.click(
@@ -219,6 +220,7 @@ def _join_run(
     )
     to_compare = train.live.compare(desk.mine(_to_compare), train.live, [tabs, compare.run], **QUICK)
     _follow_choice(desk, compare, to_compare)
+    train.live.export(desk.mine(_to_export), train.live, [tabs, export.run], **QUICK)
 
     opened = [data.choice, data.correction, data.format, *data.slots, data.row]
 
@@ -483,12 +485,16 @@ def _to_compare(desk: Desk, run: str) -> tuple[Any, Any]:
     return gr.Tabs(selected="compare"), compare_tab.list_runs(desk, run)
 
 
+def _to_export(desk: Desk, run: str) -> tuple[Any, Any]:
+    return gr.Tabs(selected="export"), compare_tab.list_runs(desk, run)
+
+
 def _cell_to_compare(desk: Desk, event: gr.EventData) -> tuple[Any, Any]:
     return _to_compare(desk, str(event.run))
 
 
 def _cell_to_export(desk: Desk, event: gr.EventData) -> tuple[Any, Any]:
-    return gr.Tabs(selected="export"), compare_tab.list_runs(desk, str(event.run))
+    return _to_export(desk, str(event.run))
 
 
 def _to_study(event: gr.EventData) -> tuple[Any, str]:
