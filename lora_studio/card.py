@@ -49,12 +49,13 @@ TRANSFORMERS = """from transformers import AutoModelFor{kind}, AutoTokenizer
 
 model = AutoModelFor{kind}.from_pretrained("{folder}")  # the unpacked merged model
 tokenizer = AutoTokenizer.from_pretrained("{folder}")"""
-OLLAMA = """cd {folder}  # the unpacked merged model, with its Modelfile
+OLLAMA = """cd {folder}  # an unpacked export, with its Modelfile; its first lines say what else it needs
 ollama create {name} -f Modelfile
 ollama run {name}"""
 GGUF = """# in a checkout of llama.cpp, after pip install -r requirements.txt
-python convert_hf_to_gguf.py {merged} --outtype bf16 --outfile {name}.gguf
-python convert_lora_to_gguf.py {adapter} --base {base} --outfile {name}-lora.gguf"""
+python convert_hf_to_gguf.py {folder} --outtype bf16 --outfile {name}.gguf"""
+GGUF_ADAPTER = """# in a checkout of llama.cpp, after pip install -r requirements.txt
+{fetch}python convert_lora_to_gguf.py {folder} --base {base} --outfile {name}-lora.gguf"""
 ANSWER = """prompt = {prompt}
 ids = tokenizer(prompt, add_special_tokens={around}, return_tensors="pt").to(model.device)
 answer = model.generate(**ids, max_new_tokens=128, do_sample=False)
@@ -137,18 +138,17 @@ def loading_merged(run: Run) -> str:
     return TRANSFORMERS.format(kind=_kind(run), folder=folder_of(run, merged=True))
 
 
-def in_ollama(run: Run) -> str:
-    """The commands that make an Ollama model of the merged one; empty for a classifier, which Ollama does not run."""
-    return "" if run.labels else OLLAMA.format(folder=folder_of(run, merged=True), name=f"mine-{run.id[:8]}")
+def in_ollama(run: Run, *, merged: bool) -> str:
+    """The commands that make an Ollama model of an export; empty for a classifier, which Ollama does not run."""
+    return "" if run.labels else OLLAMA.format(folder=folder_of(run, merged=merged), name=f"mine-{run.id[:8]}")
 
 
-def in_gguf(run: Run) -> str:
-    """llama.cpp's own converters, for programs that want GGUF; empty for a classifier."""
-    if run.labels:
-        return ""
-    name, merged = f"mine-{run.id[:8]}", folder_of(run, merged=True)
-    lines = GGUF.format(merged=merged, adapter=folder_of(run), base=BASE_FOLDER, name=name)
-    return lines if isinstance(run.config.method, LoraSpec) else lines.rpartition("\n")[0]
+def in_gguf(run: Run, *, merged: bool) -> str:
+    """The commands with which llama.cpp turns an export into GGUF; empty for a classifier."""
+    names = {"name": f"mine-{run.id[:8]}", "folder": folder_of(run, merged=merged)}
+    fetch, base = _base_folder(run)
+    lines = GGUF if merged else GGUF_ADAPTER
+    return "" if run.labels else lines.format(**names, fetch=f"{fetch}\n" if fetch else "", base=base)
 
 
 def folder_of(run: Run, *, merged: bool = False) -> str:
@@ -165,14 +165,18 @@ def modelfile_source(run: Run, *, merged: bool) -> list[str]:
     """The first lines of a Modelfile: what it is for, and where the weights are."""
     if merged:
         return ["# Beside the weights: ollama create NAME -f Modelfile", "FROM ."]
-    revision = str(run.facts.get("revision", ""))
+    fetch, base = _base_folder(run)
+    said = "# Ollama takes adapters of Llama, Mistral and Gemma models so; others as GGUF, or merged."
+    return [*([f"# First the base: {fetch}"] if fetch else []), said, f"FROM {base}", "ADAPTER ."]
+
+
+def _base_folder(run: Run) -> tuple[str, str]:
+    """The command that fetches the base model, where others can, and the folder it then lies in."""
+    base, revision = base_of(run), str(run.facts.get("revision", ""))
+    if not is_hub_id(base):
+        return "", base
     at = f" --revision {revision}" if COMMIT.fullmatch(revision) else ""
-    return [
-        f"# First the base: hf download {base_of(run)}{at} --local-dir {BASE_FOLDER}",
-        "# Ollama takes adapters of Llama, Mistral and Gemma models so; others as GGUF, or merged.",
-        f"FROM {BASE_FOLDER}",
-        "ADAPTER .",
-    ]
+    return f"hf download {base}{at} --local-dir {BASE_FOLDER}", BASE_FOLDER
 
 
 def _kind(run: Run) -> str:
@@ -181,13 +185,13 @@ def _kind(run: Run) -> str:
 
 def _ways(run: Run, merged: bool) -> dict[str, tuple[str, str]]:
     """How a card says that it is loaded: program -> code, language."""
-    if merged:
-        ways = {"With transformers": (loading_merged(run), "python"), "In Ollama": (in_ollama(run), "sh")}
-    else:
-        peft = isinstance(run.config.method, LoraSpec)
-        ways = {"With PEFT" if peft else "In LoRA Studio": (loading(run), "python")}
-    if merged or isinstance(run.config.method, LoraSpec):
-        ways["As GGUF, with llama.cpp"] = in_gguf(run), "sh"
+    if not merged and not isinstance(run.config.method, LoraSpec):
+        return {"In LoRA Studio": (loading(run), "python")}
+    ways = {
+        "With transformers" if merged else "With PEFT": (loading_merged(run) if merged else loading(run), "python"),
+        "In Ollama": (in_ollama(run, merged=merged), "sh"),
+        "As GGUF, with llama.cpp": (in_gguf(run, merged=merged), "sh"),
+    }
     return {name: way for name, way in ways.items() if way[0]}
 
 
@@ -201,10 +205,12 @@ def model_card(run: Run, stored: str = "", proof: Proof | None = None, more: Bac
     """
     config, more, merged = run.config, more or Background(), bool(stored)
     portable, why = (True, "") if merged else adapters.portable(run.path / "adapter")
-    rows = f" {more.rows[0]:,} rows were trained on, {more.rows[1]:,} held out." if more.rows else ""
+    rows = (
+        f" {more.rows[0]:,} rows were trained on; held-out figures are of {more.rows[1]:,} others." if more.rows else ""
+    )
     lines = [
         f"# {_plain(run.name)}",
-        f"{_what(config.method, merged=merged)} `{config.model}` (revision "
+        f"{_what(config.method, merged=merged)} `{base_of(run)}` (revision "
         f"`{run.facts.get('revision', 'unknown')}`), {_settings(config.method)}.",
         f"Trained for {run.step} steps on `{_plain(config.dataset.name)}` (fingerprint `{config.dataset.id}`).{rows}",
         f"It chooses one of {len(run.labels)} labels: {', '.join(map(_plain, run.labels))}." if run.labels else "",

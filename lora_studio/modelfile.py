@@ -60,7 +60,8 @@ def turns_of(tokenizer: Any) -> Turns | None:
 def _sayable(turns: Turns) -> bool:
     """Whether the frames hold nothing that a Modelfile would read as its own."""
     parts = (*(part for frame in turns.frames.values() for part in frame), turns.reply, turns.system)
-    return not any(mark in part for part in parts for mark in ("{{", "}}", '"""'))
+    quoted = turns.reply.endswith('"') or turns.system.strip('"') != turns.system
+    return not quoted and not any(mark in part for part in parts for mark in ("{", "}", '"""'))
 
 
 def _rendered(tokenizer: Any, conversations: Sequence[Any], *, reply: bool = True) -> list[str]:

@@ -4,6 +4,7 @@ The token lives in the arguments of `push` and in the client it makes; it is wri
 a client says of a request.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from lora_studio.card import TAG
 from lora_studio.errors import StudioError, quote, redacted
 from lora_studio.export import SORTS
 from lora_studio.hub import is_repo_name
+
+log = logging.getLogger(__name__)
 
 TOKEN = re.compile(r"[!-~]{8,4096}")  # what may stand in a header
 ALWAYS_THERE = {".gitattributes"}
@@ -71,11 +74,13 @@ def _named_errors(repo: str) -> Iterator[None]:
         raise
     except HfHubHTTPError as error:
         raise _refusal(repo, error.response.status_code, error.server_message or "") from None
-    except (HTTPError, OSError):
+    except (HTTPError, OSError) as error:
+        log.warning("the Hub did not answer: %s", type(error).__name__)
         raise offline from None
     except (RuntimeError, ValueError) as error:  # of one file of several; of the metadata that the Hub checks
         if isinstance(error.__cause__, HfHubHTTPError):
             raise _refusal(repo, error.__cause__.response.status_code, str(error.__cause__.server_message)) from None
+        log.warning("the upload failed: %s", type(error).__name__)
         raise offline from None
 
 

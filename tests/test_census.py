@@ -58,6 +58,7 @@ POLICY = {
     "data_tab.turn": OWN,
     "export_tab.describe": OWN,
     "export_tab.pack": OWN,
+    "export_tab.push": OWN,
     "inside_tab.close": PLAIN,
     "inside_tab.list_others": OWN,
     "inside_tab.look": OWN,
@@ -187,6 +188,10 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "learning_rate": 0.01,
         "dtype": "float32",
         "start": 0,
+        "what": "The adapter",
+        "private": True,
+        "token": "",
+        "account": None,
     }
 
 
