@@ -644,7 +644,8 @@ class Studio:
     ) -> Pushed:
         """Export a run and upload just these files to the Hugging Face Hub.
 
-        The token is used here and kept nowhere. Raises as `export` and push.push do.
+        The token is used here and kept nowhere. Raises E_PROOF for files whose proof fails, and as `export` and
+        push.push do.
         """
         from lora_studio.export import fresh_download
         from lora_studio.push import check_target, push
@@ -655,11 +656,12 @@ class Studio:
         folder = fresh_download(self.exports)
         try:
             done = self.export(view.id, folder, merged=merged, dtype=dtype)
+            if done.proof.verdict == "failed":
+                raise StudioError("E_PROOF", done.proof.sentence, "Nothing was uploaded. Try another dtype.")
             title = f"{'Merged model' if merged else 'Adapter'} of run {view.id[:8]}, from LoRA Studio"
             address = push(done.files, folder, repo, token, private=private, title=title)
-            return Pushed(
-                address=address, files=[file.relative_to(folder).as_posix() for file in done.files], proof=done.proof
-            )
+            files = [file.relative_to(folder).as_posix() for file in done.files]
+            return Pushed(address=address, files=files, proof=done.proof)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -770,14 +772,16 @@ class Studio:
             return read_texts(tokenizer, [prompt])[0].ids
         return prompt_ids(tokenizer, [said])
 
-    def _heldout_rows(self, view: Run, limit: int = 8) -> list[Any]:
+    def _heldout_rows(self, view: Run) -> list[Any]:
         """The first held-out rows of a run as training saw them (core.lean.Tokens); any rows when none were held out.
 
-        None where they are gone, or the tokenizer is: the export is worth more than its proof.
+        No row where they are gone, or the tokenizer is: the export is worth more than its proof.
         """
+        from lora_studio.proof import ROWS
+
         try:
             rows = self._of_owner(view)._examples
-            return self._tokens(view, self.heldout(view.id, limit) or rows(view.config.dataset)[0][:limit])
+            return self._tokens(view, self.heldout(view.id, ROWS) or rows(view.config.dataset)[0][:ROWS])
         except StudioError as error:
             log.warning("no held-out rows to measure on: %s", error)
             return []

