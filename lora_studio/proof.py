@@ -16,9 +16,10 @@ from lora_studio.settings import Sampling
 
 ROWS, TOKENS = 5, 256  # what is looked at: rows, and so many of the first tokens of each
 PROMPTS, ANSWER_TOKENS = 3, 32
-# The most that logits may be apart, as a share of the largest logit. An adapter, or a sum in float32, is what it was
-# but for the order of sums; bfloat16 keeps 8 bits of each weight, float16 11, and every layer adds its rounding.
-TOLERANCES = {"adapter": 0.0, "float32": 1e-4, "float16": 1e-2, "bfloat16": 8e-2}
+# The most that logits may be apart, as a share of the largest logit. An adapter is what it was; a sum in float32 differs
+# by the order of sums. bfloat16 keeps 8 bits of each weight and float16 11: 0.006 was measured for bfloat16 on the
+# starter, and four times that is allowed.
+TOLERANCES = {"adapter": 0.0, "float32": 1e-4, "float16": 3e-3, "bfloat16": 2.5e-2}
 
 
 @dataclass(frozen=True)

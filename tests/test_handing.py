@@ -46,8 +46,8 @@ def test_an_adapter_is_downloaded_with_its_proof_and_pushed_without_leaving_the_
             page.get_by_role("tab", name="5 Export").click()
             page.locator("#export-run input").click()
             page.get_by_role("option").first.click()
-            expect(page.locator("#portable .badge")).to_contain_text("portable", timeout=60_000)
-            with page.expect_download(timeout=120_000) as download:
+            expect(page.locator("#portable .badge")).to_contain_text("portable", timeout=240_000)
+            with page.expect_download(timeout=240_000) as download:
                 page.get_by_role("button", name="Download the adapter").click()
             assert download.value.suggested_filename == f"adapter-{run.id[:8]}.zip"
             expect(page.locator("#export-proof")).to_contain_text("proof passed")
@@ -58,15 +58,15 @@ def test_an_adapter_is_downloaded_with_its_proof_and_pushed_without_leaving_the_
             )
 
             page.get_by_role("button", name="Upload to the Hub").click()
-            expect(page.locator("#push-problem")).to_contain_text("E_HUB_NAME", timeout=60_000)
+            expect(page.locator("#push-problem")).to_contain_text("E_HUB_NAME", timeout=240_000)
             page.get_by_label("Name", exact=True).last.fill("cafe-orders")
             page.get_by_label("Access token").fill(f"{CANARY}x")
             page.get_by_role("button", name="Upload to the Hub").click()
-            expect(page.locator("#push-problem")).to_contain_text("E_HUB_TOKEN", timeout=120_000)
+            expect(page.locator("#push-problem")).to_contain_text("E_HUB_TOKEN", timeout=240_000)
             page.get_by_label("Access token").fill(CANARY)
             page.get_by_role("button", name="Upload to the Hub").click()
             expect(page.locator("#pushed a")).to_have_attribute(
-                "href", f"{hub.endpoint}/ann/cafe-orders", timeout=120_000
+                "href", f"{hub.endpoint}/ann/cafe-orders", timeout=240_000
             )
             expect(page.get_by_label("Access token")).to_have_value("")
             expect(page.locator("#push-problem .problem")).to_have_count(0)
@@ -80,7 +80,7 @@ def test_an_adapter_is_downloaded_with_its_proof_and_pushed_without_leaving_the_
             phone.get_by_role("tab", name="5 Export").click()
             phone.locator("#export-run input").click()
             phone.get_by_role("option").first.click()
-            expect(phone.locator("#command textarea")).to_have_value(re.compile("."), timeout=60_000)
+            expect(phone.locator("#command textarea")).to_have_value(re.compile("."), timeout=240_000)
             assert overflow(phone) <= 0
             shoot(phone, "export_dark_phone")
             assert watch.wrong == []
