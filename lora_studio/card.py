@@ -206,7 +206,7 @@ def model_card(run: Run, stored: str = "", proof: Proof | None = None, more: Bac
     config, more, merged = run.config, more or Background(), bool(stored)
     portable, why = (True, "") if merged else adapters.portable(run.path / "adapter")
     rows = (
-        f" {more.rows[0]:,} rows were trained on; held-out figures are of {more.rows[1]:,} others." if more.rows else ""
+        f" {more.rows[0]:,} rows were trained on; held-out figures are of {more.rows[1]:,} more." if more.rows else ""
     )
     lines = [
         f"# {_plain(run.name)}",

@@ -67,8 +67,9 @@ class Proof:
             return f"Not proven: the saved files could not be compared. {self.problem}"
         if not self.rows:
             return "Not proven: the rows of this run are gone, so there is nothing to compare on."
+        rows = f"{self.rows} row{'s' if self.rows > 1 else ''}"
         said = (
-            f"The saved files were loaded again and compared with the model in memory on {self.rows} rows: logits"
+            f"The saved files were loaded again and compared with the model in memory on {rows}: logits"
             f" differ by {self.largest:.2g} at most and {self.mean:.2g} on average (allowed: {self.tolerance:.2g}),"
             f" and {self.same} of {self.answers} greedy answers are the same, computed in {self.computed_in}."
         )

@@ -135,7 +135,7 @@ def test_the_card_shows_the_curve_the_rows_and_the_prompt_that_it_can_be_asked_w
     studio.export(run.id, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| Step | Held-out loss |\n| --- | --- |\n| 0 | 2 |\n| 2 | 1.25 |\n| 3 | 1 |" in card
-    assert "3 rows were trained on; held-out figures are of 1 others." in card and "| Rank | `8` |" in card
+    assert "3 rows were trained on; held-out figures are of 1 more." in card and "| Rank | `8` |" in card
     (example,) = studio.heldout(run.id)
     said = f"<|user|>{example.prompt[0].content}<|end|>\n<|assistant|>"
     assert f"```text\n{said}\n```" in card

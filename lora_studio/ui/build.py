@@ -72,7 +72,8 @@ def build(desk: Desk) -> gr.Blocks:
         listed = inside_page.select(desk.mine(compare_tab.list_runs), inside.run, inside.run, **QUICK)
         listed.then(desk.mine(inside_tab.list_others), [inside.run, inside.other], inside.other, **QUICK)
         export_page.select(desk.mine(compare_tab.list_runs), export.run, export.run, **QUICK)
-        export_page.select(None, None, None, js=export_tab.NAME_BOXES, **QUICK)
+        for drawn in (export_page, *export.ways):  # its boxes are there only once a tab has been opened
+            drawn.select(None, None, None, js=export_tab.NAME_BOXES, **QUICK)
     return page
 
 

@@ -42,6 +42,7 @@ class ExportTab:
     loading_merged: gr.Textbox
     ollama: gr.Textbox
     gguf: gr.Textbox
+    ways: list[gr.Tab]
     command: gr.Textbox
     what: gr.Radio
     repo: gr.Textbox
@@ -84,13 +85,13 @@ def build() -> ExportTab:
             with gr.Column(elem_classes="card"):
                 gr.HTML("<h3>Use it elsewhere</h3>", apply_default_css=False)
                 with gr.Tabs():
-                    with gr.Tab("PEFT"):
+                    with gr.Tab("PEFT") as peft:
                         loading = _copyable("Load the adapter in Python", "loading", 5)
-                    with gr.Tab("transformers"):
+                    with gr.Tab("transformers") as transformers:
                         loading_merged = _copyable("Load the merged model in Python", "loading-merged", 4)
-                    with gr.Tab("Ollama"):
+                    with gr.Tab("Ollama") as in_ollama:
                         ollama = _copyable("Run the merged model in Ollama", "ollama", 3)
-                    with gr.Tab("llama.cpp"):
+                    with gr.Tab("llama.cpp") as in_llama:
                         gguf = _copyable("Make a GGUF file of the merged model", "gguf", 2)
                 command = _copyable("The command that repeats this run", "command", 2)
             with gr.Column(elem_classes="card"):
@@ -124,6 +125,7 @@ def build() -> ExportTab:
         loading_merged=loading_merged,
         ollama=ollama,
         gguf=gguf,
+        ways=[peft, transformers, in_ollama, in_llama],
         command=command,
         what=what,
         repo=repo,
