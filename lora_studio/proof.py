@@ -16,9 +16,9 @@ from lora_studio.settings import Sampling
 
 ROWS, TOKENS = 5, 256  # what is looked at: rows, and so many of the first tokens of each
 PROMPTS, ANSWER_TOKENS = 3, 32
-# The most that logits may be apart, as a share of the largest logit. An adapter is what it was; a sum in float32 differs
-# by the order of sums. bfloat16 keeps 8 bits of each weight and float16 11: 0.006 was measured for bfloat16 on the
-# starter, and four times that is allowed.
+# The most that logits may be apart, as a share of the largest. An adapter is what it was; a sum in float32 differs by
+# the order of sums; bfloat16 keeps 8 bits of each weight and float16 11. The starter in bfloat16 showed 0.006: four
+# times that is allowed.
 TOLERANCES = {"adapter": 0.0, "float32": 1e-4, "float16": 3e-3, "bfloat16": 2.5e-2}
 
 
