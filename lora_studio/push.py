@@ -65,7 +65,7 @@ def push(files: Sequence[Path], folder: Path, repo: str, token: str, *, private:
 @contextmanager
 def _named_errors(repo: str) -> Iterator[None]:
     """What goes wrong with the Hub in words of ours. The client's own error is left behind with all that it knows."""
-    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError  # pyright: ignore[reportPrivateImportUsage]
 
     offline = StudioError("E_HUB_OFFLINE", "The Hub does not answer.", "Try again when it can be reached.")
     try:
