@@ -407,10 +407,12 @@ def export(
     done = studio.export(studio.runs.get(run).id, to, merged=merged, archive=archive, dtype=dtype)
     files = [str(path) for path in done.files]
     if as_json:
-        return _print_json({"files": files} | ({"rounding": done.rounding.as_json()} if done.rounding else {}))
+        rounding = {"rounding": done.rounding.as_json()} if done.rounding else {}
+        return _print_json({"files": files, "proof": done.proof.as_json(), **rounding})
     print("\n".join(files))
     if done.rounding:
         print(done.rounding.sentence)
+    print(f"Proof {done.proof.verdict}. {done.proof.sentence}")
 
 
 @app.command()

@@ -15,12 +15,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from lora_studio.card import command_line
 from lora_studio.core import analysis
 from lora_studio.core.lora import Factors
 from lora_studio.core.spec import BASELINES, BaselineSpec
 from lora_studio.drawings import Line, bars, curve, figure, heat, smooth, spread
 from lora_studio.errors import StudioError, quote, redacted
-from lora_studio.export import command_line
 from lora_studio.fields import knobs
 from lora_studio.runs.config import Run
 

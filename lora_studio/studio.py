@@ -6,6 +6,7 @@ comparing. Everything durable lies under `root`; two Studios on one root see the
 
 import contextlib
 import copy
+import functools
 import itertools
 import logging
 import math
@@ -110,10 +111,21 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """The files of an export and, for a merged model, what rounding changed (export.Rounding)."""
+    """The files of an export, whether they do what the run's model does (proof.Proof) and, of a merged model, what
+    rounding changed (export.Rounding)."""
 
     files: list[Path]
+    proof: Any = None
     rounding: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """What was uploaded, where it is, and its proof."""
+
+    address: str
+    files: list[str]
+    proof: Any
 
 
 @dataclass(frozen=True)
@@ -808,17 +820,19 @@ class Studio:
             raise StudioError("E_DTYPE", f"There is no dtype {quote(dtype)}.", f"Give one of {', '.join(DTYPES)}.")
         view, to = self.runs.get(run), to.expanduser().resolve()
         check_folder(to, sort_of(view, merged=merged), archive=archive)
+        rows, more = self._heldout_rows(view), self._background(view)
         if not merged:
-            done = Exported(files=export_adapter(view, to))
+            prove = functools.partial(self._prove, view, rows)
+            files, proof = export_adapter(view, to, self._tokenizer(view), prove, more)
+            done = Exported(files=files, proof=proof)
         else:
-            rows = self._heldout_ids(view)
             with self._kept.busy:
                 usual = self._precision(view)
                 loaded = self._with_adapters([view], self._exact(view))
-                files, rounding = export_merged(
-                    view, loaded.lora, view.id, loaded.tokenizer, to, dtype=dtype or usual, rows=rows
+                files, rounding, proof = export_merged(
+                    view, loaded.lora, loaded.tokenizer, to, dtype=dtype or usual, rows=rows, more=more
                 )
-                done = Exported(files=files, rounding=rounding)
+                done = Exported(files=files, proof=proof, rounding=rounding)
         return replace(done, files=[*done.files, pack(done.files, to, archive_of(to))]) if archive else done
 
     def report(self, run: str, to: Path | None = None) -> Path:
@@ -882,6 +896,32 @@ class Studio:
             return replace(done, files=done.files[-1:])
         finally:
             shutil.rmtree(unpacked, ignore_errors=True)
+
+    def push(
+        self, run: str, repo: str, token: str, *, merged: bool = False, dtype: str = "", private: bool = True
+    ) -> Pushed:
+        """Export a run and upload just these files to the Hugging Face Hub.
+
+        The token is used here and kept nowhere. Raises E_PROOF for files whose proof fails, and as `export` and
+        push.push do.
+        """
+        from lora_studio.export import fresh_download
+        from lora_studio.push import check_target, push
+
+        view = self.runs.get(run)
+        check_target(repo, token)
+        self._note("push to the Hub", view.id)
+        folder = fresh_download(self.exports)
+        try:
+            done = self.export(view.id, folder, merged=merged, dtype=dtype)
+            if done.proof.verdict == "failed":
+                raise StudioError("E_PROOF", done.proof.sentence, "Nothing was uploaded. Try another dtype.")
+            title = f"{'Merged model' if merged else 'Adapter'} of run {view.id[:8]}, from LoRA Studio"
+            address = push(done.files, folder, repo, token, private=private, title=title)
+            files = [file.relative_to(folder).as_posix() for file in done.files]
+            return Pushed(address=address, files=files, proof=done.proof)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
@@ -1058,15 +1098,68 @@ class Studio:
         except StudioError:
             return False
 
-    def _heldout_ids(self, view: Run, limit: int = 8) -> list[Sequence[int]]:
-        """Token ids of the first held-out rows of a run, as training saw them; of any rows when none were held out."""
+    def _heldout_rows(self, view: Run) -> list[Any]:
+        """The first held-out rows of a run as training saw them (core.lean.Tokens); any rows when none were held out.
+
+        No row where they are gone, or the tokenizer is: the export is worth more than its proof.
+        """
+        from lora_studio.proof import ROWS
+
         try:
             rows = self._of_owner(view)._examples
-            examples = self.heldout(view.id, limit) or rows(view.config.dataset)[0][:limit]
-        except StudioError as error:  # the dataset may be gone; the export is worth more than the figure
+            return self._tokens(view, self.heldout(view.id, ROWS) or rows(view.config.dataset)[0][:ROWS])
+        except StudioError as error:
             log.warning("no held-out rows to measure on: %s", error)
             return []
-        return [tokens.ids for tokens in self._tokens(view, examples)]
+
+    def _tokenizer(self, view: Run) -> Any:
+        """The tokenizer of a run's base; None where it cannot be had."""
+        try:
+            return self.models.tokenizer(view.config.model)
+        except StudioError as error:
+            log.warning("no tokenizer: %s", error)
+            return None
+
+    def _background(self, view: Run) -> Any:
+        """What the card of an export says beyond the run: card.Background, with the shortest held-out prompt."""
+        from lora_studio.card import background
+        from lora_studio.data.words import rendered
+
+        events = self.runs.curve(view.id)
+        try:
+            asked = [example.prompt for example in self.heldout(view.id, 8) if example.messages]
+            tokenizer = self.models.tokenizer(view.config.model)
+            texts = [] if view.labels else rendered(tokenizer, asked)
+        except StudioError as error:
+            log.warning("no prompt to show: %s", error)
+            return background(events)
+        return background(events, min(texts, key=len, default=""), around=not tokenizer.chat_template)
+
+    def _prove(self, view: Run, rows: Sequence[Any], folder: Path) -> Any:
+        """proof.Proof that the adapter in `folder`, on a base that is read from its files anew, is the run's."""
+        import torch
+
+        from lora_studio.adapters import load
+        from lora_studio.proof import Proof, compare, look
+
+        def seen(loaded: _Loaded) -> Any:
+            with loaded.lora.use(view.id):
+                return look(loaded.lora.model, loaded.tokenizer, rows)
+
+        if not rows:
+            return Proof(stored="adapter")
+        precision = self._precision(view)
+        with self._kept.busy:
+            try:
+                before = seen(self._with_adapters([view], precision))
+                self._kept.loaded = None  # so that the base is read from its files again
+                fresh = self._base(view, precision)
+                load(fresh.lora, folder, view.id)
+                return compare(before, seen(fresh), stored="adapter", computed_in=precision)
+            except StudioError as error:
+                return Proof(stored="adapter", problem=str(error))
+            except torch.OutOfMemoryError:
+                return Proof(stored="adapter", problem="The memory does not hold the base model.")
 
     def _tokens(self, view: Run, examples: Sequence[Any]) -> list[Any]:
         """Rows as a run trains on them: core.lean.Tokens."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers
 
+from lora_studio.card import command_line, model_card
 from lora_studio.errors import StudioError
-from lora_studio.export import command_line, model_card
 from lora_studio.limits import LAPTOP, Limits
 from lora_studio.owners import owner_name
 from lora_studio.runs.config import DataChoice, Run

@@ -84,6 +84,7 @@ POLICY = {
     "data_tab.use_limit": PLAIN,
     "export_tab.describe": OWN,
     "export_tab.pack": OWN,
+    "export_tab.push": OWN,
     "inside_tab.close": PLAIN,
     "inside_tab.list_others": OWN,
     "inside_tab.look": OWN,
@@ -254,6 +255,10 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "answers": None,
         "dtype": "float32",
         "start": 0,
+        "what": "The adapter",
+        "private": True,
+        "token": "",
+        "account": None,
     }
 
 

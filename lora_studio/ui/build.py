@@ -116,7 +116,8 @@ def build(desk: Desk) -> gr.Blocks:
         listed = inside_page.select(desk.mine(compare_tab.list_runs), inside.run, inside.run, **QUICK)
         listed.then(desk.mine(inside_tab.list_others), [inside.run, inside.other], inside.other, **QUICK)
         export_page.select(desk.mine(compare_tab.list_runs), export.run, export.run, **QUICK)
-        export_page.select(None, None, None, js=export_tab.NAME_BOXES, **QUICK)
+        for drawn in (export_page, *export.ways):  # its boxes are there only once a tab has been opened
+            drawn.select(None, None, None, js=export_tab.NAME_BOXES, **QUICK)
     return page
 
 
@@ -433,18 +434,26 @@ def _join_inside(desk: Desk, inside: InsideTab) -> None:
 
 
 def _join_export(desk: Desk, export: ExportTab) -> None:
-    described = [export.command, export.loading, export.badge]
-    export.run.change(desk.mine(export_tab.describe), export.run, described, **QUIET)
+    export.run.change(desk.mine(export_tab.describe), export.run, export.described, **QUIET)
     for button, merged in ((export.adapter, False), (export.merged, True)):
         button.click(
             desk.mine(export_tab.pack, merged),
             [export.run, export.dtype],
-            [export.file, export.about, export.problem],
+            [export.file, export.proof, export.problem],
             concurrency_id="model",
             concurrency_limit=1,
             show_progress_on=[button],
             **PRIVATE,
         )
+    export.push.click(
+        desk.mine(export_tab.push),
+        [export.run, export.what, export.dtype, export.repo, export.private, export.token],
+        [export.token, export.pushed, export.push_problem],
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress_on=[export.push],
+        **PRIVATE,
+    )
 
 
 # ---- handlers that concern more than one tab -----------------------------------------------------------------------
