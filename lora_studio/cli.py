@@ -353,7 +353,7 @@ def evaluate(
     choice = _choice(studio, data, "", None) if data else None
     id = studio.runs.get(run).id
     learned = studio.learned(id)
-    result = studio.evaluate(id, choice, limit) | {"learned": learned}
+    result: dict[str, Any] = {**studio.evaluate(id, choice, limit), "learned": learned}
     if as_json:
         return _print_json(result)
     print(f"{result['rows']} rows            base    adapted")

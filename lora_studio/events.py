@@ -156,7 +156,8 @@ def from_lines(data: bytes) -> list[dict[str, Any]]:
 
 
 def _is_event(record: Any) -> bool:
-    if not isinstance(record, dict) or not record.keys() >= SAID.get(record.get("type"), {None}):
+    needed = SAID.get(str(record.get("type"))) if isinstance(record, dict) else None
+    if needed is None or not record.keys() >= needed:
         return False
     numbers = [record["step"], record["attempt"], record.get("steps", 0)]
     return all(type(one) is int for one in numbers) and isinstance(record.get("values", {}), dict)

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -105,7 +105,7 @@ class Verdict:
 
 def look(
     lora: LoRA, adapter: str, tokenizer: Any, train: Sequence[Pair], heldout: Sequence[Pair], classes: Sequence[str]
-) -> Iterator[list[Row]]:
+) -> Generator[list[Row], None, None]:
     """The rows with what is known of them so far, after each pass of the model.
 
     First the losses of SHOWN rows of each part, then their answers, then those of further held-out rows. classes:

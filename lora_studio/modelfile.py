@@ -50,11 +50,11 @@ def turns_of(tokenizer: Any) -> Turns | None:
     """The frames of a tokenizer's chat template (or of the plain one it gets here); None where it does more."""
     try:
         (start,) = _rendered(tokenizer, [SHORT], reply=False)
-        texts = _rendered(tokenizer, TRIALS)
+        one, two, three, *_ = texts = _rendered(tokenizer, TRIALS)
     except StudioError:  # it refuses one of them, such as a system turn
         return None
-    guesses = _guesses(start, *texts[:3], tokenizer.bos_token or "")
-    return next((one for one in guesses if [one.text(trial) for trial in TRIALS] == texts and _sayable(one)), None)
+    guesses = _guesses(start, one, two, three, tokenizer.bos_token or "")
+    return next((it for it in guesses if [it.text(trial) for trial in TRIALS] == texts and _sayable(it)), None)
 
 
 def _sayable(turns: Turns) -> bool:

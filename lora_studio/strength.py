@@ -28,7 +28,8 @@ class StrengthCurve:
     @property
     def trained_is_best(self) -> bool:
         """Whether strength 1 keeps 99 % of what the best strength gains over the base model."""
-        base, trained, best = (self.losses.get(one, math.nan) for one in (0.0, 1.0, self.best))
+        base, trained = (self.losses.get(one, math.nan) for one in (0.0, 1.0))
+        best = math.nan if self.best is None else self.losses[self.best]
         return trained - best <= NEAR * (base - best)
 
     def as_json(self) -> dict[str, Any]:

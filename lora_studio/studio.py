@@ -582,17 +582,11 @@ class Studio:
         """
         from lora_studio.generate import Sampling, base_difference, classify, compare
         from lora_studio.models import context
+        from lora_studio.prompts import check_set, saying
 
-        if not prompt.strip():
-            raise StudioError("E_NO_PROMPT", "The prompt is empty.", "Write one, or pick a held-out row.")
-        views, rows = self._asked(runs, strength)
         sampling = check(sampling or Sampling())
-        if len(prompt) > self.limits.prompt_characters:
-            message = f"The prompt has {len(prompt):,} characters, at most {self.limits.prompt_characters:,} are taken."
-            raise StudioError("E_LIMIT", message, "Shorten it.")
-        if sampling.max_new_tokens > self.limits.answer_tokens:
-            message = f"An answer of {sampling.max_new_tokens:,} tokens is too long here."
-            raise StudioError("E_LIMIT", message, f"Ask for at most {self.limits.answer_tokens:,}.")
+        check_set(saying(prompt), 1 + len(runs), sampling.max_new_tokens, self.limits)
+        views, rows = self._asked(runs, strength)
         with self._kept.busy:
             loaded = self._with_adapters(views)
             ids = self._prompt_ids(views[0], loaded.tokenizer, prompt)
@@ -668,7 +662,7 @@ class Studio:
 
         sampling, views = check(sampling or Sampling()), self.writers([run])
         check_set(saying(turns[-1].said), len(SIDES), sampling.max_new_tokens, self.limits)
-        self._check_strength(strength, views)
+        _, (row,) = self._asked([run], strength)
         with self._kept.busy:
             loaded = self._with_adapters(views)
             room, model = self._room(views, loaded), loaded.lora.model
@@ -676,7 +670,7 @@ class Studio:
             most = self.limits.prompt_characters
             fitted = [fitting(loaded.tokenizer, turns, side, room, most) for side in SIDES]
             left_out, remark = (fitted[0][1], fitted[1][1]), template_remark(loaded.tokenizer)
-            with loaded.lora.use(None, {views[0].id: strength}):
+            with loaded.lora.use(None, row):
                 for answers in answer(model, loaded.tokenizer, [ids for ids, _ in fitted], sampling):
                     yield Moment(answers, left_out, remark)
 
@@ -1053,13 +1047,6 @@ class Studio:
     def _parameters(self, view: Run) -> int:
         skeleton = self.models.skeleton(view.config.model, labels=len(view.labels))
         return sum(tensor.numel() for tensor in skeleton.parameters())
-
-    def _check_strength(self, strength: float, views: Sequence[Run]) -> None:
-        if not 0 <= strength <= 4:
-            raise StudioError("E_STRENGTH", f"The strength is {quote(strength)}.", "Give a number between 0 and 4.")
-        if strength not in (0, 1) and any(getattr(view.config.method, "kind", "") in VIRTUAL for view in views):
-            message = f"Virtual tokens are there or not; the strength is {quote(strength)}."
-            raise StudioError("E_STRENGTH", message, "Set it to 1, or to 0 for the base model.")
 
     def _room(self, views: Sequence[Run], loaded: _Loaded) -> int:
         """Tokens that a prompt and its answer may have together, beside the virtual ones of these runs."""

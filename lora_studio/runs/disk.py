@@ -29,10 +29,8 @@ def sync(path: Path) -> None:
     """Let a file or a folder survive a power cut. Raises OSError; what failed once is to be written anew."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        if hasattr(fcntl, "F_FULLFSYNC"):  # macOS, where fsync leaves it in the drive's own memory
-            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-        else:
-            os.fsync(descriptor)
+        whole = getattr(fcntl, "F_FULLFSYNC", None)  # macOS, where fsync leaves it in the drive's own memory
+        os.fsync(descriptor) if whole is None else fcntl.fcntl(descriptor, whole)
     finally:
         os.close(descriptor)
 

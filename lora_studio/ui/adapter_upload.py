@@ -37,9 +37,7 @@ class AdapterUpload:
 
 def build(limits: Limits) -> AdapterUpload:
     """A form that is folded away."""
-    with gr.Accordion(
-        "Bring an adapter made elsewhere", open=False, elem_id="bring-adapter", elem_classes="card narrow"
-    ):
+    with gr.Accordion("Bring an adapter made elsewhere", open=False, elem_id="bring-adapter", elem_classes="card"):
         gr.HTML(ABOUT.format(most=f"{limits.file_bytes // MIB:,}"), apply_default_css=False)
         files = gr.File(
             label="Its two files",

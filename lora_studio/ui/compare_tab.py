@@ -244,7 +244,9 @@ def list_others(desk: Desk, run: str | None, others: list[str] | None) -> tuple[
     reasons = {one.id: _misfit(first, one) for one in runs if one.id != first.id}
     fitting = [one for one in runs if reasons.get(one.id) == ""]
     kept = [one for one in others or [] if reasons.get(one) == ""]
-    changed = {} if kept == (others or []) else {"value": kept}  # the person may be choosing while this is asked for
+    changed: dict[str, Any] = (
+        {} if kept == (others or []) else {"value": kept}
+    )  # the person may be choosing while this is asked for
     offered = gr.Dropdown(choices=[(run_label(one), one.id) for one in fitting], multiselect=True, **changed)
     return offered, apart([(one, reasons[one.id]) for one in runs if reasons.get(one.id)])
 

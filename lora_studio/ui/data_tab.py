@@ -145,7 +145,7 @@ def _limit_card() -> tuple[gr.Slider, gr.HTML, gr.Button]:
     )
     setting = SETTINGS["max_length"]
     limit = gr.Slider(
-        setting.min,
+        setting.min or 1,
         setting.default,
         value=setting.default,
         step=1,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradio as gr
+from gradio.components import Component
 
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
@@ -53,7 +54,7 @@ class ExportTab:
     push_problem: gr.HTML
 
     @property
-    def described(self) -> list[gr.components.Component]:
+    def described(self) -> list[Component]:
         """What depends on the run alone, in the order of `describe`."""
         return [self.badge, self.loading, self.loading_merged, self.ollama, self.gguf, self.command]
 

@@ -106,7 +106,7 @@ def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     last token), log (whether the log is open). An unknown run has state "missing", one that can be brought back
     "deleted", none at all has "none". A run that somebody else shares comes as `public` leaves it.
     """
-    curve = ask.get("curve") if ask.get("curve") in (*CURVES,) else "train_loss"
+    curve = next((name for name in CURVES if name == ask.get("curve")), "train_loss")
     said: dict[str, Any] = {"run": ask.get("run") or "", "start": _count(ask.get("start")), "state": "none"}
     said["curve"] = curve
     if ask.get("list"):
