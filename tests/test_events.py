@@ -68,9 +68,8 @@ def test_a_record_that_misses_what_every_reader_counts_on_is_no_event(event: Eve
 
 
 def test_what_is_no_event_is_none() -> None:
-    assert [
-        from_line(line) for line in (b"", b'{"type": "Metr', b"[]", b'{"type": "Else"}', b"\x00\x00", b'{"type": []}')
-    ] == [None] * 6
+    lines = (b"", b'{"type": "Metr', b"[]", b'{"type": "Else"}', b"\x00\x00", b'{"type": []}')
+    assert [from_line(line) for line in lines] == [None] * 6
 
 
 LINES = [to_line(event, time=1.0, attempt=1).encode() for event in ALL]
