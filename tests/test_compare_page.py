@@ -106,7 +106,7 @@ def test_five_answers_five_strengths_a_curve_and_tokens(
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=60_000)
     expect(panes).to_have_count(5)
     expect(panes.first.locator(".badge")).to_contain_text("max difference 0")
-    page.get_by_label("Prompt", exact=True).fill("my own")
+    page.get_by_label("Prompt", exact=True).press_sequentially("my own")  # as a person does; filling tells nobody
     expect(page.locator("#tokens .token")).to_have_count(0)
     expect(page.locator("#expected")).to_contain_text("Pick one of the held-out rows")
     page.get_by_role("button", name="How likely is each of its tokens?").click()
