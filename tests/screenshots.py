@@ -27,6 +27,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 THEMES = ("light", "dark")
+START_S = 180  # that the page may take to answer, on a machine that does other things too
 
 
 @contextmanager
@@ -55,7 +56,7 @@ def served(root: Path, **environment: str) -> Iterator[str]:
 
 def wait_for(url: str, app: subprocess.Popen, log: Path) -> None:
     """Until the page answers; fails at once when the app has ended."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + START_S
     while time.monotonic() < deadline:
         if app.poll() is not None:
             raise RuntimeError(f"the app ended with {app.returncode}:\n{log.read_text()[-2000:]}")
@@ -64,7 +65,7 @@ def wait_for(url: str, app: subprocess.Popen, log: Path) -> None:
             return
         except OSError:
             time.sleep(0.1)  # the one place with nothing to wait on
-    raise TimeoutError(f"no page after 60 s:\n{log.read_text()[-2000:]}")
+    raise TimeoutError(f"no page after {START_S} s:\n{log.read_text()[-2000:]}")
 
 
 @contextmanager
@@ -170,12 +171,18 @@ def finished(page: Page, address: str, variant: str, folder: Path) -> None:
     expect(page.locator("[data-pane=base] .badge")).to_be_visible(timeout=120_000)
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=300_000)
     shoot(page, folder, f"compare_{variant}")
+    for way in ("Prompt set", "Chat", "Blind"):
+        page.get_by_role("tab", name=way, exact=True).click()
+        shoot(page, folder, f"{way.lower().replace(' ', '_')}_{variant}")
     page.get_by_role("tab", name="4 Inside").click()
     page.get_by_role("button", name="Look inside").click()
     expect(page.locator("#inside-values .main-svg").first).to_be_visible(timeout=120_000)
     page.get_by_role("button", name="Measure the held-out loss").click()
     expect(page.locator("#inside-curve-line .verdict")).to_be_visible(timeout=300_000)
     shoot(page, folder, f"inside_{variant}")
+    page.get_by_role("tab", name="Runs", exact=True).click()
+    expect(page.locator(".runs-view tbody tr").first).to_be_visible(timeout=30_000)
+    shoot(page, folder, f"runs_{variant}")
     page.get_by_role("tab", name="5 Export").click()
     expect(page.locator("#command textarea")).to_have_value(re.compile("."), timeout=30_000)
     shoot(page, folder, f"export_{variant}")
