@@ -27,6 +27,12 @@ POLICY = {
     "api.add_dataset": BRING,
     "api.compare": OWN,
     "api.compare_runs": OWN,
+    "api.describe_dataset": OWN,
+    "api.evaluate": OWN,
+    "api.export": OWN,
+    "api.fetch_dataset": BRING,
+    "api.list_datasets": OWN,
+    "api.list_runs": OWN,
     "api.plan": OWN,
     "api.run_events": OWN,
     "api.run_status": OWN,
@@ -102,7 +108,8 @@ POLICY = {
     "train_tab.show_method": PLAIN,
     "train_tab.start": OWN,
 }
-SAME_FOR_OWNER = {"build._used"}  # takes no id, so its answer is compared with that of one who has nothing
+# these take no id, so their answer is compared with that of one who has nothing
+SAME_FOR_OWNER = {"api.list_datasets", "api.list_runs", "build._used"}
 SILENT = {"train_tab.settle_task"}  # says only whether rows have labels, and hers have none
 SECRET = "sesame-7f3a"  # in Ann's rows, names, answers and log
 DEFAULTS = {name: setting.default for name, setting in form.SETTINGS.items() if name != "targets"}
@@ -209,6 +216,7 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "batch_size": 2,
         "learning_rate": 0.01,
         "dtype": "float32",
+        "merged": False,
         "start": 0,
     }
 
@@ -312,7 +320,7 @@ def test_who_owns_it_and_the_operator_get_an_answer(
         for function in reachable[name]:
             for caller in (operator, {"secret": ANN}):
                 parameters = inspect.signature(function).parameters
-                once = ("build._used", "live.restart", "live.delete", "runs_tab.delete")
+                once = ("api.list_datasets", "build._used", "live.restart", "live.delete", "runs_tab.delete")
                 rows_alone = about_rows & parameters.keys() or name in once
                 if caller is operator and rows_alone:
                     continue  # an operator sees runs and what they were trained on, but opens nobody's rows
