@@ -284,7 +284,7 @@ def runs(as_json: Json = False, root: Root = None) -> None:
     for run in every:
         loss = run.latest.get("heldout_loss")
         figure = f"held-out loss {loss:.3f}" if loss is not None else ""
-        reason = run.error["message"] if run.error else ""
+        reason = run.error["message"] if run.error else "brought along" if run.brought else ""
         print(f"{run.id[:8]}  {run.status:8} {run.step:>5}/{run.steps:<5} {run.name:28} {figure} {reason}")
 
 
@@ -351,7 +351,9 @@ def evaluate(
     """Base against adapted: loss, perplexity, and exact match, ROUGE-L, BLEU or accuracy."""
     studio = Studio(root)
     choice = _choice(studio, data, "", None) if data else None
-    result = studio.evaluate(studio.runs.get(run).id, choice, limit)
+    id = studio.runs.get(run).id
+    learned = studio.learned(id)
+    result = studio.evaluate(id, choice, limit) | {"learned": learned}
     if as_json:
         return _print_json(result)
     print(f"{result['rows']} rows            base    adapted")
@@ -359,6 +361,8 @@ def evaluate(
         print(f"{name:12} {_figure(base)} {_figure(result['adapted'][name])}")
     if result["capped"]:
         print(f"{result['capped']} answers are longer than what was generated")
+    if learned:
+        print(_sentence(dict(learned)))
 
 
 @app.command()
@@ -403,10 +407,12 @@ def export(
     done = studio.export(studio.runs.get(run).id, to, merged=merged, archive=archive, dtype=dtype)
     files = [str(path) for path in done.files]
     if as_json:
-        return _print_json({"files": files} | ({"rounding": done.rounding.as_json()} if done.rounding else {}))
+        rounding = {"rounding": done.rounding.as_json()} if done.rounding else {}
+        return _print_json({"files": files, "proof": done.proof.as_json(), **rounding})
     print("\n".join(files))
     if done.rounding:
         print(done.rounding.sentence)
+    print(f"Proof {done.proof.verdict}. {done.proof.sentence}")
 
 
 @app.command()
@@ -429,6 +435,37 @@ def combine(
     if as_json:
         return _print_json({"files": files})
     print("\n".join(files))
+
+
+@app.command()
+def report(
+    run: str,
+    to: Annotated[Path, typer.Option(help="The file to write, such as report.html.")],
+    as_json: Json = False,
+    root: Root = None,
+) -> None:
+    """One HTML file about a run: curves, answers, data, settings. It opens offline, and quotes held-out rows."""
+    studio = Studio(root)
+    file = str(studio.report(studio.runs.get(run).id, to))
+    if as_json:
+        return _print_json({"files": [file]})
+    print(file)
+
+
+@app.command()
+def adopt(
+    folder: Annotated[Path, typer.Argument(help="Holds adapter_config.json and adapter_model.safetensors.")],
+    model: Model = "starter",
+    name: Annotated[str, typer.Option(help="Shown in the run list.")] = "",
+    as_json: Json = False,
+    root: Root = None,
+) -> None:
+    """Bring an adapter that was made elsewhere, in PEFT's layout, into the run list; --model is its base."""
+    studio = Studio(root)
+    run = studio.adopt(folder, model, name)
+    if as_json:
+        return _print_json(run_as_json(run))
+    print(f"run {run.id}")
 
 
 @app.command()
@@ -515,6 +552,8 @@ def _sentence(event: dict[str, Any]) -> str:
         return f"{step}  saved, the best so far"
     if event["type"] == "Warned":
         return event["message"]
+    if event["type"] == "Learned":
+        return f"{event['sentence']} {event['advice']}"
     return f"{event['status']} at {step}"
 
 

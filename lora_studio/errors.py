@@ -2,7 +2,7 @@
 
 import re
 
-SECRETS = re.compile(r"\bhf_[A-Za-z0-9]{20,}|(?i:\bbearer\s+)[\w.~+/=-]{8,}")
+SECRETS = re.compile(r"\bhf_(?:oauth_[\w.-]{8,}|[A-Za-z0-9]{20,})|(?i:\bbearer\s+)[\w.~+/=-]{8,}")
 
 
 class StudioError(Exception):

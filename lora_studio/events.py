@@ -1,4 +1,4 @@
-"""What training says while it runs: seven frozen events, one JSON line each, both ways.
+"""What training says while it runs: eight frozen events, one JSON line each, both ways.
 
 Training yields them, the worker appends them to `events.jsonl`, everything else reads them. Not-a-number
 has no JSON form, so such a value is written as null and its name is listed under "nan".
@@ -6,7 +6,7 @@ has no JSON form, so such a value is written as null and its name is listed unde
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
@@ -45,8 +45,8 @@ class Probed:
 class Metric:
     """Figures of one optimizer step; step 0 is the base model before any update.
 
-    Keys in use: train_loss, heldout_loss, learning_rate, grad_norm, tokens (so far), tokens_per_s, seconds_left,
-    memory_bytes.
+    Keys in use: train_loss, learning_rate, grad_norm, tokens (so far), tokens_per_s, seconds_left, memory_bytes; at
+    evaluations heldout_loss, accuracy, and general_loss, the loss on a fixed text that has nothing to do with the rows.
     """
 
     step: int
@@ -84,6 +84,23 @@ class Warned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Learned:
+    """What the adapter that is kept has learnt: the verdict of learned.judge and all that it rests on.
+
+    step: the adapter's. losses: by part (train, heldout, general) the base model's and the adapted one's. metric: a
+    learned.Score or None. rows: learned.Row each, first the ones that it trained on.
+    """
+
+    step: int
+    verdict: str  # learnt, memorised, no change, broken or untested
+    sentence: str
+    advice: str
+    losses: Mapping[str, Sequence[float | None]]
+    metric: Mapping[str, Any] | None
+    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ended:
     """The last event of an attempt. status: done, stopped, paused or failed."""
 
@@ -94,8 +111,10 @@ class Ended:
     values: Mapping[str, float] = field(default_factory=dict)
 
 
-Event = Started | Probed | Metric | Sample | Saved | Warned | Ended
-EVENTS: dict[str, type] = {kind.__name__: kind for kind in (Started, Probed, Metric, Sample, Saved, Warned, Ended)}
+Event = Started | Probed | Metric | Sample | Saved | Warned | Learned | Ended
+EVENTS: dict[str, type] = {
+    kind.__name__: kind for kind in (Started, Probed, Metric, Sample, Saved, Warned, Learned, Ended)
+}
 SAID = {  # what the record of each must have, so that no reader has to ask
     name: {one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING}
     | {"step", "time", "attempt"}

@@ -1,14 +1,13 @@
-"""What leaves the studio: adapters, merged models, combinations, archives, cards, and the line that repeats a run."""
+"""What leaves the studio: adapters, merged models, combinations and archives, each with a card and a proof."""
 
 import contextlib
 import copy
 import math
-import shlex
 import shutil
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,20 @@ from typing import Any
 import torch
 
 from lora_studio import adapters, peft_format
+from lora_studio.card import TAG, Background, base_of, combined_card, model_card, modelfile_source, smaller_card
+from lora_studio.core.lean import Tokens
 from lora_studio.core.lora import LoRA
 from lora_studio.core.merge import combine, merged_state, rounding, unties
-from lora_studio.core.spec import BASELINES, BaselineSpec, LoraSpec, Method
-from lora_studio.data.library import SAMPLES
+from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError, quote
-from lora_studio.fields import knobs
 from lora_studio.inside import smaller
-from lora_studio.runs.config import Run, width_in_words
+from lora_studio.modelfile import modelfile, turns_of
+from lora_studio.proof import Proof, compare, look
+from lora_studio.runs.config import Run
 
 MODEL_CONFIG = "config.json"
+MODELFILE = "Modelfile"
 SORTS = (peft_format.CONFIG, adapters.METHOD, MODEL_CONFIG)  # one of them says what an export is
-TAG = "lora-studio"  # in every card; says that an export is ours
 DOWNLOAD = "download-"
 DOWNLOAD_KEPT_S = 3600
 DTYPES = ("float32", "bfloat16", "float16")  # of a merged model
@@ -35,18 +36,10 @@ DTYPES = ("float32", "bfloat16", "float16")  # of a merged model
 
 @dataclass(frozen=True, kw_only=True)
 class Rounding:
-    """What storing a merged model changed, measured.
-
-    layers: norm of the rounding error over norm of the update. logits: the stored model, opened again, against the
-    base with its adapter, both computing in `computed_in`; the largest and the mean absolute difference on `rows` rows.
-    """
+    """What storing a merged model in `dtype` changed, by layer: norm of the rounding error over norm of the update."""
 
     dtype: str
     layers: Mapping[str, float]
-    computed_in: str
-    rows: int
-    largest: float
-    mean: float
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"worst_layer": max(self.layers, key=self.layers.__getitem__, default="")}
@@ -58,41 +51,7 @@ class Rounding:
         if worst:
             said += f", which changes the updates by at most {100 * worst:.2g} %"
             said += " (norm of the rounding error over norm of the update, in the worst layer)"
-        if self.rows:
-            said += f". Opened again, its logits on {self.rows} rows differ from the unmerged model's by"
-            said += f" {self.largest:.2g} at most and {self.mean:.2g} on average, computed in {self.computed_in}"
         return f"{said}."
-
-
-def command_line(run: Run) -> str:
-    """The train command that repeats this run; only what differs from the defaults is spelled out."""
-    config = run.config
-    titles = {sample.title: name for name, sample in SAMPLES.items()}
-    named = config.dataset.name
-    data = named if named in SAMPLES else titles.get(named, config.dataset.id)
-    words = ["python", "-m", "lora_studio", "train", "--model", config.model, "--data", data]
-    if config.dataset.format:
-        words += ["--format", config.dataset.format]
-    for role, column in config.dataset.columns.items():
-        words += ["--column", f"{role}={column}"]
-    if config.task == "classify":  # everything else is what the command line would do by itself
-        words += ["--task", config.task]
-    if isinstance(config.method, BaselineSpec):
-        words += ["--method", config.method.kind]
-    for part in (config.method, config.train):
-        for name, setting in knobs(type(part)).items():
-            value = getattr(part, name)
-            said = value != setting.default or (name == "learning_rate" and isinstance(config.method, BaselineSpec))
-            if name != "kind" and said:
-                words += [f"--{name.replace('_', '-')}", _word(value)]
-    return shlex.join(words)
-
-
-def _word(value: Any) -> str:
-    """A setting as the command line takes it."""
-    if isinstance(value, Mapping):
-        return ",".join(f"{name}={number}" for name, number in value.items())
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def check_folder(to: Path, sort: str, *, archive: bool = False) -> None:
@@ -113,43 +72,59 @@ def sort_of(run: Run, *, merged: bool) -> str:
     return MODEL_CONFIG if merged else adapters.files(run.path / "adapter")[0]
 
 
-def export_adapter(run: Run, to: Path) -> list[Path]:
-    """Copy the adapter, with a model card, into `to`. Raises E_NO_ADAPTER."""
+def export_adapter(
+    run: Run, to: Path, tokenizer: Any, prove: Callable[[Path], Proof], more: Background
+) -> tuple[list[Path], Proof]:
+    """Copy the adapter, with its proof, a card and a Modelfile, into `to`. Raises E_NO_ADAPTER.
+
+    prove: looks at the copied files. tokenizer: the base model's, None where it cannot be had.
+    """
     if not run.has_adapter:
         raise StudioError("E_NO_ADAPTER", f"{quote(run.name)} has not saved an adapter yet.", "Wait for an evaluation.")
     with _staged(to) as (stage, files):
         for name in adapters.files(run.path / "adapter"):
             shutil.copyfile(run.path / "adapter" / name, stage / name)
-        (stage / "README.md").write_text(model_card(run), encoding="utf-8")
-    return files
+        proof = prove(stage)
+        if isinstance(run.config.method, LoraSpec):
+            _write_modelfile(run, tokenizer, stage, merged=False)
+        (stage / "README.md").write_text(model_card(run, proof=proof, more=more), encoding="utf-8")
+    return files, proof
 
 
 def export_merged(
-    run: Run, lora: LoRA, name: str, tokenizer: Any, to: Path, *, dtype: str, rows: Sequence[Sequence[int]] = ()
-) -> tuple[list[Path], Rounding]:
-    """Write a plain transformers folder with the adapter folded in, and measure what that changed.
+    run: Run, lora: LoRA, tokenizer: Any, to: Path, *, dtype: str, rows: Sequence[Tokens], more: Background
+) -> tuple[list[Path], Rounding, Proof]:
+    """Write a plain transformers folder with the run's adapter folded in, and measure what that changed.
 
-    The sum is made in float32 and rounded once, to `dtype`. rows: token ids on which the logits are compared.
-    Raises E_MERGE for methods that are no change of weights, and E_NOT_FINITE when `dtype` cannot hold the model.
+    The sum is made in float32 and rounded once, to `dtype`. lora: has the adapter under the run's id. rows: what the
+    proof is made on. Raises E_MERGE for methods that are no change of weights, and E_NOT_FINITE when `dtype` cannot
+    hold the model.
     """
     model, kind = lora.model, getattr(torch, dtype)
-    layers = rounding(lora, name, kind)
-    with torch.inference_mode(), lora.use(name):
-        wanted = [model(input_ids=_row(ids, model)).logits.float().cpu() for ids in rows]
+    layers = rounding(lora, run.id, kind)
+    with lora.use(run.id):
+        before = look(model, tokenizer, rows)
     with _staged(to) as (stage, files):
-        _save_model(lora, name, stage, dtype, run.labels)
+        _save_model(lora, run.id, stage, dtype, run.labels)
         tokenizer.save_pretrained(stage)
-        found = _measured(type(model), stage, model, rows, wanted)
-        if not all(math.isfinite(value) for value in (*layers.values(), *found)):
+        again = _read_again(type(model), stage, model)
+        proof = compare(before, look(again, tokenizer, rows), stored=dtype, computed_in=_name(model.dtype))
+        if not all(math.isfinite(value) for value in (*layers.values(), proof.largest)):
             message = f"The merged model does not fit into {dtype}: some of its values are not finite."
             raise StudioError("E_NOT_FINITE", message, "Choose bfloat16 or float32.")
-        largest, mean = found
-        computed_in = _name(next(model.parameters()).dtype)
-        done = Rounding(dtype=dtype, layers=layers, computed_in=computed_in, rows=len(rows), largest=largest, mean=mean)
-        (stage / "README.md").write_text(model_card(run, done.sentence), encoding="utf-8")
+        done = Rounding(dtype=dtype, layers=layers)
+        _write_modelfile(run, tokenizer, stage, merged=True)
+        (stage / "README.md").write_text(model_card(run, done.sentence, proof, more), encoding="utf-8")
     for stale in {*to.glob("model*.safetensors*")} - {*files}:  # of an export in other shards, loaded before the new
         stale.unlink()
-    return files, done
+    return files, done, proof
+
+
+def _write_modelfile(run: Run, tokenizer: Any, folder: Path, *, merged: bool) -> None:
+    """For Ollama, which runs models that write text."""
+    if tokenizer is not None and not run.labels:
+        text = modelfile(tokenizer, turns_of(tokenizer), modelfile_source(run, merged=merged))
+        (folder / MODELFILE).write_text(text, encoding="utf-8")
 
 
 def _save_model(lora: LoRA, name: str, folder: Path, dtype: str, labels: Sequence[str]) -> None:
@@ -168,36 +143,24 @@ def _save_model(lora: LoRA, name: str, folder: Path, dtype: str, labels: Sequenc
     about.save_pretrained(folder)
 
 
-def _measured(
-    kind: type, folder: Path, model: Any, rows: Sequence[Sequence[int]], wanted: Sequence[torch.Tensor]
-) -> tuple[float, float]:
-    """Largest and mean difference of the logits of the model in `folder` to those `wanted`, row by row."""
-    if not rows:
-        return 0.0, 0.0
-    first = next(model.parameters())
+def _read_again(kind: type, folder: Path, like: Any) -> Any:
+    """The model in `folder`, on the device and in the dtype of `like`."""
     again: Any = kind
     again = again.from_pretrained(
         folder,
-        dtype=first.dtype,
+        dtype=like.dtype,
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,
-        attn_implementation=_attention(model),
+        attn_implementation=_attention(like),
     )
-    again = again.to(first.device).eval()
-    with torch.inference_mode():
-        apart = [
-            (again(input_ids=_row(ids, again)).logits.float().cpu() - logits).abs()
-            for ids, logits in zip(rows, wanted, strict=True)
-        ]
-    together = torch.cat([one.flatten() for one in apart])
-    return float(together.max()), float(together.mean())
+    return again.to(like.device).eval()
 
 
 def export_smaller(run: Run, lora: LoRA, rank: int, to: Path) -> list[Path]:
     """Write the run's adapter, which `lora` has under its id, cut to `rank`. Raises E_RANK, E_NOT_LORA."""
     with _staged(to) as (stage, files):
-        smaller(lora, run.id, rank, stage, _base(run))
+        smaller(lora, run.id, rank, stage, base_of(run))
         (stage / "README.md").write_text(smaller_card(run, rank), encoding="utf-8")
     return files
 
@@ -213,7 +176,7 @@ def export_combined(
     lora.load_state("combined", spec, factors)
     try:
         with _staged(to) as (stage, files):
-            adapters.save(lora, "combined", stage, _base(runs[0]))
+            adapters.save(lora, "combined", stage, base_of(runs[0]))
             (stage / "README.md").write_text(combined_card(runs, weights, rank), encoding="utf-8")
     finally:
         lora.remove("combined")
@@ -242,92 +205,6 @@ def fresh_download(exports: Path) -> Path:
             if time.time() - folder.stat().st_mtime > DOWNLOAD_KEPT_S:
                 shutil.rmtree(folder)
     return Path(tempfile.mkdtemp(prefix=DOWNLOAD, dir=exports))
-
-
-def model_card(run: Run, stored: str = "") -> str:
-    """README.md of an export: base, method, data and the run's own figures.
-
-    stored: how the weights of a merged model were stored; empty for an adapter.
-    """
-    config = run.config
-    portable, why = (True, "") if stored else adapters.portable(run.path / "adapter")
-    lines = [
-        f"# {_plain(run.name)}",
-        f"{_what(config.method, merged=bool(stored))} `{config.model}` (revision "
-        f"`{run.facts.get('revision', 'unknown')}`), {_settings(config.method)}.",
-        f"Trained for {run.step} steps on `{_plain(config.dataset.name)}` (fingerprint `{config.dataset.id}`).",
-        f"It chooses one of {len(run.labels)} labels: {', '.join(map(_plain, run.labels))}." if run.labels else "",
-        stored,
-        "" if portable else _opens(config.method, why),
-        _table(run.summary),
-        "Repeat it with:",
-        f"```\n{command_line(run)}\n```",
-    ]
-    peft = isinstance(config.method, LoraSpec)
-    return _card(lines, library="transformers" if stored else "peft" if peft else None, base=run.facts.get("repo"))
-
-
-def smaller_card(run: Run, rank: int) -> str:
-    """README.md of a run's adapter that was cut to a lower rank."""
-    config, table = run.config, _table(run.summary)
-    strongest = "strongest direction" if rank == 1 else f"{rank} strongest directions"
-    lines = [
-        f"# {_plain(run.name)}, rank {rank}",
-        f"A LoRA adapter for `{config.model}` (revision `{run.facts.get('revision', 'unknown')}`): the {strongest} of"
-        f" each matrix of run `{run.id}`, which was trained with {_settings(config.method)}.",
-        f"The figures of the whole adapter, not of this one:\n\n{table}" if table else "",
-        "Repeat the run with:",
-        f"```\n{command_line(run)}\n```",
-    ]
-    return _card(lines, library="peft", base=run.facts.get("repo"))
-
-
-def combined_card(runs: Sequence[Run], weights: Sequence[float], rank: int | None) -> str:
-    """README.md of a combination of several runs' adapters."""
-    how = f"cut to its best approximation of rank {rank}" if rank else "exact, as wide as they are together"
-    parts = [f"- {weight:g} × {_plain(run.name)} (run `{run.id}`)" for run, weight in zip(runs, weights, strict=True)]
-    lines = [
-        "# Combined adapter",
-        f"A LoRA adapter for `{runs[0].config.model}`: the weighted sum of {len(runs)} others, {how}.",
-        "\n".join(parts),
-    ]
-    return _card(lines, library="peft", base=runs[0].facts.get("repo"))
-
-
-def _card(lines: Sequence[str], *, library: str | None, base: str | None) -> str:
-    from huggingface_hub import ModelCard, ModelCardData
-
-    about = ModelCardData(library_name=library, tags=["lora", TAG], base_model=base)
-    return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n" + "\n\n".join(line for line in lines if line) + "\n"))
-
-
-def _what(method: Method, *, merged: bool) -> str:
-    name = "LoRA" if isinstance(method, LoraSpec) else BASELINES[method.kind][0]
-    if merged:
-        return f"A merged model, which needs no adapter: {name}, folded into"
-    return "A LoRA adapter for" if isinstance(method, LoraSpec) else f"What the method “{name}” trained for"
-
-
-def _settings(method: Method) -> str:
-    if isinstance(method, BaselineSpec):
-        return width_in_words(method) or "which has no settings of its own"
-    others = [f"{name} {_word(getattr(method, name))}" for name in ("rank_pattern", "alpha_pattern", "layers")]
-    others = [other.replace("_", " ") for other in others if not other.endswith(" ")]
-    said = f"{method.variant}, rank {method.rank}, alpha {method.alpha:g}, on {', '.join(method.targets)}"
-    return ", ".join([said, *others])
-
-
-def _opens(method: Method, why: str) -> str:
-    """Where an adapter that is not portable opens."""
-    if isinstance(method, BaselineSpec):
-        return f"It opens in LoRA Studio only: {why}"
-    return f"It opens in PEFT and here; vLLM does not take it: {why}"
-
-
-def _table(figures: Mapping[str, Any]) -> str:
-    names = {"base_loss": "Held-out loss, base", "best_loss": "Held-out loss, adapted", "best_step": "Best step"}
-    rows = [f"| {names[key]} | {figures[key]:.4g} |" for key in names if key in figures]
-    return "\n".join(["| | |", "|---|---|", *rows]) if rows else ""
 
 
 @contextlib.contextmanager
@@ -372,20 +249,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _base(run: Run) -> str:
-    """The name under which others find the base model."""
-    return run.facts.get("repo") or run.config.model
-
-
-def _row(ids: Sequence[int], model: Any) -> torch.Tensor:
-    return torch.tensor([list(ids)], device=next(model.parameters()).device)
-
-
 def _attention(model: Any) -> str:
     """As the model itself was loaded; a folder's config could otherwise ask for something else."""
     return getattr(model.config, "_attn_implementation", None) or "eager"
-
-
-def _plain(text: str) -> str:
-    """User text inside the card: one line, no markup."""
-    return "".join(sign if sign.isalnum() or sign in " ._-," else " " for sign in text).strip() or "adapter"

@@ -123,6 +123,33 @@ def answers(
     return texts
 
 
+def answer_all(
+    lora: LoRA,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    rows: Sequence[Row],
+    sampling: Sampling,
+    batch: int = 32,
+) -> Iterator[dict[int, list[str]]]:
+    """Every prompt by every row, as for `compare`: the texts of the prompts that have just become final.
+
+    Prompts of similar lengths share a batch of about `batch` rows. By number of the prompt; empty at most steps, so
+    that whoever asks may stop at any of them.
+    """
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    size = max(1, batch // len(rows))
+    for start in range(0, len(order), size):
+        waiting = order[start : start + size]
+        places = {number: place * len(rows) for place, number in enumerate(waiting)}
+        asked = [prompts[number] for number in waiting for _ in rows]
+        with lora.use(*(row for _ in waiting for row in rows)):
+            for texts in answer(lora.model, tokenizer, asked, sampling):
+                found = {number: texts[place : place + len(rows)] for number, place in places.items()}
+                fresh = {number: found[number] for number in places if all(one.done for one in found[number])}
+                places = {number: place for number, place in places.items() if number not in fresh}
+                yield {number: [one.text for one in ones] for number, ones in fresh.items()}
+
+
 def compare(
     lora: LoRA, tokenizer: Any, prompt: Sequence[int], rows: Sequence[Row], sampling: Sampling
 ) -> Iterator[list[Answer]]:

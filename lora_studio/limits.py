@@ -59,6 +59,8 @@ class Limits:
     prompt_characters: int = 32_000
     answer_tokens: int = 2048
     answers_at_once: int = 16  # in one batch, beside the base model's
+    prompts: int = 500  # of one set
+    set_tokens: int = 2_000_000  # of all answers to a set of prompts together, at most
 
     # a page asks at most this often; others wait for nobody who asks more
     calls_a_minute: float = math.inf
@@ -104,6 +106,8 @@ SPACE = Limits(
     prompt_characters=8_000,
     answer_tokens=256,
     answers_at_once=4,
+    prompts=20,
+    set_tokens=12_800,
     calls_a_minute=600,
     starts_a_minute=6,
     calls_waiting=16,

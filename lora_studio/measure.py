@@ -43,7 +43,7 @@ def figures(lora: LoRA, rows: Sequence[lean.Tokens], budget: int = 4096) -> dict
 
 def _figures(lora: LoRA, rows: Sequence[lean.Tokens], budget: int) -> dict[str, float]:
     total, right = 0.0, 0
-    for batch in _passes(sorted(rows, key=lambda tokens: len(tokens.ids)), budget):  # alike lengths pad little
+    for batch in passes(sorted(rows, key=lambda tokens: len(tokens.ids)), budget):  # alike lengths pad little
         if batch[0].label is None:
             total += float(losses(lora, batch).sum())
             continue
@@ -165,7 +165,7 @@ def _proc(name: str) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(name)), 0)
 
 
-def _passes(rows: Sequence[lean.Tokens], budget: int) -> Iterator[list[lean.Tokens]]:
+def passes(rows: Sequence[lean.Tokens], budget: int) -> Iterator[list[lean.Tokens]]:
     batch: list[lean.Tokens] = []
     for tokens in rows:
         if batch and sum(len(one.ids) for one in batch) + len(tokens.ids) > budget:

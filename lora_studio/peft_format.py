@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lora_studio.core.layout import dimensions, heads, is_adaptable, matrices
-from lora_studio.core.lora import Factors, LoRA
+from lora_studio.core.lora import Factors, LoRA, check_finite
 from lora_studio.core.slot import base_weight
 from lora_studio.core.spec import VARIANTS, LoraSpec
 from lora_studio.errors import StudioError, quote
@@ -90,7 +90,7 @@ def load(lora: LoRA, folder: Path, name: str) -> LoraSpec:
     Raises E_ADAPTER_FILES, E_PICKLE, E_TOO_LARGE, E_SAFETENSORS, E_DTYPE, E_PEFT_VARIANT, E_RANK, E_BASE, E_KEYS,
     E_SHAPE and E_NOT_FINITE.
     """
-    config = _read_config(folder)
+    config = read_config(folder)
     tensors, about = _read_tensors(folder / WEIGHTS)
     layers: dict[str, dict[str, torch.Tensor]] = {}
     copies: dict[str, torch.Tensor] = {}
@@ -119,9 +119,28 @@ def load(lora: LoRA, folder: Path, name: str) -> LoraSpec:
     return spec
 
 
+def pairs(folder: Path) -> list[Factors]:
+    """Both factors of every layer as they lie in the file, a fused matrix as one; no base is needed.
+
+    Raises as `load` does for files that are damaged or foreign.
+    """
+    config, (tensors, _) = read_config(folder), _read_tensors(folder / WEIGHTS)
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key.removeprefix(PREFIX))
+        if match and NAMES[match["kind"]] != "magnitude":
+            check_finite(key, tensor)
+            layers.setdefault(match["layer"], {})[NAMES[match["kind"]]] = tensor.float()
+    return [
+        Factors(layer=layer, role="", A=both["A"], B=both["B"], scale=_scale(config, layer, len(both["A"])))
+        for layer, both in layers.items()
+        if both.keys() == {"A", "B"}
+    ]
+
+
 def portable(folder: Path) -> tuple[bool, str]:
     """Whether vLLM takes the adapter in `folder` too, and why not."""
-    config = _read_config(folder)
+    config = read_config(folder)
     tensors, _ = _read_tensors(folder / WEIGHTS)
     if config.get("use_dora"):
         return False, "It is DoRA, which vLLM does not load."
@@ -269,12 +288,17 @@ def _factors(
     if rank != len(A):
         message = f"{layer}: the config says rank {rank}, A has {len(A)} rows."
         raise StudioError("E_SHAPE", message, "The two files do not belong together.")
-    alpha = _patterned(config["alpha_pattern"], layer, config["lora_alpha"])
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = _scale(config, layer, rank)
     own = [target for target in matrices(model) if target.name == layer]
     role = own[0].role if len(own) == 1 else ""
     whole = Factors(layer=layer, role=role, A=A, B=B, scale=scale, magnitude=magnitude)
     return _sliced(model, whole, slices, own) or [whole]
+
+
+def _scale(config: Mapping[str, Any], layer: str, rank: int) -> float:
+    """What the product of a layer's factors is multiplied with."""
+    alpha = _patterned(config["alpha_pattern"], layer, config["lora_alpha"])
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _sliced(model: Any, whole: Factors, slices: Any, own: Sequence[Any]) -> list[Factors]:
@@ -365,7 +389,8 @@ def _patterned(pattern: Mapping[str, Any] | None, layer: str, default: Any) -> A
     return default
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json with PEFT's defaults. Raises E_PICKLE, E_ADAPTER_FILES, E_PEFT_VARIANT and E_RANK."""
     if (folder / PICKLE).is_file() and not (folder / WEIGHTS).is_file():
         message = f"The adapter is in {PICKLE}, which may run code when it is opened."
         raise StudioError("E_PICKLE", message, f"Save it as {WEIGHTS}, where you trust it.")

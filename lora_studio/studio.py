@@ -6,6 +6,7 @@ comparing. Everything durable lies under `root`; two Studios on one root see the
 
 import contextlib
 import copy
+import functools
 import itertools
 import logging
 import math
@@ -13,15 +14,18 @@ import os
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from bisect import bisect_left
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_studio.core.spec import VIRTUAL, BaselineSpec, Method
+from lora_studio.ballots import Ballots
+from lora_studio.core.spec import VIRTUAL, BaselineSpec, LoraSpec, Method
 from lora_studio.data.library import DataLibrary, Dataset, split
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import build, check
@@ -107,10 +111,21 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """The files of an export and, for a merged model, what rounding changed (export.Rounding)."""
+    """The files of an export, whether they do what the run's model does (proof.Proof) and, of a merged model, what
+    rounding changed (export.Rounding)."""
 
     files: list[Path]
+    proof: Any = None
     rounding: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pushed:
+    """What was uploaded, where it is, and its proof."""
+
+    address: str
+    files: list[str]
+    proof: Any
 
 
 @dataclass(frozen=True)
@@ -199,6 +214,7 @@ class Studio:
     def _belong(self, owner: str) -> None:
         self.owner = owner
         self.data = DataLibrary(home(self.root, owner), self.limits)
+        self.ballots = Ballots(home(self.root, owner))
         self._read: tuple[Any, Any] = (None, None)  # the rows looked at last, by their choice
         self._measured: tuple[Any, Any] = (None, None)  # their lengths, by choice, model and task
         self._health: tuple[Any, Any] = (None, None)  # and what is known of them, by that and the split
@@ -491,6 +507,46 @@ class Studio:
         config = replace(view.config, name=self._free_name(view.name), train=train, study="")
         return self._of_owner(view).start(config)
 
+    def another_rank(self, run: str, rank: int) -> Run:
+        """Queue the same run with another rank; alpha keeps its ratio to it. Raises E_NOT_LORA, and as `start` does."""
+        view = self.runs.get(run)
+        method = view.config.method
+        if not isinstance(method, LoraSpec):
+            message = f"{quote(view.name)} was trained by the method {method.kind}, which has no rank."
+            raise StudioError("E_NOT_LORA", message, "Choose a run of LoRA.")
+        self._note("another rank of", view.id)
+        old, new = f"r{method.rank}", f"r{rank}"
+        name = " ".join(new if word == old else word for word in view.name.split(" "))
+        name = self._free_name(view.name) if name == view.name else name
+        method = replace(method, rank=rank, alpha=method.alpha / method.rank * rank)
+        return self._of_owner(view).start(replace(view.config, name=name, method=method, study=""))
+
+    def adopt(self, folder: Path, model: str, name: str = "") -> Run:
+        """Keep an adapter that was made elsewhere, in PEFT's layout, as a run that is done; `model` is its base.
+
+        Only its two files are read, and nothing is stored unless they fit the base. Raises E_TOO_LARGE, E_LIMIT, E_DISK
+        and the codes of peft_format.load.
+        """
+        from lora_studio.adapters import save
+        from lora_studio.adoption import draft, settled, take
+
+        model = self.models.lasting_name(model)
+        with tempfile.TemporaryDirectory(prefix="claimed-", dir=self.root) as own:
+            origin = take(folder, Path(own) / "adapter", self.limits)
+            config = draft(model, name, self.models.tokenizer(model).chat_template)
+            view = Run(id="draft", path=Path(own), config=config, status="done", created=0.0)
+            repo = {"repo": CATALOGUE[model].repo} if model in CATALOGUE else {}
+            facts = {"revision": self.models.revision(model), "origin": origin, **repo}
+            with self._kept.busy:
+                lora = self._with_adapters([view]).lora
+                config = settled(config, lora.specs[view.id], self.limits)
+                values = sum(tensor.numel() for _, part in lora.parts(view.id) for tensor in part.parameters())
+                self.runs.check_free("This adapter needs", 4 * values)
+                save(lora, view.id, Path(own) / "checked", repo.get("repo", model))
+            run = self.runs.create(config, facts, adapter=Path(own) / "checked")
+        self._note("adopt", run.id)
+        return run
+
     def _free_name(self, name: str) -> str:
         """The name with the lowest number behind it that no run has: orders, orders (2); none stays none."""
         stem = re.sub(r" \(\d+\)$", "", name)
@@ -500,8 +556,10 @@ class Studio:
         return next(free for number in itertools.count(2) if (free := f"{stem} ({number})") not in taken)
 
     def heldout(self, run: str, limit: int = 5) -> list[Any]:
-        """The first held-out examples of a run, which it never trained on."""
+        """The first held-out examples of a run, which it never trained on; none of one that was brought along."""
         view = self.runs.get(run)
+        if view.brought:
+            return []
         examples, _ = self._of_owner(view)._examples(view.config.dataset)
         return split(examples, view.config.train.holdout, view.config.train.seed)[1][:limit]
 
@@ -554,6 +612,88 @@ class Studio:
             for answers in compare(loaded.lora, loaded.tokenizer, ids, batch, sampling):
                 yield Comparison(names, answers, difference, time.monotonic() - clock, exact)
 
+    def writers(self, runs: Sequence[str]) -> list[Run]:
+        """The runs, each of which writes text. Raises E_RUN_NOT_FOUND, E_NO_TEXT."""
+        views = [self.runs.get(run) for run in runs]
+        for view in views:
+            if view.labels:
+                message = f"{quote(view.name)} chooses among labels and writes no text."
+                raise StudioError("E_NO_TEXT", message, "Under Answers you see the chance of each label.")
+        return views
+
+    def prompts_in(self, path: Path) -> list[Any]:
+        """The prompts of a small file and the answers that it gives for them: prompts.Prompt."""
+        from lora_studio.data.formats import asked
+        from lora_studio.prompts import of_examples
+
+        return of_examples(asked(self.data.glance(path, self.limits.prompts)))
+
+    def answer_prompts(
+        self, sides: Sequence[str], prompts: Sequence[Any], sampling: Any = None
+    ) -> Generator[dict[int, list[str]], None, None]:
+        """What each side, "base" or a run's id, answers to each of prompts.Prompt, all sides in one batch.
+
+        Yields the texts that are finished since the last time, by number of the prompt. All runs must share a base
+        model. Raises E_NO_PROMPT, E_LIMIT, E_CONTEXT, E_NO_TEXT, and as `compare` does.
+        """
+        from lora_studio.generate import Sampling, answer_all
+        from lora_studio.prompts import BASE, check_set
+
+        sampling = check(sampling or Sampling())
+        runs = [side for side in sides if side != BASE]
+        views = self.writers(runs)
+        check_set(prompts, len(sides), sampling.max_new_tokens, self.limits)
+        with self._kept.busy:
+            loaded = self._with_adapters(views)
+            most = self._room(views, loaded) - 1
+            ids = [self._asked_ids(views[0], loaded.tokenizer, prompt.messages) for prompt in prompts]
+            for number, one in enumerate(ids, 1):
+                if len(one) > most:
+                    message = f"Prompt {number:,} is {len(one):,} tokens long, this model reads at most {most:,.0f}."
+                    raise StudioError("E_CONTEXT", message, "Shorten it.")
+            adapters = {run: view.id for run, view in zip(runs, views, strict=True)}
+            rows = [adapters.get(side) for side in sides]
+            yield from answer_all(loaded.lora, loaded.tokenizer, ids, rows, sampling)
+
+    def chat(
+        self, run: str, turns: Sequence[Any], *, strength: float = 1.0, sampling: Any = None
+    ) -> Generator[Any, None, None]:
+        """Base and adapted answers to the newest of chat.Turn, each going on from its own conversation: chat.Moment.
+
+        Oldest turns that do not fit are left out. Raises E_NO_PROMPT, E_LIMIT, E_CONTEXT, and as `compare` does.
+        """
+        from lora_studio.chat import SIDES, Moment, fitting, template_remark
+        from lora_studio.generate import Sampling, answer
+        from lora_studio.prompts import check_set, saying
+
+        sampling, views = check(sampling or Sampling()), self.writers([run])
+        check_set(saying(turns[-1].said), len(SIDES), sampling.max_new_tokens, self.limits)
+        self._check_strength(strength, views)
+        with self._kept.busy:
+            loaded = self._with_adapters(views)
+            room, model = self._room(views, loaded), loaded.lora.model
+            room -= min(sampling.max_new_tokens, room // 2)  # an answer may have half of what the model reads
+            most = self.limits.prompt_characters
+            fitted = [fitting(loaded.tokenizer, turns, side, room, most) for side in SIDES]
+            left_out, remark = (fitted[0][1], fitted[1][1]), template_remark(loaded.tokenizer)
+            with loaded.lora.use(None, {views[0].id: strength}):
+                for answers in answer(model, loaded.tokenizer, [ids for ids, _ in fitted], sampling):
+                    yield Moment(answers, left_out, remark)
+
+    def answer_blind(self, trial: str, sampling: Any = None) -> Generator[None, None, None]:
+        """Write both sides' answers of a blind test, a step at a time; `ballots` has it as it stands."""
+        from lora_studio import blind
+        from lora_studio.prompts import Prompt
+
+        begun = self.ballots.get(trial)
+        try:
+            for found in self.answer_prompts(begun.sides, [Prompt(pair.messages) for pair in begun.pairs], sampling):
+                if found:
+                    self.ballots.change(trial, partial(blind.answered, answers=found))
+                yield
+        finally:
+            self.ballots.change(trial, blind.written)
+
     def evaluate(self, run: str, choice: DataChoice | None = None, limit: int = 200) -> dict[str, Any]:
         """Base against adapted on the run's held-out rows, or on all rows of another dataset; at most `limit`."""
         from lora_studio.evaluate import evaluate
@@ -576,6 +716,10 @@ class Studio:
                 labels=kept_by.format(choice) == "text_label",
                 classes=view.labels,
             )
+
+    def learned(self, run: str) -> Mapping[str, Any] | None:
+        """What its worker saw at the end of a run (events.Learned); None where it did not look, or not yet."""
+        return next((one for one in reversed(self.runs.curve(run)) if one["type"] == "Learned"), None)
 
     def inside(self, run: str, other: str | None = None) -> Any:
         """What a run's adapter is made of (inside.Report) and, with `other`, what it has in common with that run's.
@@ -676,18 +820,43 @@ class Studio:
             raise StudioError("E_DTYPE", f"There is no dtype {quote(dtype)}.", f"Give one of {', '.join(DTYPES)}.")
         view, to = self.runs.get(run), to.expanduser().resolve()
         check_folder(to, sort_of(view, merged=merged), archive=archive)
+        rows, more = self._heldout_rows(view), self._background(view)
         if not merged:
-            done = Exported(files=export_adapter(view, to))
+            prove = functools.partial(self._prove, view, rows)
+            files, proof = export_adapter(view, to, self._tokenizer(view), prove, more)
+            done = Exported(files=files, proof=proof)
         else:
-            rows = self._heldout_ids(view)
             with self._kept.busy:
                 usual = self._precision(view)
                 loaded = self._with_adapters([view], self._exact(view))
-                files, rounding = export_merged(
-                    view, loaded.lora, view.id, loaded.tokenizer, to, dtype=dtype or usual, rows=rows
+                files, rounding, proof = export_merged(
+                    view, loaded.lora, loaded.tokenizer, to, dtype=dtype or usual, rows=rows, more=more
                 )
-                done = Exported(files=files, rounding=rounding)
+                done = Exported(files=files, proof=proof, rounding=rounding)
         return replace(done, files=[*done.files, pack(done.files, to, archive_of(to))]) if archive else done
+
+    def report(self, run: str, to: Path | None = None) -> Path:
+        """Write all that is known of a run to one HTML file, which opens offline; without `to`, one for a download.
+
+        It quotes the run's rows, so nobody but the owner gets one. Raises E_EXISTS, E_WRITE.
+        """
+        from lora_studio.export import fresh_download
+        from lora_studio.models import hardware
+        from lora_studio.peft_format import pairs
+        from lora_studio.report import Shown, page, write
+
+        view, data, update = self.runs.get(run), None, []
+        config = view.config
+        with contextlib.suppress(StudioError):  # the rows, or the model that counts their tokens, may be gone
+            seen = self._of_owner(view).inspect(config.dataset, config.model, config.train, config.task)
+            data = seen.as_json()
+        if view.has_adapter and isinstance(config.method, LoraSpec):
+            with contextlib.suppress(StudioError):  # damaged meanwhile, which the tabs that open it say
+                update = pairs(view.path / "adapter")
+        records = self.runs.curve(view.id)
+        shown = Shown(records=records, data=data, update=update, machine=hardware(), now=time.time())
+        to = to.expanduser().resolve() if to else fresh_download(self.exports) / f"report-{view.id[:8]}.html"
+        return write(page(view, shown), to)
 
     def combine(self, runs: Sequence[str], weights: Sequence[float], to: Path, *, rank: int | None = None) -> Exported:
         """Write one LoRA adapter that does what these runs' adapters do together, each with its weight.
@@ -728,6 +897,32 @@ class Studio:
         finally:
             shutil.rmtree(unpacked, ignore_errors=True)
 
+    def push(
+        self, run: str, repo: str, token: str, *, merged: bool = False, dtype: str = "", private: bool = True
+    ) -> Pushed:
+        """Export a run and upload just these files to the Hugging Face Hub.
+
+        The token is used here and kept nowhere. Raises E_PROOF for files whose proof fails, and as `export` and
+        push.push do.
+        """
+        from lora_studio.export import fresh_download
+        from lora_studio.push import check_target, push
+
+        view = self.runs.get(run)
+        check_target(repo, token)
+        self._note("push to the Hub", view.id)
+        folder = fresh_download(self.exports)
+        try:
+            done = self.export(view.id, folder, merged=merged, dtype=dtype)
+            if done.proof.verdict == "failed":
+                raise StudioError("E_PROOF", done.proof.sentence, "Nothing was uploaded. Try another dtype.")
+            title = f"{'Merged model' if merged else 'Adapter'} of run {view.id[:8]}, from LoRA Studio"
+            address = push(done.files, folder, repo, token, private=private, title=title)
+            files = [file.relative_to(folder).as_posix() for file in done.files]
+            return Pushed(address=address, files=files, proof=done.proof)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _checked(self, config: RunConfig) -> tuple[RunConfig, dict[str, Any]]:
@@ -750,10 +945,7 @@ class Studio:
         """Raise E_DISK where an export and its zip would not fit beside what is to stay free."""
         files = (view.path / "adapter").glob("*")
         needs = 2 * (4 * self._parameters(view) if merged else sum(file.stat().st_size for file in files))
-        free = shutil.disk_usage(self.root).free
-        if free < needs + self.limits.reserve_bytes:
-            message = f"This export needs {needs / 1e6:,.0f} MB on the disk for a while; {free / 1e6:,.0f} MB are free."
-            raise StudioError("E_DISK", message, "Make room, for instance by deleting runs.")
+        self.runs.check_free("This export needs for a while", needs)
 
     def _writes(self, model: str) -> bool:
         """Whether a model can write text; encoders can only choose labels. Raises E_ARCH for one that does neither."""
@@ -862,6 +1054,29 @@ class Studio:
         skeleton = self.models.skeleton(view.config.model, labels=len(view.labels))
         return sum(tensor.numel() for tensor in skeleton.parameters())
 
+    def _check_strength(self, strength: float, views: Sequence[Run]) -> None:
+        if not 0 <= strength <= 4:
+            raise StudioError("E_STRENGTH", f"The strength is {quote(strength)}.", "Give a number between 0 and 4.")
+        if strength not in (0, 1) and any(getattr(view.config.method, "kind", "") in VIRTUAL for view in views):
+            message = f"Virtual tokens are there or not; the strength is {quote(strength)}."
+            raise StudioError("E_STRENGTH", message, "Set it to 1, or to 0 for the base model.")
+
+    def _room(self, views: Sequence[Run], loaded: _Loaded) -> int:
+        """Tokens that a prompt and its answer may have together, beside the virtual ones of these runs."""
+        from lora_studio.models import context
+
+        methods = [view.config.method for view in views]
+        virtual = [one.size for one in methods if isinstance(one, BaselineSpec) and one.kind in VIRTUAL]
+        return (context(loaded.lora.model) or sys.maxsize) - max(virtual, default=0)
+
+    def _asked_ids(self, view: Run, tokenizer: Any, messages: Sequence[Any]) -> list[int]:
+        """Messages as the run's training rows began, see `_prompt_ids`."""
+        from lora_studio.data.words import prompt_ids
+
+        if len(messages) > 1:
+            return prompt_ids(tokenizer, messages)
+        return self._prompt_ids(view, tokenizer, messages[0].content)
+
     def _prompt_ids(self, view: Run, tokenizer: Any, prompt: str) -> list[int]:
         """As the run's training rows began: through the chat template, or as raw text for plain text rows."""
         from lora_studio.data.batches import encode_label
@@ -872,19 +1087,79 @@ class Studio:
         if view.labels:
             example = Example((said, Message("assistant", view.labels[0])))
             return list(encode_label(tokenizer, example, view.labels, sys.maxsize).tokens.ids)
-        if self._of_owner(view).format(view.config.dataset) == "text":
+        if self._plain_text(view):
             return read_texts(tokenizer, [prompt])[0].ids
         return prompt_ids(tokenizer, [said])
 
-    def _heldout_ids(self, view: Run, limit: int = 8) -> list[Sequence[int]]:
-        """Token ids of the first held-out rows of a run, as training saw them; of any rows when none were held out."""
+    def _plain_text(self, view: Run) -> bool:
+        """Whether a run's rows are texts that no chat's template frames; of rows that are gone, that is not known."""
+        try:
+            return self._of_owner(view).format(view.config.dataset) == "text"
+        except StudioError:
+            return False
+
+    def _heldout_rows(self, view: Run) -> list[Any]:
+        """The first held-out rows of a run as training saw them (core.lean.Tokens); any rows when none were held out.
+
+        No row where they are gone, or the tokenizer is: the export is worth more than its proof.
+        """
+        from lora_studio.proof import ROWS
+
         try:
             rows = self._of_owner(view)._examples
-            examples = self.heldout(view.id, limit) or rows(view.config.dataset)[0][:limit]
-        except StudioError as error:  # the dataset may be gone; the export is worth more than the figure
+            return self._tokens(view, self.heldout(view.id, ROWS) or rows(view.config.dataset)[0][:ROWS])
+        except StudioError as error:
             log.warning("no held-out rows to measure on: %s", error)
             return []
-        return [tokens.ids for tokens in self._tokens(view, examples)]
+
+    def _tokenizer(self, view: Run) -> Any:
+        """The tokenizer of a run's base; None where it cannot be had."""
+        try:
+            return self.models.tokenizer(view.config.model)
+        except StudioError as error:
+            log.warning("no tokenizer: %s", error)
+            return None
+
+    def _background(self, view: Run) -> Any:
+        """What the card of an export says beyond the run: card.Background, with the shortest held-out prompt."""
+        from lora_studio.card import background
+        from lora_studio.data.words import rendered
+
+        events = self.runs.curve(view.id)
+        try:
+            asked = [example.prompt for example in self.heldout(view.id, 8) if example.messages]
+            tokenizer = self.models.tokenizer(view.config.model)
+            texts = [] if view.labels else rendered(tokenizer, asked)
+        except StudioError as error:
+            log.warning("no prompt to show: %s", error)
+            return background(events)
+        return background(events, min(texts, key=len, default=""), around=not tokenizer.chat_template)
+
+    def _prove(self, view: Run, rows: Sequence[Any], folder: Path) -> Any:
+        """proof.Proof that the adapter in `folder`, on a base that is read from its files anew, is the run's."""
+        import torch
+
+        from lora_studio.adapters import load
+        from lora_studio.proof import Proof, compare, look
+
+        def seen(loaded: _Loaded) -> Any:
+            with loaded.lora.use(view.id):
+                return look(loaded.lora.model, loaded.tokenizer, rows)
+
+        if not rows:
+            return Proof(stored="adapter")
+        precision = self._precision(view)
+        with self._kept.busy:
+            try:
+                before = seen(self._with_adapters([view], precision))
+                self._kept.loaded = None  # so that the base is read from its files again
+                fresh = self._base(view, precision)
+                load(fresh.lora, folder, view.id)
+                return compare(before, seen(fresh), stored="adapter", computed_in=precision)
+            except StudioError as error:
+                return Proof(stored="adapter", problem=str(error))
+            except torch.OutOfMemoryError:
+                return Proof(stored="adapter", problem="The memory does not hold the base model.")
 
     def _tokens(self, view: Run, examples: Sequence[Any]) -> list[Any]:
         """Rows as a run trains on them: core.lean.Tokens."""
@@ -933,9 +1208,11 @@ def run_as_json(run: Run) -> dict[str, Any]:
         "status": run.status,
         "step": run.step,
         "steps": run.steps,
+        "verdict": run.verdict,
         "model": run.config.model,
         "error": dict(run.error) if run.error else None,
         "created": run.created,
+        "brought": run.brought,
         "summary": dict(run.summary),
         "config": asdict(run.config),
     }

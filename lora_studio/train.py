@@ -29,6 +29,7 @@ from lora_studio.measure import (
     SAMPLE_TOKENS,
     figures,
     is_shortage,
+    mean_loss,
     peak_memory,
     sampled,
     shortage,
@@ -54,8 +55,9 @@ class State:
 class Job:
     """Everything that one training needs, loaded: the adapter is attached and fresh.
 
-    classes: the names of the labels, where the rows carry labels. What training writes: step (the last finished
-    one), over (it takes no further part), error (why, when it failed among others).
+    classes: the names of the labels, where the rows carry labels. general: a text that has nothing to do with the
+    rows, on which forgetting shows. What training writes: step (the last finished one), over (it takes no further
+    part), error (why, when it failed among others).
     """
 
     lora: LoRA
@@ -63,6 +65,7 @@ class Job:
     tokenizer: Any
     train: Sequence[Encoded]
     heldout: Sequence[Encoded]
+    general: Sequence[Encoded] = ()
     samples: Sequence[Example] = ()
     classes: Sequence[str] = ()
     config: TrainConfig
@@ -367,7 +370,8 @@ def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]
         yield from _notes(course)
         per_token = found.seconds / max(sizes)
         steps = course.steps - job.step
-        measured = sum(len(tokens.ids) for tokens in _measured(job)) * per_token / 3  # a forward is a third of a step
+        rows = (*_measured(job), *(one.tokens for one in job.general))
+        measured = sum(len(tokens.ids) for tokens in rows) * per_token / 3  # a forward is a third of a step
         written = SAMPLE_TOKENS * found.seconds_token if job.samples and not job.classes else 0.0
         rounds = sum(step > job.step for step in course.measured_at) + (job.measured < 0)
         seconds = sum(sizes) / len(sizes) * steps * per_token + rounds * (measured + written)
@@ -394,9 +398,9 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
     base: dict[Any, dict[str, float]] = {}
     for course in courses:
         job = course.job
-        key = None if job.step else tuple(id(one) for one in job.heldout)
+        key = None if job.step else tuple(id(one) for one in (*job.heldout, *job.general))
         try:
-            found = base[key] if key in base else heldout_figures(job, base=not job.step)
+            found = base[key] if key in base else evaluation(job, base=not job.step)
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
@@ -407,7 +411,7 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
             base[key] = found
         if found:
             events.append((course, Metric(step=job.step, values=found)))
-        elif not job.step:
+        if "heldout_loss" not in found and not job.step:
             message = "No rows are held out, so learning cannot be told from memorising."
             events.append((course, Warned(step=0, code="W_NO_HELDOUT", message=message)))
         course.judge(found.get("heldout_loss"))
@@ -455,6 +459,23 @@ def heldout_figures(job: Job, *, base: bool = False) -> dict[str, float]:
     with job.lora.use(None if base else job.adapter):
         found = figures(job.lora, rows)
     return {"heldout_loss" if name == "loss" else name: value for name, value in found.items()}
+
+
+def evaluation(job: Job, *, base: bool = False) -> dict[str, float]:
+    """All that is measured at an evaluation: heldout_figures, and general_loss where the job has a general text."""
+    found = heldout_figures(job, base=base)
+    if job.general:
+        with job.lora.use(None if base else job.adapter):
+            found["general_loss"] = mean_loss(job.lora, [one.tokens for one in job.general])
+    return found
+
+
+def seen_first(job: Job, count: int) -> list[int]:
+    """Places in `job.train` of the first rows that it has trained on, at most `count`."""
+    places = {id(one.tokens): place for place, one in enumerate(job.train)}
+    rows = [one.tokens for one in job.train if one.tokens.count]
+    seen = (places[id(tokens)] for batch in _batches(rows, job.config, job.step) for tokens in batch)
+    return list(itertools.islice(dict.fromkeys(itertools.islice(seen, 4 * count)), count))
 
 
 def measured_steps(config: TrainConfig, steps: int) -> frozenset[int]:

@@ -2,9 +2,11 @@
 
 The real clients talk to it: point HF_ENDPOINT at `.endpoint` in a fresh process, or pass endpoint=. It knows
 repository info, trees, paths-info, auth-check and file downloads with ETag, commit and byte ranges, and the
-Hub's error codes. It does not know commits other than the one it makes up, uploads, LFS or Xet.
+Hub's error codes. With `uploads`, a folder, and `accounts`, it takes new repositories, commits and LFS objects of
+whoever has the token. It does not know commits other than the one it makes up, other logins, or Xet.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -17,8 +19,11 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 API = re.compile(
-    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(auth-check|revision|tree|paths-info)(?:/([^/]+)(?:/(.*))?)?)?"
+    r"/api/(models|datasets)/([^/]+/[^/]+)"
+    r"(?:/(auth-check|revision|tree|paths-info|preupload|commit)(?:/([^/]+)(?:/(.*))?)?)?"
 )
+LFS = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+OBJECT = re.compile(r"/lfs/([0-9a-f]{64})")
 FILE = re.compile(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -34,9 +39,17 @@ class FakeHub:
         datasets: Mapping[str, Path] | None = None,
         gated: set[str] | None = None,
         private: set[str] | None = None,
+        uploads: Path | None = None,
+        accounts: Mapping[str, str] | None = None,
     ) -> None:
+        """accounts: token -> the name of its account."""
         self.repos = {"models": dict(models or {}), "datasets": dict(datasets or {})}
         self.gated, self.private = gated or set(), private or set()
+        self.uploads: Any = uploads
+        self.accounts = dict(accounts or {})
+        self.public: set[str] = set()  # of the repositories made here
+        self.tags: dict[str, list[str]] = {}
+        self.objects: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.logins: list[str] = []
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -77,6 +90,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._route()
 
+    def do_PUT(self) -> None:
+        self._route()
+
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
@@ -88,6 +104,13 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if found := FILE.fullmatch(path):
             self._resolve(*found.groups())
+        elif found := OBJECT.fullmatch(path):
+            self.hub.objects[found[1]] = body
+            self._answer(200, b"")
+        elif path == "/api/repos/create" or path == "/api/validate-yaml" or LFS.fullmatch(path):
+            self._write(path, json.loads(body))
+        elif (found := API.fullmatch(path)) and found[3] in ("preupload", "commit"):
+            self._change(found[2], found[3], body)
         elif found := API.fullmatch(path):
             self._api(*found.groups(), body)
         else:
@@ -111,7 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
             commit = _commit(folder)
             siblings = [{"rfilename": entry["path"], "size": entry["size"]} for entry in files]
             gated = "auto" if repo in self.hub.gated else False
-            facts = {"id": repo, "sha": commit, "private": False, "gated": gated, "disabled": False, "tags": []}
+            private = bool(self.hub.uploads) and repo not in self.hub.public
+            facts = {"id": repo, "sha": commit, "private": private, "gated": gated, "disabled": False}
+            facts |= {"tags": self.hub.tags.get(repo, [])}
             self._json(facts | {"siblings": siblings, "downloads": 0, "likes": 0})
 
     def _resolve(self, prefix: str | None, repo: str, revision: str, name: str) -> None:
@@ -133,6 +158,60 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             self._answer(206, content[first : last + 1], headers)
+
+    def _write(self, path: str, asked: Any) -> None:
+        """A new repository, a look at a card, or where an LFS object is to be put."""
+        account = self._account()
+        if not account:
+            return self._fail(401, "", "Invalid username or password.")
+        if path == "/api/validate-yaml":
+            return self._json({"errors": [], "warnings": []})
+        if path != "/api/repos/create":
+            made = [{"oid": one["oid"], "size": one["size"]} for one in asked["objects"]]
+            for one in made:
+                one["actions"] = {"upload": {"href": f"{self.hub.endpoint}/lfs/{one['oid']}"}}
+            return self._json({"transfer": "basic", "objects": made})
+        owner, models = asked["organization"] or account, self.hub.repos["models"]
+        repo = f"{owner}/{asked['name']}"
+        if owner != account:
+            return self._fail(403, "", f"You don't have the rights to create a model under the namespace {owner}")
+        there = {"url": f"{self.hub.endpoint}/{repo}", "name": repo}
+        if repo in models:
+            return self._answer(409, json.dumps(there | {"error": "You already created this model repo"}).encode())
+        models[repo] = self.hub.uploads / repo
+        models[repo].mkdir(parents=True)
+        if asked.get("visibility") == "public" or asked.get("private") is False:
+            self.hub.public.add(repo)
+        return self._json(there)
+
+    def _change(self, repo: str, what: str, body: bytes) -> None:
+        """Which files go as LFS objects (weights do), and the commit that brings them in."""
+        if self._account() != repo.split("/")[0]:
+            return self._fail(403, "", "Forbidden")
+        folder = self.hub.repos["models"][repo]
+        if what == "preupload":
+            paths = [one["path"] for one in json.loads(body)["files"]]
+            modes = {True: "lfs", False: "regular"}
+            files = [{"path": path, "uploadMode": modes[path.endswith("s")], "shouldIgnore": False} for path in paths]
+            return self._json({"files": files})
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "file":
+                self._keep(folder / value["path"], base64.b64decode(value["content"]))
+            elif line["key"] == "lfsFile":
+                self._keep(folder / value["path"], self.hub.objects[value["oid"]])
+            elif line["key"] == "deletedFile":
+                (folder / value["path"]).unlink()
+        self.hub.tags[repo] = ["lora", "lora-studio"] if "- lora-studio\n" in _text(folder / "README.md") else []
+        url = f"{self.hub.endpoint}/{repo}/commit/{_commit(folder)}"
+        return self._json({"success": True, "commitOid": _commit(folder), "commitUrl": url, "hookOutput": ""})
+
+    def _keep(self, path: Path, content: bytes) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    def _account(self) -> str | None:
+        return self.hub.accounts.get((self.headers.get("Authorization") or "").removeprefix("Bearer "))
 
     def _folder(self, kind: str, repo: str, revision: str | None, needs_access: bool) -> Path | None:
         """The repository's folder; answers the request itself where there is none to be had."""
@@ -188,6 +267,10 @@ def _files(folder: Path) -> list[dict[str, Any]]:
         }
         for path in paths
     ]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def _oid(content: bytes) -> str:

@@ -14,6 +14,8 @@ import gradio as gr
 import pytest
 from gradio.components import Component
 
+from lora_studio import blind
+from lora_studio.data.formats import Message
 from lora_studio.limits import LAPTOP
 from lora_studio.owners import home, owner_name
 from lora_studio.runs.config import DataChoice
@@ -24,6 +26,12 @@ from tests.visits import ANN, BOB, ReadyDesk, asking, came, rows, trained
 
 OWN, BRING, OPEN, PLAIN = "somebody's work", "new work for the caller", "the same for all", "only what it is given"
 POLICY = {
+    "adapter_upload.adopt": BRING,
+    "answering.begun": PLAIN,
+    "answering.list_several": OWN,
+    "answering.list_sides": OWN,
+    "answering.settled": PLAIN,
+    "answering.show_source": PLAIN,
     "api.add_dataset": BRING,
     "api.compare": OWN,
     "api.compare_runs": OWN,
@@ -38,16 +46,24 @@ POLICY = {
     "api.run_status": OWN,
     "api.start_run": OWN,
     "api.stop_run": OWN,
+    "blind.download": OWN,
+    "blind.resume": OWN,
+    "blind.reveal": OWN,
+    "blind.start": OWN,
+    "blind.vote": OWN,
     "build._cell_to_compare": OWN,
     "build._cell_to_export": OWN,
     "build._cell_to_run": PLAIN,
     "build._to_compare": OWN,
+    "build._to_export": OWN,
     "build._to_form": OWN,
     "build._to_study": PLAIN,
     "build._to_training": PLAIN,
     "build._used": OWN,
     "build.restore": OWN,
     "build.status": OPEN,
+    "chat.forget": PLAIN,
+    "chat.say": OWN,
     "compare_tab.clear": PLAIN,
     "compare_tab.compare": OWN,
     "compare_tab.compare_strengths": OWN,
@@ -74,6 +90,7 @@ POLICY = {
     "data_tab.use_limit": PLAIN,
     "export_tab.describe": OWN,
     "export_tab.pack": OWN,
+    "export_tab.push": OWN,
     "inside_tab.close": PLAIN,
     "inside_tab.list_others": OWN,
     "inside_tab.look": OWN,
@@ -81,6 +98,7 @@ POLICY = {
     "inside_tab.pack_smaller": OWN,
     "inside_tab.read_dial": PLAIN,
     "inside_tab.show_matrix": OWN,
+    "live.another": OWN,
     "live.delete": OWN,
     "live.pause": OWN,
     "live.poll": OWN,
@@ -89,6 +107,11 @@ POLICY = {
     "live.resume": OWN,
     "live.share": OWN,
     "live.stop": OWN,
+    "prompt_set.answer": OWN,
+    "prompt_set.download": BRING,
+    "prompt_set.open_file": BRING,
+    "prompt_set.show_source": PLAIN,
+    "report_card.hand_out": OWN,
     "runs_tab.delete": OWN,
     "runs_tab.describe": OWN,
     "runs_tab.poll": OWN,
@@ -109,7 +132,9 @@ POLICY = {
     "train_tab.start": OWN,
 }
 # these take no id, so their answer is compared with that of one who has nothing
-SAME_FOR_OWNER = {"api.list_datasets", "api.list_runs", "build._used"}
+SAME_FOR_OWNER = {"api.list_datasets", "api.list_runs", "build._used", "blind.resume"}
+ALONE = {"api.list_datasets", "build._used", "live.restart", "live.delete", "runs_tab.delete"}
+ALONE |= {"blind.download", "blind.resume", "blind.reveal", "blind.vote"}
 SILENT = {"train_tab.settle_task"}  # says only whether rows have labels, and hers have none
 SECRET = "sesame-7f3a"  # in Ann's rows, names, answers and log
 DEFAULTS = {name: setting.default for name, setting in form.SETTINGS.items() if name != "targets"}
@@ -144,7 +169,11 @@ def hers(desk: ReadyDesk, tiny: Path) -> dict[str, Any]:
     kept = studio.data.add_text(rows(SECRET), SECRET)
     choice, study = DataChoice(id=kept.id, name=SECRET), "5" * 32
     runs = [trained(studio, tiny, choice, SECRET, words=SECRET, warning=SECRET, study=study) for _ in range(2)]
+    trial = blind.new(("base", runs[0].id), ("base", SECRET), [(Message("user", SECRET),)] * 4)
+    trial = blind.answered(trial, dict.fromkeys(range(4), (SECRET, SECRET * 2)))
+    studio.ballots.add(blind.voted(trial, 0, "a"))
     return {
+        "trial": trial.id,
         "dataset": kept.id,
         "run": runs[0].id,
         "other": runs[1].id,
@@ -154,10 +183,11 @@ def hers(desk: ReadyDesk, tiny: Path) -> dict[str, Any]:
 
 
 class Event:
-    """As an event of the study's table, or of a chip, comes to a handler."""
+    """As an event of the study's table, of a chip, or of a blind test comes to a handler."""
 
-    def __init__(self, run: str) -> None:
+    def __init__(self, run: str, trial: str) -> None:
         self.run, self.study, self.prompt, self.target_text = run, run, "p", "t"
+        self.trial, self.number, self.vote = trial, 1, "a"
 
 
 def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, Any]:
@@ -180,10 +210,11 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "other": ids["other"],
         "others": [ids["other"]],
         "runs": [ids["run"], ids["other"]],
-        "event": Event(ids["run"]),
+        "event": Event(ids["run"], ids["trial"]),
         "model": str(tiny),
         "text": "a,b\n1,2\n",
         "path": str(at),
+        "files": [str(at)],
         "repo": "no hub id",
         "name": "n",
         "format": "prompt_completion",
@@ -215,9 +246,24 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "steps": 3,
         "batch_size": 2,
         "learning_rate": 0.01,
+        "first": "base",
+        "second": ids["run"],
+        "source": "Typed",
+        "count": 2,
+        "typed": "p",
+        "uploaded": [],
+        "said": "p",
+        "turns": [],
+        "temperature": 0.0,
+        "kind": "csv",
+        "answers": None,
         "dtype": "float32",
         "merged": False,
         "start": 0,
+        "what": "The adapter",
+        "private": True,
+        "token": "",
+        "account": None,
     }
 
 
@@ -258,7 +304,7 @@ def answer(function: Callable, ids: dict[str, Any], who: dict[str, Any], model: 
     except gr.Error as error:
         said = f"error: {error}"
     text = json.dumps(plain(said), default=str)
-    for name in ("dataset", "run", "other", "study"):
+    for name in ("dataset", "run", "other", "study", "trial"):
         text = text.replace(ids[name], name.upper()).replace(ids[name][:8], name)
     return text
 
@@ -268,7 +314,7 @@ def everything(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-MISSING = {"dataset": "0" * 32, "run": "1" * 32, "other": "2" * 32, "study": "3" * 32}
+MISSING = {"trial": "4" * 32, "dataset": "0" * 32, "run": "1" * 32, "other": "2" * 32, "study": "3" * 32}
 
 
 def test_every_function_that_can_be_called_has_a_policy(reachable: dict[str, list[Callable]]) -> None:
@@ -320,10 +366,9 @@ def test_who_owns_it_and_the_operator_get_an_answer(
         for function in reachable[name]:
             for caller in (operator, {"secret": ANN}):
                 parameters = inspect.signature(function).parameters
-                once = ("api.list_datasets", "build._used", "live.restart", "live.delete", "runs_tab.delete")
-                rows_alone = about_rows & parameters.keys() or name in once
+                rows_alone = about_rows & parameters.keys() or name in ALONE
                 if caller is operator and rows_alone:
-                    continue  # an operator sees runs and what they were trained on, but opens nobody's rows
+                    continue  # an operator sees runs and what they were trained on, but opens nobody's rows or votes
                 got, missing = (answer(function, ids, caller, tiny, tmp_path) for ids in (hers, MISSING))
                 assert "E_UNEXPECTED" not in got and "E_VISITOR" not in got, (name, got)
                 if name in SAME_FOR_OWNER:

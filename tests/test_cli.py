@@ -15,8 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lora_studio import cli
+from lora_studio.card import command_line
 from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
-from lora_studio.export import command_line
 from lora_studio.runs.config import DataChoice, Run, RunConfig
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
@@ -216,8 +216,9 @@ def test_a_merged_export_says_what_rounding_changed_and_a_combination_is_written
 ) -> None:
     id = trained[-1]["run"]
     merged = run("export", id, "--merged", "--dtype", "float16", "--to", str(home / "half"), "--json", root=home)
-    rounding = json.loads(merged.stdout)["rounding"]
-    assert rounding["dtype"] == "float16" and 0 < rounding["mean"] <= rounding["largest"] and rounding["rows"] == 2
+    rounding, proof = (json.loads(merged.stdout)[name] for name in ("rounding", "proof"))
+    assert rounding["dtype"] == proof["stored"] == "float16" and proof["passed"] and proof["rows"] == 2
+    assert 0 < proof["mean"] <= proof["largest"] <= proof["tolerance"]
     assert rounding["worst_layer"] in rounding["layers"] and max(rounding["layers"].values()) > 0
     done = run("combine", id, "--weights", "0.5", "--rank", "2", "--to", str(home / "sum"), "--json", root=home)
     assert all(Path(file).is_file() for file in json.loads(done.stdout)["files"])

@@ -12,6 +12,7 @@ from lora_studio.events import (
     SAID,
     Ended,
     Event,
+    Learned,
     Metric,
     Probed,
     Sample,
@@ -30,6 +31,15 @@ ALL = [
     Sample(step=0, index=0, prompt="p\n", text="tö", target="x"),
     Saved(step=1, heldout_loss=None),
     Warned(step=0, code="W", message="m"),
+    Learned(
+        step=3,
+        verdict="learnt",
+        sentence="It learnt.",
+        advice="Go on.",
+        losses={"heldout": [2.0, None]},
+        metric=None,
+        rows=[{"part": "train", "base": "ö\n"}],
+    ),
     Ended(step=3, run="r", status="done"),
 ]
 

@@ -14,11 +14,13 @@ import transformers
 from safetensors.torch import load_file
 
 from lora_studio.adapters import load, save
+from lora_studio.card import Background, command_line, model_card
 from lora_studio.core.baselines import add
+from lora_studio.core.lean import Tokens
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
 from lora_studio.errors import StudioError
-from lora_studio.export import command_line, export_merged, model_card
+from lora_studio.export import export_merged
 from lora_studio.models import ModelLibrary
 from lora_studio.runs.config import DataChoice, Run, RunConfig
 from lora_studio.runs.store import write_json
@@ -76,7 +78,8 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 def test_the_zip_holds_an_adapter_that_peft_loads_with_equal_logits(studio: Studio, tiny: Path, tmp_path: Path) -> None:
     run, wanted = finished(studio, tiny)
     with zipfile.ZipFile(studio.archive(run.id).files[0]) as archive:
-        assert sorted(archive.namelist()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+        names = ["Modelfile", "README.md", "adapter_config.json", "adapter_model.safetensors"]
+        assert sorted(archive.namelist()) == names
         for name in archive.namelist():
             (tmp_path / name).write_bytes(archive.read(name))
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
@@ -193,18 +196,20 @@ def test_an_export_that_fails_leaves_the_earlier_one_as_it_was(
 
 def test_the_card_of_a_merged_model_is_that_of_a_model(studio: Studio, tiny: Path, tmp_path: Path) -> None:
     run, _ = finished(studio, tiny)
-    rounding = studio.export(run.id, tmp_path / "merged", merged=True).rounding
+    done = studio.export(run.id, tmp_path / "merged", merged=True)
+    rounding, proof = done.rounding, done.proof
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "library_name: transformers" in card and "peft" not in card
     assert "a merged model" in card.lower() and rounding.sentence in card and rounding.dtype == "float32"
-    assert rounding.rows == 1 and 0 < rounding.largest < 1e-4 and not any(rounding.layers.values())
+    assert proof.sentence in card and proof.passed and proof.rows == 1 and not any(rounding.layers.values())
+    assert 0 < proof.largest < 1e-4 and proof.largest < proof.tolerance < 1e-3 and proof.same == proof.answers == 1
 
 
 def test_what_rounding_changes_is_measured_by_layer_and_on_logits(studio: Studio, tiny: Path, tmp_path: Path) -> None:
     run, _ = finished(studio, tiny)
     done = studio.export(run.id, tmp_path / "merged", merged=True, dtype="bfloat16")
     about, found = json.loads((tmp_path / "merged" / "config.json").read_text()), done.rounding
-    assert (about["dtype"], found.dtype, found.computed_in) == ("bfloat16", "bfloat16", "float32")
+    assert (about["dtype"], found.dtype, done.proof.computed_in) == ("bfloat16", "bfloat16", "float32")
     lora = LoRA(ModelLibrary(studio.root).load(str(tiny), precision="float32", on="cpu"))
     load(lora, run.path / "adapter", run.id)
     saved = load_file(tmp_path / "merged" / "model.safetensors")
@@ -214,11 +219,11 @@ def test_what_rounding_changes_is_measured_by_layer_and_on_logits(studio: Studio
         assert saved[key].dtype == torch.bfloat16
         error = float((saved[key].float() - weight - delta).norm() / delta.norm())
         assert found.layers[key] == pytest.approx(error, rel=1e-3) and error > 0
-    ids = torch.tensor([studio._heldout_ids(run)[0]])
+    ids, proof = torch.tensor([studio._heldout_rows(run)[0].ids]), done.proof
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     with torch.no_grad(), lora.use(run.id):
         apart = (again(input_ids=ids).logits - lora.model(input_ids=ids).logits).abs()
-    assert (found.largest, found.mean) == pytest.approx((float(apart.max()), float(apart.mean())), rel=1e-3)
+    assert (proof.largest, proof.mean) == pytest.approx((float(apart.max()), float(apart.mean())), rel=1e-3)
     card = (tmp_path / "merged" / "README.md").read_text()
     assert f"stored in bfloat16, which changes the updates by at most {100 * max(found.layers.values()):.2g} %" in card
     assert found.as_json()["worst_layer"] in found.layers and json.dumps(found.as_json())
@@ -230,8 +235,10 @@ def test_a_base_that_is_loaded_rounded_is_merged_as_it_is(studio: Studio, tiny: 
     lora = LoRA(ModelLibrary(studio.root).load(str(tiny), precision="bfloat16", on="cpu"))
     load(lora, run.path / "adapter", run.id)
     words = ModelLibrary(studio.root).tokenizer(str(tiny))
-    files, rounding = export_merged(run, lora, run.id, words, tmp_path / "merged", dtype="bfloat16", rows=[[5, 6]])
-    assert rounding.computed_in == "bfloat16" and rounding.rows == 1 and tmp_path / "merged" / "README.md" in files
+    rows = [Tokens([5, 6], [False, True])]
+    to = tmp_path / "merged"
+    files, _, proof = export_merged(run, lora, words, to, dtype="bfloat16", rows=rows, more=Background())
+    assert proof.computed_in == "bfloat16" and proof.rows == 1 and to / "README.md" in files
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

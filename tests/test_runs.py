@@ -382,9 +382,10 @@ def test_killed_at_any_event_and_resumed_ends_bit_for_bit_as_if_it_had_not_been(
                 pass
             else:
                 break
-        assert studio.runs.get(run.id).status == "lost"
-        assert studio.runs.requeue(run.id).status == "queued"
-        attempt(run)
+        if studio.runs.get(run.id).status != "done":  # else it was looking at what it had learnt
+            assert studio.runs.get(run.id).status == "lost"
+            assert studio.runs.requeue(run.id).status == "queued"
+            attempt(run)
         assert ends(studio, run) == unbroken, f"broken off at event {at}"
     assert at > 18  # events of the whole run
 
@@ -398,6 +399,8 @@ def test_killed_again_and_again_it_still_ends_so(studio: Studio, tiny: Path, unb
             try:
                 attempt(run)
             except Crash:
+                if studio.runs.get(run.id).status == "done":
+                    break
                 studio.runs.requeue(run.id)
             else:
                 break

@@ -143,3 +143,10 @@ def test_an_export_leaves_the_reserve_free(tmp_path: Path, tiny: Path) -> None:
         with pytest.raises(StudioError) as caught:
             studio.archive(run.id, merged=merged)
         assert caught.value.code == "E_DISK" and not studio.exports.exists()
+
+
+def test_a_run_whose_rows_are_gone_can_still_be_compared(studio: Studio, rows: DataChoice, tiny: Path) -> None:
+    run = trained(studio, tiny, rows, "orders")
+    studio.data.delete(rows.id)
+    *_, last = studio.compare([run.id], "hello")
+    assert last.answers[0].text != last.answers[1].text

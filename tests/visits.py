@@ -13,7 +13,7 @@ from lora_studio.adapters import save
 from lora_studio.core.baselines import add
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import LoraSpec
-from lora_studio.events import Event, Metric, Sample, Saved, Started, Warned, to_line
+from lora_studio.events import Event, Learned, Metric, Sample, Saved, Started, Warned, to_line
 from lora_studio.runs.config import DataChoice, Run, RunConfig
 from lora_studio.runs.store import write_json
 from lora_studio.studio import Studio
@@ -85,6 +85,8 @@ def trained(
     told += [Metric(step=step, values={"train_loss": 2.0 / step}) for step in range(1, 5)]
     told += [Sample(step=4, index=0, prompt=words, text=words, target=words), Saved(step=4, heldout_loss=1.0)]
     told += [Metric(step=4, values={"heldout_loss": 1.0}), Warned(step=4, code="W_DATA", message=warning, hint=warning)]
+    row = {"part": "heldout", "prompt": words, "target": words, "base": words, "adapted": words}
+    told += [Learned(step=4, verdict="learnt", sentence="s", advice="a", losses={}, metric=None, rows=[row])]
     flat = Warned(step=4, code="W_FLAT", message=warning, hint=warning, change={"learning_rate": 0.005})
     lines = [to_line(event, time=0.0, attempt=1) for event in (*told, flat)]
     (run.path / "events.jsonl").write_text("\n".join(lines) + "\n")

@@ -137,6 +137,12 @@ def convert(table: Table, format: str, columns: Mapping[str, str]) -> tuple[list
     return examples, [f"{count:,} {what}" for what, count in notes.items() if count]
 
 
+def asked(table: Table) -> list[Example]:
+    """Every row as something to ask, its columns as guessed; an answer need not be in it. Raises as `convert` does."""
+    format, columns = guess(table)
+    return [FORMATS[format].convert(Cells(row, number, columns), Notes()) for number, row in enumerate(table.rows, 1)]
+
+
 def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
     """The different answers of the rows, sorted: what a classifier chooses among. Raises E_LABELS."""
     labels = sorted({example.target.strip() for example in examples})

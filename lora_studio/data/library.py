@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 COPY_BYTES = 2**20
 ROWS = "rows.jsonl"
+GLANCE_BYTES = 2 * COPY_BYTES  # of a file that is read and not kept
 
 
 class Sample(NamedTuple):
@@ -174,6 +175,12 @@ class DataLibrary:
         path = self.get(id).path
         rows = path.with_name(ROWS)
         return (rows if rows.is_file() else path).stat().st_size
+
+    def glance(self, path: Path, rows: int) -> Table:
+        """The rows of a small file, at most so many, read as `add` reads them; nothing is kept."""
+        few = DataLibrary(self.folder.parent, dataclasses.replace(self.limits, rows=rows, file_bytes=GLANCE_BYTES))
+        with few._incoming() as folder:
+            return _opened(folder / ROWS, few._parse(path, path.name, folder / ROWS))
 
     def mapping(self, dataset: Dataset, format: str = "") -> dict[str, str]:
         """{role: column} as guessed with the dataset, or for another format."""

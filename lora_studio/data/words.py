@@ -144,6 +144,12 @@ def prompt_ids(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
     return _ask(tokenizer, "prompts", [[[message.role, message.content] for message in messages]])[0]
 
 
+def rendered(tokenizer: Any, conversations: Sequence[Sequence[Message]], *, reply: bool = True) -> list[str]:
+    """Each conversation as the text that the model reads; with `reply`, up to where the assistant begins to speak."""
+    talks = [[[message.role, message.content] for message in messages] for messages in conversations]
+    return _ask(tokenizer, "asked texts" if reply else "rendered texts", talks)
+
+
 def render(tokenizer: Any, messages: Sequence[Message], *, reply: bool = False) -> str:
     """The conversation as one text; with `reply`, up to where the assistant begins to speak."""
     turns = [{"role": message.role, "content": message.content} for message in messages]
@@ -297,12 +303,18 @@ def _prompt(tokenizer: Any, pattern: re.Pattern[str], item: list[list[str]]) -> 
     return [token for token, *_ in _pieces(tokenizer, text, around=not templated)]
 
 
+def _rendered(tokenizer: Any, _: re.Pattern[str], item: list[list[str]], reply: bool = False) -> str:
+    return render(tokenizer, [Message(role, content) for role, content in item], reply=reply)
+
+
 _READ: dict[str, Callable[[Any, re.Pattern[str], Any], Any]] = {
     "rows": _row,
     "shown rows": partial(_row, texts=True),
     "texts": _text,
     "shown texts": partial(_text, texts=True),
     "prompts": _prompt,
+    "rendered texts": _rendered,
+    "asked texts": partial(_rendered, reply=True),
 }
 
 

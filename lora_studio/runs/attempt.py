@@ -12,7 +12,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +25,7 @@ from lora_studio.owners import NOBODY
 from lora_studio.runs import checkpoints, disk
 from lora_studio.runs.config import OUT_OF_MEMORY, RunConfig, Status, check_limit
 from lora_studio.runs.store import (
+    OVER,
     Journal,
     asked_of,
     checkpoint_bytes,
@@ -39,6 +40,8 @@ from lora_studio.runs.store import (
 
 log = logging.getLogger(__name__)
 SAVE_S, SAVE_SHARE = 30.0, 20.0  # between checkpoints: at least this long, and this many times what one takes
+MEASURED = ("heldout_loss", "accuracy", "general_loss")  # of the base, before the first step
+LOOK_SHARE, LOOK_S, LOOK_MOST_S = 0.2, 3.0, 30.0  # of the time that training took, to see what it taught; bounds
 PROBE = {"probe_seconds": "seconds", "probe_memory_bytes": "memory_bytes"}  # the summary's name: the event's
 
 
@@ -59,18 +62,22 @@ class Attempt:
         self.number = 1 + len(earlier_logs(path))
         self.ended = False
         self.terminated = False  # by the system, as when it shuts down: nobody asked for an end of this run
+        self.companions: Sequence[Attempt] = [self]  # all of its worker
+        self.examples: tuple[Sequence[Any], Sequence[Any]] = (), ()  # rows to train on, rows held out
         self.step = self.steps = 0
         self.best: tuple[float, int] = (math.inf, 0)  # held-out loss, step
         self.judged = 0  # the last step whose adapter was kept or found worse
         self.latest: dict[str, float] = {}
         self.base: dict[str, float] = {}  # what was measured before the first step
         self.accuracy: float | None = None  # of the adapter that is kept, where labels are chosen
+        self.general: float | None = None  # its loss on general text, where it writes
         self.probed: dict[str, float] = {}
         self._measured_at: frozenset[int] = frozenset()
         self._measures = False  # whether there are held-out rows
         self._doctor: Doctor | None = None
         self._seconds = 0.0  # of earlier attempts
         self._begun = self._saved = time.monotonic()
+        self._trained: float | None = None  # seconds, once it does not train any more
         self._save_takes = 0.0
         self._warned_of_disk = self._late = False
         self._found: checkpoints.Checkpoint | None = None
@@ -94,7 +101,7 @@ class Attempt:
 
     def _is_late(self) -> bool:
         """Whether it has trained as long as it may, by the clock that no change of the date moves; says so once."""
-        minutes = (self._seconds + time.monotonic() - self._begun) / 60
+        minutes = self._spent() / 60
         if minutes > self._limits.minutes and not self._late:
             self._late = True
             message = (
@@ -102,6 +109,10 @@ class Attempt:
             )
             self.append(Warned(step=self.step, code="W_MINUTES", message=message, hint="Give it fewer steps."))
         return self._late
+
+    def _spent(self) -> float:
+        """Seconds of training, those of earlier attempts among them."""
+        return self._seconds + time.monotonic() - self._begun if self._trained is None else self._trained
 
     # ---- going on from a checkpoint ----------------------------------------------------------------------------------
 
@@ -124,6 +135,7 @@ class Attempt:
         notes, self.step = found.notes, found.step
         self.best = (math.inf if notes["best"][0] is None else notes["best"][0], notes["best"][1])
         self.judged, self.accuracy, self._seconds = notes["judged"], notes["accuracy"], notes["seconds"]
+        self.general = notes.get("general")
         self.latest, self.base, self.probed = dict(notes["latest"]), dict(notes["base"]), dict(notes["probed"])
         if found.best:
             self._place(found.best)
@@ -149,7 +161,8 @@ class Attempt:
             "best": [self.best[0] if math.isfinite(self.best[0]) else None, self.best[1]],
             "judged": self.judged,
             "accuracy": self.accuracy,
-            "seconds": self._seconds + start - self._begun,
+            "general": self.general,
+            "seconds": self._spent(),
             "latest": {name: value for name, value in self.latest.items() if math.isfinite(value)},
             "base": self.base,
             "probed": self.probed,
@@ -216,7 +229,7 @@ class Attempt:
         if not isinstance(event, Metric):
             return False
         if "train_loss" in event.values:
-            return not measured or not (self._measures or job.samples)
+            return not measured or not (self._measures or job.general or job.samples)
         return not job.samples
 
     def _look_up(self, job: Any) -> None:
@@ -247,9 +260,10 @@ class Attempt:
     def _judge(self, job: Any, event: Metric) -> None:
         """Take in a metric, and keep the adapter when this one says that it is the best yet."""
         self.latest.update(event.values)
-        unmeasured = not self._measures and event.step in self._measured_at
+        last = "general_loss" if job.general else "train_loss"  # of a step without held-out rows
+        unmeasured = not self._measures and event.step in self._measured_at and last in event.values
         if event.step == 0:
-            self.base = {name: event.values[name] for name in ("heldout_loss", "accuracy") if name in event.values}
+            self.base = {name: event.values[name] for name in MEASURED if name in event.values}
         elif "heldout_loss" in event.values or unmeasured:
             self._keep_if_better(job, event.values)
 
@@ -265,7 +279,7 @@ class Attempt:
         self._place(fresh)
         shutil.rmtree(fresh)
         self.best = (math.inf if loss is None else loss, self.step)
-        self.accuracy = found.get("accuracy")
+        self.accuracy, self.general = found.get("accuracy"), found.get("general_loss")
         self.append(Saved(step=self.step, heldout_loss=loss))
 
     def _place(self, folder: Path) -> None:
@@ -285,18 +299,61 @@ class Attempt:
     def finish(self, job: Any, status: Status) -> None:
         """End a run that has trained: done or stopped with what it learnt, which must be sound; or paused."""
         job.leave()
+        until = time.monotonic() + LOOK_S  # whoever asked for a stop waits
         if status == "paused":
             return self.end(status)
         if self.step and self.judged != self.step:  # between two evaluations
-            from lora_studio.train import heldout_figures
+            from lora_studio.train import evaluation
 
-            found = heldout_figures(job)
+            found = evaluation(job)
             if found:
                 self.append(Metric(step=self.step, values=found))
             self._keep_if_better(job, found)
         if self.step or status == "done":
             check_update(job)
+        self._trained = self._spent()
+        if (self.path / "adapter").is_dir() and not self.terminated:
+            try:
+                if status == "done":
+                    until = time.monotonic() + max(LOOK_S, min(LOOK_MOST_S, LOOK_SHARE * self._spent()))
+                self._look(job, status, until)
+            except Exception:  # what was learnt is kept, whatever breaks while it is looked at
+                log.exception("what %s has learnt could not be looked at", self.path.name)
         self.end(status)
+
+    def _look(self, job: Any, status: Status, until: float) -> None:
+        """Say what the kept adapter has learnt, until about this time; a kill meanwhile leaves a run that has ended.
+
+        It ends with what it has when a run of this worker is asked to end.
+        """
+        from lora_studio.adapters import load
+        from lora_studio.learned import ANSWERED, SHOWN, fitting, look, told
+        from lora_studio.train import seen_first
+
+        write_end(self.path, status, step=self.step, values=self._summary(), name=OVER)
+        if status == "done":
+            checkpoints.forget(self.path)
+        if self.best[1] != self.step:  # the adapter in memory is a later one
+            job.lora.remove(job.adapter)
+            load(job.lora, self.path / "adapter", job.adapter)
+        examples, heldout = self.examples
+        train = [(examples[place], job.train[place].tokens) for place in seen_first(job, SHOWN)]
+        kept = [(one, row.tokens) for one, row in zip(heldout, job.heldout, strict=True) if row.tokens.count]
+        rows = []
+        with closing(look(job.lora, job.adapter, job.tokenizer, train, kept[:ANSWERED], job.classes)) as moments:
+            for rows in moments:  # noqa: B007
+                asked = self.terminated or any(one.asked() for one in self.companions if not one.ended)
+                if (asked and status == "done") or time.monotonic() > until:
+                    break
+        event = told(
+            rows,
+            step=self.best[1],
+            figure=fitting([one.target for one in (*examples[:1000], *heldout)], labels=bool(job.classes)),
+            heldout=(self.base.get("heldout_loss"), self.best[0]),
+            general=(self.base.get("general_loss"), self.general),
+        )
+        if event:
+            self.append(event)
 
     def fail(self, error: Exception) -> None:
         """End with a reason in plain words, and with settings that would cure it where there are some. Never raises."""
@@ -327,6 +384,7 @@ class Attempt:
         except OSError:
             log.exception("%s has ended as %s, but exit.json could not be written", self.path.name, status)
         else:
+            (self.path / OVER).unlink(missing_ok=True)
             if status == "done":
                 checkpoints.forget(self.path)  # the end stands before what it makes needless goes
         self.let_go()
@@ -341,7 +399,7 @@ class Attempt:
 
     def _summary(self) -> dict[str, float]:
         figures: dict[str, float | None] = {
-            "seconds": self._seconds + time.monotonic() - self._begun,
+            "seconds": self._spent(),
             "base_loss": self.base.get("heldout_loss"),
             "best_loss": self.best[0],
             "best_step": self.best[1],

@@ -61,6 +61,7 @@ class Run:
     latest: Mapping[str, float] = field(default_factory=dict)  # newest value of each metric
     summary: Mapping[str, Any] = field(default_factory=dict)  # exit.json's figures, once ended
     note: str = ""  # the newest message for the reader, such as what is being fetched
+    verdict: str = ""  # what it has learnt in a word, once it has ended and was looked at; events.Learned
     error: Mapping[str, Any] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)  # model revision, estimate before launch
     owner: str = NOBODY
@@ -75,6 +76,11 @@ class Run:
     @property
     def active(self) -> bool:
         return self.status in ACTIVE
+
+    @property
+    def brought(self) -> bool:
+        """Whether its adapter was made elsewhere (adoption.origin): nothing is known of the training."""
+        return "origin" in self.facts
 
     @property
     def has_adapter(self) -> bool:

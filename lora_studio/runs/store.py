@@ -9,6 +9,7 @@
     checkpoints/   what an attempt goes on from
     adapter/       the best adapter so far, PEFT layout
     exit.json      how the run ended, or that it is paused; and what its journal says in short
+    over.json      the same, while a worker still looks at what was learnt; if it is killed there, this is the end
     shared         there when its owner lets others see its figures
     about.json     what its owner calls it since, and has noted about it
 
@@ -45,9 +46,10 @@ from lora_studio.runs.config import DataChoice, Run, RunConfig, Status, check_li
 
 ID = re.compile(r"[0-9a-f]{32}")
 REPEATED = ("Metric", "Sample", "Saved")  # what a resumed attempt says anew
+OVER = "over.json"
 UNKNOWN = "?"  # the owner of a run that does not say so any more; no visitor's name is that
 OF_THE_APP = ("control.json", "about.json")  # written while a worker has the run
-SEEN = {"step", "steps", "latest", "note"}  # of a journal, by those who list runs
+SEEN = {"step", "steps", "latest", "note", "verdict"}  # of a journal, by those who list runs
 JOURNALS = 64  # read ones that are kept
 DYING_S = 5.0  # that a process that was killed may take to let go of its run
 EARLIER_LOG_BYTES = 256 * 1024  # that are kept of what each earlier attempt printed
@@ -137,11 +139,13 @@ def tell(journal: int, event: Event, attempt: int) -> None:
     disk.append(journal, to_line(event, time=time.time(), attempt=attempt).encode() + b"\n")
 
 
-def write_end(path: Path, status: Status, *, step: int, error: Any = None, values: Any = None) -> None:
+def write_end(
+    path: Path, status: Status, *, step: int, error: Any = None, values: Any = None, name: str = "exit.json"
+) -> None:
     """Leave exit.json, with what a list of runs shows of the journal, so that nobody has to read that again."""
     seen = Journal(path / "events.jsonl").refresh().seen
     end = {"status": status, "step": step, "error": error, "values": values or {}, "seen": seen, "time": time.time()}
-    disk.at_any_rate(path.parent.parent, write_json, path / "exit.json", end)
+    disk.at_any_rate(path.parent.parent, write_json, path / name, end)
 
 
 def sweep(path: Path) -> None:
@@ -187,6 +191,7 @@ def standing(records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         if record["type"] == "Started" and record.get("attempt", 1) > 1:
             after = record["step"] or -1
             kept = [one for one in kept if one["type"] not in REPEATED or one["step"] <= after]
+            kept = [one for one in kept if one["type"] != "Learned"]  # of an adapter that may not be the best any more
         kept.append(record)
     return kept
 
@@ -198,7 +203,7 @@ class Journal:
         self.path = path
         self.records: list[dict[str, Any]] = []
         self.latest: dict[str, float] = {}
-        self.step, self.steps, self.note = 0, 0, ""
+        self.step, self.steps, self.note, self.verdict = 0, 0, "", ""
         self._offset = 0
         self._lock = threading.Lock()
 
@@ -225,7 +230,7 @@ class Journal:
     def _take(self, record: dict[str, Any]) -> None:
         self.records.append(record)
         if record["type"] == "Started":
-            self.steps, self.note = record["steps"], ""
+            self.steps, self.note, self.verdict = record["steps"], "", ""
             if record.get("attempt", 1) > 1:  # it may begin before where the one before it had come to
                 self.step, self.latest = record["step"], {}
                 for one in standing(self.records):
@@ -234,6 +239,8 @@ class Journal:
         self._note_figures(record)
         if record["type"] == "Warned":
             self.note = record["message"]
+        if record["type"] == "Learned":
+            self.verdict = str(record["verdict"])
 
     def _note_figures(self, record: Mapping[str, Any]) -> None:
         if record["type"] == "Metric":
@@ -267,9 +274,10 @@ class RunStore:
         scoped.owner = owner
         return scoped
 
-    def create(self, config: RunConfig, facts: Mapping[str, Any]) -> Run:
+    def create(self, config: RunConfig, facts: Mapping[str, Any], adapter: Path | None = None) -> Run:
         """A new queued run. `facts` are what was known before launch: model revision, data fingerprint, estimate.
 
+        adapter: a folder under the root with one that was made elsewhere; it is moved, and the run is done.
         It is made aside and renamed, so that it is whole once it is seen. Raises E_DISK.
         """
         run = uuid.uuid4().hex
@@ -277,6 +285,11 @@ class RunStore:
         record = {"created": time.time(), "owner": self.owner or NOBODY, "config": asdict(config), "facts": dict(facts)}
         try:
             fresh.mkdir(parents=True)
+            if adapter:
+                for file in (adapter, *adapter.iterdir()):
+                    disk.sync(file)
+                adapter.rename(fresh / "adapter")
+                write_end(fresh, "done", step=0)
             write_json(fresh / "run.json", record)
             fresh.rename(self.folder / run)
             disk.sync(self.folder)
@@ -307,11 +320,14 @@ class RunStore:
 
     def check_room(self, facts: Mapping[str, Any]) -> None:
         """Raise E_DISK when a run's checkpoints would not fit beside what is to stay free."""
-        needs = 3 * checkpoint_bytes(facts)
+        self.check_free("Checkpoints of this run need", 3 * checkpoint_bytes(facts))
+
+    def check_free(self, what_needs: str, needs: int) -> None:
+        """Raise E_DISK when so many bytes would not fit beside what is to stay free."""
         left, reserve = self._free(needs), self.limits.reserve_bytes
         if left < needs + reserve:
             message = (
-                f"Checkpoints of this run need {disk.megabytes(needs)} and {disk.megabytes(reserve)} are to stay free, "
+                f"{what_needs} {disk.megabytes(needs)} and {disk.megabytes(reserve)} are to stay free, "
                 f"but only {disk.megabytes(left)} of the disk are free."
             )
             raise StudioError("E_DISK", message, "Make room, for instance by deleting runs.")
@@ -493,7 +509,7 @@ class RunStore:
     def settle(self, run: Run, status: Status, error: Mapping[str, Any] | None = None) -> None:
         """Write down how a run ended whose worker is no more and left no end; its adapter and checkpoints stay."""
         with claim(run.path, patience_s=DYING_S) as lock:
-            if lock is None or _end(run.path):
+            if lock is None or _end(run.path) or _end(run.path, OVER):
                 return
             sweep(run.path)
             self._end_without_worker(run, status, error)
@@ -544,7 +560,8 @@ class RunStore:
 
         So what tells of the end goes last: exit.json, or the log of a worker that left none.
         """
-        (path / "worker.json").unlink(missing_ok=True)
+        for name in ("worker.json", OVER):
+            (path / name).unlink(missing_ok=True)
         log = path / "worker.log"
         if log.exists():
             disk.shorten(log, EARLIER_LOG_BYTES)
@@ -672,6 +689,7 @@ class RunStore:
             latest=dict(seen["latest"]),
             summary=end.get("values", {}),
             note=seen["note"],
+            verdict=seen["verdict"],
             error=end.get("error"),
             facts=record.get("facts", {}),
             owner=str(record.get("owner", NOBODY)),
@@ -703,7 +721,7 @@ class RunStore:
             return "running", {}
         if end is None and not (path / "exit.json").exists() and not (path / "worker.log").exists():
             return "queued", {}
-        end = end or _end(path)  # it may have ended between the looks
+        end = end or _end(path) or _end(path, OVER)  # it may have ended between the looks
         if end is None:
             end = {"status": "damaged", "error": _TORN} if (path / "exit.json").exists() else _LOST
         return end["status"], end
@@ -759,9 +777,9 @@ def _not_found(run: str) -> StudioError:
     return StudioError("E_RUN_NOT_FOUND", f"There is no run {quote(run)}.", "The run list shows the ids.")
 
 
-def _end(path: Path) -> dict[str, Any] | None:
-    """exit.json, when it says how the run ended."""
-    end = read_json(path / "exit.json")
+def _end(path: Path, name: str = "exit.json") -> dict[str, Any] | None:
+    """exit.json, when it says how the run ended; OVER says so of a run that no worker has."""
+    end = read_json(path / name)
     return end if end and end.get("status") in ("done", "stopped", "paused", "failed") else None
 
 

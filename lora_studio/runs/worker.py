@@ -38,6 +38,8 @@ class _Asked(Exception):
 def work(attempts: Sequence[Attempt]) -> None:
     """Train the runs of these attempts, and leave exit.json in each, whatever happens."""
     jobs: dict[Attempt, Any] = {}
+    for attempt in attempts:
+        attempt.companions = attempts
     try:
         jobs = _jobs(attempts) if attempts else {}
         if jobs:
@@ -92,6 +94,7 @@ def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
     """Everything loaded, the base once for all; a run that cannot be begun has failed and is not among them."""
     from lora_studio.core.lora import LoRA
     from lora_studio.data.library import DataLibrary, split
+    from lora_studio.general import passages
     from lora_studio.models import ModelLibrary, device
 
     first = attempts[0]
@@ -128,15 +131,17 @@ def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
     lora = LoRA(models.load(config.model, precision=precision, on=on, labels=len(labels), say=say))
     tokenizer = models.tokenizer(config.model)
     rows = [_encoded(tokenizer, part, labels, config.train.max_length, say) for part in (train, heldout)]
+    rows.append([] if labels else passages(tokenizer, config.train.max_length))
     jobs = {}
     for attempt in _live(attempts):
         with _own_failure(attempt):
-            jobs[attempt] = _job(attempt, lora, tokenizer, rows, heldout)
+            attempt.examples = train, heldout
+            jobs[attempt] = _job(attempt, lora, tokenizer, rows)
     return jobs
 
 
-def _job(attempt: Attempt, lora: Any, tokenizer: Any, rows: Sequence[list[Any]], heldout: Sequence[Any]) -> Any:
-    """A fresh adapter attached for this run, where its checkpoint left it."""
+def _job(attempt: Attempt, lora: Any, tokenizer: Any, rows: Sequence[list[Any]]) -> Any:
+    """A fresh adapter attached for this run, where its checkpoint left it. rows: train, held-out and general ones."""
     from lora_studio.core.baselines import add
     from lora_studio.train import Job
 
@@ -148,7 +153,8 @@ def _job(attempt: Attempt, lora: Any, tokenizer: Any, rows: Sequence[list[Any]],
         tokenizer=tokenizer,
         train=rows[0],
         heldout=rows[1],
-        samples=[example for example in heldout if example.messages][: config.samples],
+        general=rows[2],
+        samples=[example for example in attempt.examples[1] if example.messages][: config.samples],
         classes=attempt.labels,
         config=config,
     )

@@ -7,23 +7,34 @@ import gradio as gr
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
 from lora_studio.ui import (
+    adapter_upload,
+    answering,
     api,
+    blind,
+    chat,
     compare_tab,
     data_tab,
     export_tab,
+    fetch,
     inside_tab,
     live,
+    prompt_set,
+    report_card,
     runs_tab,
     study_tab,
     style,
     train_tab,
 )
+from lora_studio.ui.adapter_upload import AdapterUpload
+from lora_studio.ui.blind import Blind
 from lora_studio.ui.boundary import as_toast
+from lora_studio.ui.chat import Chat
 from lora_studio.ui.compare_tab import CompareTab
 from lora_studio.ui.data_tab import DataTab
 from lora_studio.ui.desk import Desk
 from lora_studio.ui.export_tab import ExportTab
 from lora_studio.ui.inside_tab import InsideTab
+from lora_studio.ui.prompt_set import PromptSet
 from lora_studio.ui.study_tab import StudyTab
 from lora_studio.ui.train_tab import TrainTab
 from lora_studio.visitors import signing_in
@@ -68,26 +79,45 @@ def build(desk: Desk) -> gr.Blocks:
                 study = study_tab.build(desk)
             with gr.Tab("Runs", id="runs"), gr.Column(elem_classes="card"):
                 runs = runs_tab.build(desk)
-            with gr.Tab("3 Compare", id="compare") as compare_page:
-                compare = compare_tab.build()
+            with gr.Tab("3 Compare", id="compare") as compare_page, gr.Tabs(elem_id="compare-ways"):
+                with gr.Tab("Answers"):
+                    compare = compare_tab.build()
+                    brought = adapter_upload.build(desk.limits)
+                with gr.Tab("Prompt set") as set_page:
+                    questions = prompt_set.build(desk)
+                with gr.Tab("Chat") as chat_page:
+                    talk = chat.build()
+                with gr.Tab("Blind") as blind_page:
+                    votes = blind.build(desk)
             with gr.Tab("4 Inside", id="inside") as inside_page:
                 inside = inside_tab.build()
             with gr.Tab("5 Export", id="export") as export_page:
                 export = export_tab.build()
+                report = report_card.build()
+        report_file = fetch.build("report-file")  # outside the tabs, whose parts are there only once they are opened
         _join_data(desk, data, train, tabs)
         _join_settings(desk, page, data, train)
-        _join_run(desk, page, data, train, study, compare, tabs)
+        _join_run(desk, page, data, train, study, compare, export, tabs)
         _join_study(desk, study, study_page, data, train, compare, export, tabs)
         _join_runs(desk, runs, data, train, study, compare, tabs)
         _join_compare(desk, compare)
+        _join_prompt_set(desk, questions, [compare_page.select, set_page.select])
+        _join_chat(desk, talk, [compare_page.select, chat_page.select])
+        _join_blind(desk, votes, [compare_page.select, blind_page.select])
+        _join_upload(desk, brought, compare, tabs)
         _join_inside(desk, inside)
         _join_export(desk, export)
+        hand_out = desk.mine(report_card.hand_out)
+        report.click(hand_out, export.run, report_file, show_progress_on=[report], **PRIVATE)
+        made = train.live.report(hand_out, train.live, report_file, **QUIET)
+        made.then(None, None, None, js=report_card.MADE, **QUICK)
         seen = compare_page.select(desk.mine(compare_tab.list_runs), compare.run, compare.run, **QUICK)
         seen.then(desk.mine(compare_tab.list_others), [compare.run, compare.others], _beside(compare), **QUICK)
         listed = inside_page.select(desk.mine(compare_tab.list_runs), inside.run, inside.run, **QUICK)
         listed.then(desk.mine(inside_tab.list_others), [inside.run, inside.other], inside.other, **QUICK)
         export_page.select(desk.mine(compare_tab.list_runs), export.run, export.run, **QUICK)
-        export_page.select(None, None, None, js=export_tab.NAME_BOXES, **QUICK)
+        for drawn in (export_page, *export.ways):  # its boxes are there only once a tab has been opened
+            drawn.select(None, None, None, js=export_tab.NAME_BOXES, **QUICK)
     return page
 
 
@@ -178,6 +208,7 @@ def _join_run(
     train: TrainTab,
     study: StudyTab,
     compare: CompareTab,
+    export: ExportTab,
     tabs: gr.Tabs,
 ) -> None:
     train.start.click(
@@ -190,6 +221,7 @@ def _join_run(
     )
     to_compare = train.live.compare(desk.mine(_to_compare), train.live, [tabs, compare.run], **QUICK)
     _follow_choice(desk, compare, to_compare)
+    train.live.export(desk.mine(_to_export), train.live, [tabs, export.run], **QUICK)
 
     opened = [data.choice, data.correction, data.format, *data.slots, data.row]
 
@@ -293,6 +325,77 @@ def _beside(compare: CompareTab) -> list[Any]:
     return [compare.others, compare.apart]
 
 
+def _join_prompt_set(desk: Desk, part: PromptSet, shown: list[Any]) -> None:
+    gr.on(shown, desk.mine(answering.list_several), part.runs, part.runs, **QUICK)
+    part.source.input(prompt_set.show_source, part.source, [part.count, part.typed, part.file], **QUICK)
+    part.upload.upload(
+        desk.mine(prompt_set.open_file), part.upload, [part.uploaded, part.about_file, part.problem], **PRIVATE
+    )
+    answering_all = _with_stop(
+        part.go.click,
+        desk.mine(prompt_set.answer),
+        [part.runs, part.source, part.count, part.typed, part.uploaded, part.tokens],
+        [part.table, part.answers, part.problem],
+        [part.go, part.stop],
+    )
+    part.stop.click(answering.settled, None, [part.go, part.stop], cancels=[answering_all], **QUICK)
+    for button, kind in ((part.csv, "csv"), (part.jsonl, "jsonl")):
+        button.click(desk.mine(prompt_set.download, kind), part.answers, [part.fetch, part.problem], **QUIET)
+
+
+def _join_chat(desk: Desk, part: Chat, shown: list[Any]) -> None:
+    gr.on(shown, desk.mine(compare_tab.list_runs), part.run, part.run, **QUICK)
+    answering_both = _with_stop(
+        [part.send.click, part.said.submit],
+        desk.mine(chat.say),
+        [part.run, part.said, part.turns, part.strength, part.tokens, part.temperature],
+        [part.said, part.talk, part.turns, part.problem],
+        [part.send, part.stop],
+    )
+    part.stop.click(answering.settled, None, [part.send, part.stop], cancels=[answering_both], **QUICK)
+    emptied = [part.talk, part.turns, part.problem, part.send, part.stop]
+    gr.on([part.restart.click, part.run.input], chat.forget, None, emptied, cancels=[answering_both], **QUICK)
+
+
+def _join_blind(desk: Desk, part: Blind, shown: list[Any]) -> None:
+    sides = [part.first, part.second]
+    gr.on(shown, desk.mine(answering.list_sides), sides, sides, **QUICK)
+    gr.on(shown, desk.mine(blind.resume), None, part.arena, **QUICK)
+    part.source.input(answering.show_source, part.source, [part.count, part.typed], **QUICK)
+    writing = _with_stop(
+        part.go.click,
+        desk.mine(blind.start),
+        [*sides, part.source, part.count, part.typed, part.tokens],
+        [part.arena, part.problem],
+        [part.go, part.stop],
+    )
+    part.stop.click(answering.settled, None, [part.go, part.stop], cancels=[writing], **QUICK)
+    part.arena.vote(desk.mine(blind.vote), None, [part.arena, part.problem], **QUICK)
+    part.arena.reveal(desk.mine(blind.reveal), None, [part.arena, part.problem], **QUICK)
+    part.arena.download(desk.mine(blind.download), None, [part.fetch, part.problem], **QUICK)
+
+
+def _with_stop(triggers: Any, handler: Any, inputs: list[Any], outputs: list[Any], buttons: list[Any]) -> Any:
+    """A stream on the model, with Stop instead of its button while it goes on; the event that Stop cancels."""
+    begun = gr.on(triggers, answering.begun, None, buttons, **QUICK)
+    streaming = begun.then(handler, inputs, outputs, concurrency_id="model", concurrency_limit=1, **QUIET)
+    streaming.then(answering.settled, None, buttons, **QUICK)
+    return streaming
+
+
+def _join_upload(desk: Desk, brought: AdapterUpload, compare: CompareTab, tabs: gr.Tabs) -> None:
+    brought.go.click(
+        desk.mine(adapter_upload.adopt),
+        [brought.files, brought.model, brought.name],
+        [brought.run, brought.files, brought.done, brought.problem],
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress_on=[brought.go],
+        **PRIVATE,
+    )
+    brought.run.change(desk.mine(_to_compare), brought.run, [tabs, compare.run], **QUICK)
+
+
 def _join_inside(desk: Desk, inside: InsideTab) -> None:
     runs, shown = [inside.run, inside.other], [*inside.of_matrix, inside.problem]
     inside.run.input(desk.mine(inside_tab.list_others), runs, inside.other, **QUICK)
@@ -331,18 +434,26 @@ def _join_inside(desk: Desk, inside: InsideTab) -> None:
 
 
 def _join_export(desk: Desk, export: ExportTab) -> None:
-    described = [export.command, export.loading, export.badge]
-    export.run.change(desk.mine(export_tab.describe), export.run, described, **QUIET)
+    export.run.change(desk.mine(export_tab.describe), export.run, export.described, **QUIET)
     for button, merged in ((export.adapter, False), (export.merged, True)):
         button.click(
             desk.mine(export_tab.pack, merged),
             [export.run, export.dtype],
-            [export.file, export.about, export.problem],
+            [export.file, export.proof, export.problem],
             concurrency_id="model",
             concurrency_limit=1,
             show_progress_on=[button],
             **PRIVATE,
         )
+    export.push.click(
+        desk.mine(export_tab.push),
+        [export.run, export.what, export.dtype, export.repo, export.private, export.token],
+        [export.token, export.pushed, export.push_problem],
+        concurrency_id="model",
+        concurrency_limit=1,
+        show_progress_on=[export.push],
+        **PRIVATE,
+    )
 
 
 # ---- handlers that concern more than one tab -----------------------------------------------------------------------
@@ -383,12 +494,16 @@ def _to_compare(desk: Desk, run: str) -> tuple[Any, Any]:
     return gr.Tabs(selected="compare"), compare_tab.list_runs(desk, run)
 
 
+def _to_export(desk: Desk, run: str) -> tuple[Any, Any]:
+    return gr.Tabs(selected="export"), compare_tab.list_runs(desk, run)
+
+
 def _cell_to_compare(desk: Desk, event: gr.EventData) -> tuple[Any, Any]:
     return _to_compare(desk, str(event.run))
 
 
 def _cell_to_export(desk: Desk, event: gr.EventData) -> tuple[Any, Any]:
-    return gr.Tabs(selected="export"), compare_tab.list_runs(desk, str(event.run))
+    return _to_export(desk, str(event.run))
 
 
 def _to_study(event: gr.EventData) -> tuple[Any, str]:

@@ -137,9 +137,7 @@ def build() -> CompareTab:
                 min_width=240,
             )
         apart = gr.HTML("", apply_default_css=False, elem_id="compare-apart")
-    with gr.Tabs(elem_id="compare-ways"), gr.Tab("Answers", id="answers"):
-        parts = _answers()
-    return CompareTab(run=run, others=others, apart=apart, **parts)
+    return CompareTab(run=run, others=others, apart=apart, **_answers())
 
 
 def _answers() -> dict[str, Any]:

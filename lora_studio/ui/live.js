@@ -3,10 +3,17 @@
 const plot = $('.plot'), slider = $('.scrub input'), log = $('.log');
 const WORDS = { queued: 'waiting', running: 'running', paused: 'paused', done: 'done', stopped: 'stopped and kept',
   failed: 'failed', lost: 'broken off', missing: 'not found' };
+const AXES = {  // of what the chart shows: its axis, and what its two lines are called
+  train_loss: ['loss', 'train', 'train, smoothed'], grad_norm: ['gradient norm', 'gradient norm', 'smoothed'],
+  learning_rate: ['learning rate', 'learning rate', 'scheduled'],
+};
+const DRAWN = 1500;  // points of a line
 const EAGER = often(700), LIST_EVERY = 4000;
 
 let run = null, drawn = null;  // drawn: the run the plot was made for
-let seen, points, average, weight, evaluations, heldout, follow, state, asked, trouble, estimate, probe, findings;
+let seen, curve, extent, average, weight, evaluations, heldout, general, best, zoomed, follow, learned;
+let state, asked, trouble, estimate, probe, findings;
+let figure = 'train_loss', forgetting = false;  // what the chart shows
 let runs = [], token = '', listed = 0;
 let own = true, shared = false, visitors = false;  // whose run it is, and whether there is anybody else
 
@@ -27,22 +34,32 @@ async function blank() {
   const axis = { gridcolor: colour('--border-color-primary'), zeroline: false, automargin: true };
   const line = colour('--chart-train'), measured = colour('--chart-heldout');
   const empty = { x: [], y: [] };
+  const losses = figure === 'train_loss', [axis_, raw, even] = AXES[figure];
   drawn = run;
+  plot.setAttribute('aria-label', `${losses ? 'Training and held-out loss' : axis_} by step`);
   await Plotly.newPlot(plot, [
-    { ...empty, name: 'train', mode: 'lines', line: { width: 1, color: line }, opacity: .38, hoverinfo: 'skip' },
-    { ...empty, name: 'train, smoothed', mode: 'lines', line: { width: 2.2, color: line } },
-    { ...empty, name: 'held out', mode: 'lines+markers', cliponaxis: false,
+    { ...empty, name: raw, mode: 'lines', line: { width: 1, color: line }, opacity: .38, hoverinfo: 'skip' },
+    { ...empty, name: even, mode: 'lines', line: { width: 2.2, color: line } },
+    { ...empty, name: 'held out', mode: 'lines+markers', cliponaxis: false, visible: losses,
       line: { width: 1.5, color: measured }, marker: { size: 6 } },
-    { ...empty, name: 'kept', mode: 'markers', cliponaxis: false, hoverinfo: 'skip',
+    { ...empty, name: 'kept', mode: 'markers', cliponaxis: false, hoverinfo: 'skip', visible: losses,
       marker: { size: 13, color: 'rgba(0,0,0,0)', line: { width: 2, color: measured } } },
+    { ...empty, name: 'general text', mode: 'lines+markers', cliponaxis: false, visible: losses && forgetting,
+      line: { width: 1.5, dash: 'dot', color: colour('--chart-general') }, marker: { size: 6, symbol: 'diamond' } },
   ], {
     uirevision: run, height: 300, margin: { l: 44, r: 8, t: 6, b: 38 }, hovermode: 'x unified',
     paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
     font: { color: colour('--body-text-color'), family: colour('--font'), size: 12 },
     hoverlabel: { bgcolor: colour('--background-fill-primary'), bordercolor: colour('--border-color-primary') },
     legend: { orientation: 'h', x: 1, xanchor: 'right', y: 1.01, yanchor: 'bottom' },
-    xaxis: { ...axis, title: { text: 'step' }, rangemode: 'tozero' }, yaxis: { ...axis, title: { text: 'loss' } },
+    xaxis: { ...axis, title: { text: 'step' }, rangemode: 'tozero' }, yaxis: { ...axis, title: { text: axis_ } },
   }, { responsive: true, displayModeBar: false, displaylogo: false });
+  plot.on('plotly_relayout', change => {  // only what a person does; an update of ours does not raise it
+    const moved = 'xaxis.range[0]' in change || 'xaxis.range' in change;
+    if (!moved && !change['xaxis.autorange']) return;
+    zoomed = moved;
+    draw();
+  });
 }
 
 function extended(values, steps) {  // a running mean that starts unbiased; a short run is remembered for less long
@@ -55,31 +72,97 @@ function extended(values, steps) {  // a running mean that starts unbiased; a sh
   });
 }
 
-async function extend(news) {
-  const [steps, losses] = news.train, [at, measured] = news.heldout;
-  if (steps.length || at.length) {
-    await Plotly.extendTraces(plot, { x: [steps, steps, at], y: [losses, extended(losses, news.steps || 100), measured] }, [0, 1, 2]);
-    points += steps.length;
-    at.forEach((step, place) => heldout.set(step, measured[place]));
-  }
-  if (news.saved.length) {
-    const [best] = news.saved, height = heldout.get(best);
-    if (height != null) await Plotly.restyle(plot, { x: [[best]], y: [[height]] }, [3]);
-  }
-  if (news.steps && plot.layout.xaxis.autorange !== false) {
-    await Plotly.relayout(plot, { 'xaxis.range': [-.015 * news.steps, 1.01 * news.steps] });
-  }
+function extend(news) {  // the lines by what is new of them; whether anything is
+  const [steps, values] = news.train;
+  const even = figure === 'learning_rate' ? values : extended(values, news.steps || 100);
+  steps.forEach((step, place) => curve.push([step, values[place], even[place]]));
+  for (const [known, [at, measured]] of [[heldout, news.heldout], [general, news.general]])
+    at.forEach((step, place) => known.set(step, measured[place]));
+  if (news.saved.length) [best] = news.saved;
+  if (news.steps) extent = [-.015 * news.steps, 1.01 * news.steps];
+  $('.forgetting').hidden = figure !== 'train_loss' || !general.size;
+  return steps.length || news.heldout[0].length || news.general[0].length || news.saved.length;
 }
+
+async function draw() {  // once for all lines, however long they are; a zoom stays
+  const [raw, even] = inView(), marked = heldout.has(best) && figure === 'train_loss' ? [[best, heldout.get(best)]] : [];
+  const lines = [raw, even, [...heldout], marked, [...general]];
+  await Plotly.update(plot, {
+    x: lines.map(points => points.map(point => point[0])), y: lines.map(points => points.map(point => point[1])),
+  }, zoomed || !extent ? {} : { 'xaxis.range': extent }, [0, 1, 2, 3, 4]);
+}
+
+function inView() {  // [step, value] of the curve and of its smooth line, at most about DRAWN of each
+  let first = 0, last = curve.length;
+  if (zoomed) {
+    const [from, to] = plot.layout.xaxis.range, after = curve.findIndex(([step]) => step > to);
+    first = Math.max(0, curve.findIndex(([step]) => step >= from) - 1);
+    if (after >= 0) last = after + 1;
+  }
+  const shown = curve.slice(first, last), size = Math.ceil(2 * shown.length / DRAWN);
+  if (size < 2) return [shown, shown.map(([step, , even]) => [step, even])];
+  const raw = [], even = [];
+  for (let at = 0; at < shown.length; at += size) {  // of each few neighbours the lowest and the highest
+    const few = shown.slice(at, at + size).filter(point => point[1] != null);
+    if (!few.length) continue;
+    const low = few.reduce((a, b) => b[1] < a[1] ? b : a), high = few.reduce((a, b) => b[1] > a[1] ? b : a);
+    raw.push(...(low[0] < high[0] ? [low, high] : low === high ? [low] : [high, low]));
+    even.push([few.at(-1)[0], few.at(-1)[2]]);
+  }
+  return [raw, even];
+}
+
+$('.switch').addEventListener('click', event => {
+  const pressed = event.target.closest('button');
+  if (pressed?.dataset.curve && pressed.dataset.curve !== figure) {
+    figure = pressed.dataset.curve;
+    for (const one of element.querySelectorAll('[data-curve]')) one.setAttribute('aria-pressed', one === pressed);
+    seen = 0;
+    forget();
+    tick();
+  } else if (pressed?.classList.contains('forgetting')) {
+    forgetting = !forgetting;
+    pressed.setAttribute('aria-pressed', forgetting);
+    if (drawn) Plotly.restyle(plot, { visible: forgetting }, [4]);
+  }
+});
 
 // ---- sample answers ----------------------------------------------------------------------------------------------
 
-function part(kind, label, text) {
+function part(kind, label, text, against = null) {  // against: the text from which what differs is marked
   const row = document.createElement('div'), name = document.createElement('span'), said = document.createElement('span');
   row.className = kind;
   name.textContent = label;
-  said.textContent = text || '(nothing)';
+  if (!text || against == null) said.textContent = text || '(nothing)';
+  else for (const [piece, fresh] of changed(against, text)) {
+    const made = document.createElement(fresh ? 'mark' : 'span');
+    made.textContent = piece;
+    said.append(made);
+  }
   row.append(name, said);
   return row;
+}
+
+const WORD = /\s+|[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu, MOST_WORDS = 800;
+
+function changed(before, after) {  // the words of `after` as [text, whether it is not of their longest common sequence]
+  const a = before.match(WORD) || [], b = after.match(WORD) || [];
+  if (a.length > MOST_WORDS || b.length > MOST_WORDS) return [[after, false]];
+  const rest = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));  // common words from i, j on
+  for (let i = a.length - 1; i >= 0; i--)
+    for (let j = b.length - 1; j >= 0; j--)
+      rest[i][j] = a[i] === b[j] ? rest[i + 1][j + 1] + 1 : Math.max(rest[i + 1][j], rest[i][j + 1]);
+  const pieces = [];
+  const put = (text, fresh) => {
+    const last = pieces.at(-1);
+    if (last && last[1] === fresh) last[0] += text; else pieces.push([text, fresh]);
+  };
+  for (let i = 0, j = 0; j < b.length;) {
+    if (i < a.length && a[i] === b[j]) { put(b[j], false); i++; j++; }
+    else if (i < a.length && rest[i + 1][j] >= rest[i][j + 1]) i++;
+    else put(b[j++], true);
+  }
+  return pieces;
 }
 
 function answered() { return [...evaluations.keys()].sort((a, b) => a - b); }
@@ -99,7 +182,8 @@ function samples() {
     const hit = [said, label].includes(sample.target.trim());
     card.append(part('asked', 'Prompt', sample.prompt), part('wanted', 'Wanted', sample.target));
     if (base.has(index)) card.append(part('before', 'Base', base.get(index).text));
-    if (step !== steps[0]) card.append(part(hit ? 'after hit' : 'after', hit ? `Step ${step} ✓` : `Step ${step}`, sample.text));
+    if (step !== steps[0]) card.append(part(
+      hit ? 'after hit' : 'after', hit ? `Step ${step} ✓` : `Step ${step}`, sample.text, base.get(index)?.text));
     return card;
   }));
 }
@@ -118,10 +202,10 @@ function figures(news) {
   if (news.state !== state) trouble = '';
   state = news.state;
   element.dataset.state = state;
-  element.dataset.points = points;
+  element.dataset.points = curve.length;
   element.dataset.run = run;
   [own, shared, visitors] = [news.own, news.shared, news.visitors];
-  $('.pace').hidden = $('.tiles').hidden = false;
+  $('.pace').hidden = $('.tiles').hidden = news.brought;  // it has not trained here
   $('.log').hidden = !own;
   $('.state').textContent = WORDS[state] || state;
   $('.state').dataset.state = state;
@@ -226,16 +310,105 @@ function ended(news, active) {
     words.push(`accuracy ${percent(found.base_accuracy)} → ${percent(found.best_accuracy)}`);
   if (found.best_step) words.push(`best at step ${found.best_step}`);
   if (found.seconds) words.push(duration(found.seconds));
-  $('.result').hidden = active || !news.adapter;
-  $('.result span').textContent = words.join(' · ') || 'The best adapter so far is kept';
+  $('.result').hidden = active || !(news.adapter || learned);  // of a shared run there are figures alone
+  $('.result .figures').textContent = words.join(' · ') || (news.brought ? 'Made elsewhere and brought along' : 'The best adapter so far is kept');
+  $('.result .next').hidden = !own;
+  if (!active) card();
   const known = { memory_bytes: news.latest.memory_bytes, probe_memory_bytes: probe?.memory_bytes, probe_seconds: probe?.seconds, ...found };
   $('.costs').hidden = active || known.memory_bytes == null;
   if (!$('.costs').hidden) costs(news, known);
 }
 
+const SCORES = { accuracy: 'Accuracy', exact_match: 'Exact match', rouge_l: 'ROUGE-L' };
+
+function card() {  // did it learn?
+  const made = JSON.stringify([run, learned?.step, learned?.sentence]);
+  if ($('.result').dataset.made === made) return;
+  $('.result').dataset.made = made;
+  $('.result').dataset.verdict = learned?.verdict || '';
+  say($('.verdict'), learned?.sentence);
+  say($('.advice'), learned?.advice);
+  $('.score').replaceChildren(...(learned ? measures() : []));
+  $('.score').hidden = !$('.score').childElementCount;
+  $('.ranks').replaceChildren(...(learned?.ranks || []).map((rank, place) => {
+    const button = document.createElement('button'), more = place === learned.ranks.length - 1;
+    button.type = 'button';
+    button.dataset.more = more;
+    button.textContent = `Try rank ${rank}`;
+    button.title = `A new run with the same settings and ${more ? 'twice' : 'half'} the rank; it waits in the queue`;
+    return button;
+  }));
+  const groups = [['heldout', 'Rows it never saw'], ['train', 'Rows it trained on']].map(([part, title]) => [
+    title, (learned?.rows || []).filter(row => row.part === part)]).filter(([, rows]) => rows.length);
+  $('.shown').replaceChildren(...groups.map(([title, rows], place) => {
+    const folded = document.createElement('details'), head = document.createElement('summary');
+    folded.open = place === 0;
+    head.textContent = `${title}: ${rows.length} before and after`;
+    folded.append(head, ...rows.map(beforeAndAfter));
+    return folded;
+  }));
+  $('.shown').hidden = !groups.length;
+}
+
+function measures() {  // the task's figure as two bars, and what became of the general text
+  const { metric, losses } = learned, made = [];
+  if (metric) {
+    const [low, high] = metric.interval === 'Wilson' ? [metric.low, metric.high]
+      : [metric.base + metric.low, metric.base + metric.high];
+    made.push(bar('Base', metric.base), bar('Adapted', metric.adapted, low, high));
+    const rows = `${metric.rows} held-out row${metric.rows === 1 ? '' : 's'}`;
+    const sure = metric.interval === 'Wilson' ? `95 % interval ${percent(low)} to ${percent(high)} (Wilson)`
+      : `difference ${percent(metric.low)} to ${percent(metric.high)} with 95 % certainty (paired bootstrap)`;
+    made.unshift(line(`${SCORES[metric.name]} on ${rows}; ${sure}`));
+  }
+  if (losses.general) {
+    const [before, after] = losses.general, moved = 100 * (after / before - 1);
+    const word = moved >= 10 ? 'It forgot' : moved >= 2 ? 'It forgot a little' : 'Little or nothing was forgotten';
+    made.push(line(`${word}: loss on general text ${loss(before)} → ${loss(after)}`));
+  }
+  return made;
+}
+
+function line(text) {
+  const made = document.createElement('p');
+  made.textContent = text;
+  return made;
+}
+
+function bar(name, value, low = null, high = null) {
+  const row = document.createElement('div'), label = document.createElement('span');
+  const rail = document.createElement('div'), fill = document.createElement('i'), figure = document.createElement('b');
+  label.textContent = name;
+  figure.textContent = percent(value);
+  fill.style.width = `${100 * value}%`;
+  rail.append(fill);
+  if (low != null) {
+    const range = document.createElement('u');  // from the low to the high end of the interval
+    range.style.left = `${100 * Math.max(0, low)}%`;
+    range.style.width = `${100 * (Math.min(1, high) - Math.max(0, low))}%`;
+    rail.append(range);
+  }
+  row.append(label, rail, figure);
+  return row;
+}
+
+function beforeAndAfter(row) {
+  const made = document.createElement('article'), hit = row.adapted != null && row.adapted.trim() === row.target.trim();
+  if (row.prompt) made.append(part('asked', 'Prompt', row.prompt));
+  made.append(part('wanted', row.prompt ? 'Wanted' : 'Text', row.target));
+  if (row.base != null) made.append(part('before', 'Base', row.base));
+  if (row.adapted != null) made.append(part(hit ? 'after hit' : 'after', hit ? 'Adapted ✓' : 'Adapted', row.adapted, row.base));
+  if (row.base_loss != null && row.loss != null) {
+    const [before, after] = [row.base_loss, row.loss].map(loss), moved = Math.round(100 * (row.loss / row.base_loss - 1));
+    made.append(part('drop', 'Loss', `${before} → ${after} (${moved > 0 ? '+' : ''}${moved} %)`));
+  }
+  return made;
+}
+
 function about(run) {
   if (run.state === 'running') return `step ${run.step} of ${run.steps}`;
-  if (run.state === 'done' && run.loss != null) return `held-out loss ${loss(run.loss)}`;
+  const said = [run.verdict, run.loss == null ? '' : `held-out loss ${loss(run.loss)}`].filter(Boolean);
+  if (run.state === 'done' && said.length) return said.join(' · ');
   return run.reason || WORDS[run.state];
 }
 
@@ -270,6 +443,15 @@ $('nav').addEventListener('click', event => {
   if (picked) { props.value = picked; start(); }
 });
 $('.compare').addEventListener('click', () => trigger('compare'));
+$('.report').addEventListener('click', event => {
+  event.target.textContent = 'Making it';  // report_card.MADE is called when it is there
+  trigger('report');
+});
+$('.export').addEventListener('click', () => trigger('export'));
+$('.ranks').addEventListener('click', event => {
+  const pressed = event.target.closest('button');
+  if (pressed) anew(() => server.another({ run, more: pressed.dataset.more === 'true' }));
+});
 $('.controls').addEventListener('click', async event => {
   const pressed = event.target.closest('button'), wanted = pressed?.dataset.ask, whose = run;
   if (!wanted || !may(wanted)) return;
@@ -282,26 +464,30 @@ $('.controls').addEventListener('click', async event => {
   if (wanted === 'delete' || wanted === 'restore') listed = 0;
   tick();
 });
-$('.findings').addEventListener('click', async event => {
-  const again = event.target.closest('button'), whose = run;
-  if (!again || asked) return;
+$('.findings').addEventListener('click', event => {
+  const again = event.target.closest('button');
+  if (again) anew(() => server.restart({ run, code: again.dataset.code }));
+});
+async function anew(act) {  // start a run that comes of this one, and show it
+  const whose = run;
+  if (asked) return;
   [asked, trouble] = ['again', ''];
   say($('.note'), ASKED.again);
-  const { problem, run: fresh } = await done(() => server.restart({ run: whose, code: again.dataset.code }));
+  const { problem, run: fresh } = await done(act);
   if (whose !== run) return;
   [asked, trouble] = ['', problem];
   if (problem) return tick();
   props.value = fresh;
   start();
   $('.name').focus();  // the button is gone
-});
+}
 log.addEventListener('toggle', () => tick());
 
 // ---- asking ------------------------------------------------------------------------------------------------------
 
 function forget() {  // all that was drawn: an attempt that was resumed says some of it anew
-  [points, average, weight, drawn, probe] = [0, 0, 0, null, null];
-  [evaluations, heldout] = [new Map(), new Map()];
+  [curve, extent, average, weight, drawn, probe] = [[], null, 0, 0, null, null];
+  [evaluations, heldout, general, best, zoomed, learned] = [new Map(), new Map(), new Map(), null, false, null];
   $('.samples').hidden = true;
 }
 
@@ -320,25 +506,27 @@ function gone(news) {
 async function take(news) {
   if (news.runs) { runs = news.runs; token = news.token; list(); }
   for (const { id, step, steps } of news.active || []) progress(id, step, steps);
-  if (news.run !== run || news.start !== seen || !run) return;  // an answer to an older question
+  if (news.run !== run || news.start !== seen || news.curve !== figure || !run) return;  // to an older question
   if (news.state === 'missing' || news.state === 'deleted') return gone(news);
   if (state === 'deleted') renew();  // it is back
   if (news.whole) forget();
+  seen = news.next;  // and all that is new is taken in before anything is waited for: a click may come meanwhile
   if (news.about) {
     $('.name').textContent = news.about.name;
     $('.line').textContent = news.about.line;
     estimate = news.about.estimate;
   }
-  if (news.train[0].length || news.heldout[0].length) {
-    plot.hidden = false;
-  }
-  if (!plot.hidden && drawn !== run) await blank();
-  if (drawn === run) await extend(news);
   for (const sample of news.samples) {
     if (!evaluations.has(sample.step)) evaluations.set(sample.step, new Map());
     evaluations.get(sample.step).set(sample.index, sample);
   }
-  seen = news.next;
+  if (news.learned) learned = news.learned;
+  if (extend(news)) {
+    plot.hidden = $('.switch').hidden = false;
+    if (drawn !== run) await blank();
+    await draw();
+    if (news.run !== run || news.curve !== figure) return;
+  }
   if (news.samples.length) samples();
   if (news.state !== state) listed = 0;  // the list shows another state, too
   figures(news);
@@ -348,7 +536,7 @@ async function take(news) {
 
 const tick = asking(async () => {
   const fresh = Date.now() - listed > LIST_EVERY;
-  const news = await server.poll({ run: run || '', start: seen, list: fresh, known: token, log: log.open });
+  const news = await server.poll({ run: run || '', start: seen, curve: figure, list: fresh, known: token, log: log.open });
   if (fresh) listed = Date.now();
   await take(news);
   return !listed || state === 'deleted' || ACTIVE.includes(state) || runs.some(one => ACTIVE.includes(one.state)) ? EAGER : IDLE;
@@ -368,7 +556,8 @@ function renew() {  // nothing is known or drawn of the run
   element.dataset.points = 0;
   for (const part of ['.result', '.findings', '.costs', '.pace', '.tiles', '.log', '.safe', '.forecast', '.note'])
     $(part).hidden = true;
-  plot.hidden = true;
+  plot.hidden = $('.switch').hidden = true;
+  delete $('.result').dataset.made;
 }
 
 function start() {

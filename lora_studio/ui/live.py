@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import gradio as gr
 
 from lora_studio.core.spec import BASELINES, LoraSpec, Method
 from lora_studio.errors import StudioError, redacted
+from lora_studio.events import Learned
 from lora_studio.fields import knobs
 from lora_studio.runs.config import Run, width_in_words
 from lora_studio.runs.store import ID, RunStore, standing
@@ -31,6 +33,9 @@ PLOTLY = Path(importlib.util.find_spec("plotly").origin).parent / "package_data"
 DRAWING = "<script src='plotly.min.js'></script>"  # which the door serves
 POINTS = 4_000  # of a curve in one answer; a longer one is thinned
 LOG_CHARACTERS = 8_000
+BROUGHT = "brought along"  # an adapter that was made elsewhere
+LEARNED = tuple(field.name for field in fields(Learned))
+CURVES = {"train_loss": "Loss", "grad_norm": "Gradient norm", "learning_rate": "Learning rate"}  # the chart shows one
 TILES = {
     "step": "Step",
     "train_loss": "Train loss",
@@ -63,6 +68,10 @@ def build(desk: Desk) -> gr.HTML:
         desk.may_start()
         return restart_run(desk.studio, ask)
 
+    def another(desk: Desk, ask: dict) -> dict:
+        desk.may_start()
+        return try_another_rank(desk.studio, ask)
+
     def share(desk: Desk, ask: dict) -> dict:
         return share_run(desk.studio, ask)
 
@@ -72,11 +81,16 @@ def build(desk: Desk) -> gr.HTML:
     def restore(desk: Desk, ask: dict) -> dict:
         return restore_run(desk.studio, ask)
 
-    asked = [poll, stop, pause, resume, restart, share, delete, restore]
+    asked = [poll, stop, pause, resume, restart, another, share, delete, restore]
     tiles = "".join(f"<div><span>{label}</span><b data-tile='{name}'>–</b></div>" for name, label in TILES.items())
+    curves = "".join(
+        f"<button type='button' data-curve='{name}' aria-pressed='{str(name == 'train_loss').lower()}'>{label}</button>"
+        for name, label in CURVES.items()
+    )
+    page = (HERE / "live.html").read_text(encoding="utf-8")
     return gr.HTML(
         "",
-        html_template=(HERE / "live.html").read_text(encoding="utf-8").replace("<!-- tiles -->", tiles),
+        html_template=page.replace("<!-- tiles -->", tiles).replace("<!-- curves -->", curves),
         js_on_load=script.of("live"),
         head=DRAWING,
         server_functions=[desk.mine(problem_in_answer(one)) for one in asked],
@@ -88,19 +102,21 @@ def build(desk: Desk) -> gr.HTML:
 def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """What is new since the caller's last look.
 
-    ask: run (id or ""), start (records seen), list (whether runs may have changed), known (their last token),
-    log (whether the log is open). An unknown run has state "missing", one that can be brought back "deleted", none at
-    all has "none". A run that somebody else shares comes as `public` leaves it.
+    ask: run (id or ""), start (records seen), curve (of CURVES), list (whether runs may have changed), known (their
+    last token), log (whether the log is open). An unknown run has state "missing", one that can be brought back
+    "deleted", none at all has "none". A run that somebody else shares comes as `public` leaves it.
     """
+    curve = ask.get("curve") if ask.get("curve") in (*CURVES,) else "train_loss"
     said: dict[str, Any] = {"run": ask.get("run") or "", "start": _count(ask.get("start")), "state": "none"}
+    said["curve"] = curve
     if ask.get("list"):
         said |= _changed_runs(studio.runs, ask.get("known"))
     if said["run"]:
         try:
             view = studio.runs.look(id_of(said["run"]))
             if studio.runs.owner not in (None, view.owner):
-                return said | public(_news(studio.runs.of(view.owner), view, said["start"]), view)
-            said |= _news(studio.runs, view, said["start"])
+                return said | public(_news(studio.runs.of(view.owner), view, said["start"], curve), view)
+            said |= _news(studio.runs, view, said["start"], curve)
             if ask.get("log"):
                 said["log"] = redacted(studio.runs.log(view.id, LOG_CHARACTERS))
         except StudioError:
@@ -111,7 +127,8 @@ def answer(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     return said
 
 
-PUBLIC = ("next", "whole", "state", "step", "steps", "latest", "train", "heldout", "saved", "probe", "adapter")
+PUBLIC = ("next", "whole", "state", "step", "steps", "latest", "train", "heldout", "general")
+PUBLIC += ("saved", "probe", "adapter")
 FIGURES = ("seconds", "memory_bytes", "probe_seconds", "probe_memory_bytes", "base_loss", "best_loss", "best_step")
 FIGURES += ("base_accuracy", "best_accuracy")
 
@@ -134,6 +151,8 @@ def public(news: Mapping[str, Any], view: Run) -> dict[str, Any]:
     if "summary" in news:
         said["summary"] = {name: value for name, value in news["summary"].items() if name in FIGURES}
         said |= {"resumable": False, "error": None}
+    if learned := news.get("learned"):  # its sentences are made of figures
+        said["learned"] = learned | {"rows": []}
     return said
 
 
@@ -170,6 +189,27 @@ def restart_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
         return fresh.id
 
     return said_of(act)
+
+
+def try_another_rank(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Queue a run's settings once more with twice its rank, or with half of it; its id as "run"."""
+
+    def act() -> str:
+        view = studio.runs.get(id_of(ask.get("run")))
+        found = other_ranks(view)
+        if not found:
+            raise StudioError("E_NOT_LORA", "This run has no rank.", "Choose a run of LoRA.")
+        return studio.another_rank(view.id, found[-1] if ask.get("more") is True else found[0]).id
+
+    return said_of(act)
+
+
+def other_ranks(run: Run) -> list[int]:
+    """Half of a run's rank and twice as much, as far as there are such ranks; none for other methods."""
+    method = run.config.method
+    if not isinstance(method, LoraSpec):
+        return []
+    return [rank for rank in (method.rank // 2, 2 * method.rank) if rank >= 1]
 
 
 def share_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
@@ -244,7 +284,7 @@ def in_words(change: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _news(store: RunStore, view: Run, start: int) -> dict[str, Any]:
+def _news(store: RunStore, view: Run, start: int, curve: str) -> dict[str, Any]:
     """whole: these records are all that hold, since an attempt said anew what the caller has seen."""
     records: Sequence[Mapping[str, Any]] = store.events(view.id, start)
     seen = start + len(records)
@@ -261,11 +301,13 @@ def _news(store: RunStore, view: Run, start: int) -> dict[str, Any]:
         "latest": {name: _rounded(value) for name, value in view.latest.items() if name in TILES},
         "note": redacted(view.note),
         "own": True,
+        "brought": view.brought,
         "shared": view.shared,
         "place": store.position(view.id) if view.status == "queued" else 0,
         "adapter": view.has_adapter,
-        "train": thin(*_curve(records, "train_loss")),
-        "heldout": _curve(records, "heldout_loss"),
+        "train": thin(*_curve(records, curve)),
+        "heldout": _curve(records, "heldout_loss") if curve == "train_loss" else ([], []),
+        "general": _curve(records, "general_loss") if curve == "train_loss" else ([], []),
         "samples": [
             {name: record[name] for name in ("step", "index", "prompt", "text", "target")}
             for record in records
@@ -282,6 +324,8 @@ def _news(store: RunStore, view: Run, start: int) -> dict[str, Any]:
         news["findings"] = advice(store, view)
     if start == 0:
         news["about"] = _about(view)
+    if learned := [record for record in records if record["type"] == "Learned"]:
+        news["learned"] = {name: learned[-1][name] for name in LEARNED} | {"ranks": other_ranks(view)}
     if not view.active:
         news |= {"error": view.error, "summary": {name: _rounded(value) for name, value in view.summary.items()}}
         news["resumable"] = view.resumable and not _would_repeat(view)
@@ -306,7 +350,7 @@ def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], 
 def _about(run: Run) -> dict[str, Any]:
     config = run.config
     base = config.model.rstrip("/").rsplit("/", 1)[-1]
-    parts = [base, config.dataset.name, method_in_words(config.method)]
+    parts = [base, BROUGHT if run.brought else config.dataset.name, method_in_words(config.method)]
     if run.labels:
         parts.append(f"{len(run.labels)} labels")
     return {"name": run.name or run.id[:8], "line": " · ".join(parts), "estimate": _estimate(run)}
@@ -344,7 +388,8 @@ def _entry(run: Run) -> dict[str, Any]:
         "step": run.step,
         "steps": run.steps,
         "loss": _rounded(run.summary.get("best_loss")),
-        "reason": (run.error or {}).get("message", ""),
+        "verdict": run.verdict,
+        "reason": BROUGHT if run.brought else (run.error or {}).get("message", ""),
     }
 
 
@@ -369,5 +414,5 @@ def _number(value: float | None) -> float:
 def run_label(run: Run) -> str:
     """A run in the dropdowns: its name and how it stands."""
     loss = run.summary.get("best_loss")
-    state = f"held-out loss {loss:.3g}" if loss is not None else run.status
+    state = f"held-out loss {loss:.3g}" if loss is not None else BROUGHT if run.brought else run.status
     return f"{run.name or run.id[:8]} · {state}"
