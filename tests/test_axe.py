@@ -104,6 +104,7 @@ def test_a_violation_is_found(browser: Browser) -> None:
 def test_no_tab_has_a_violation(url: tuple[str, str, str], browser: Browser, theme: str) -> None:
     empty, full, run = url
     broken: dict[str, Any] = {}
+    looked: list[str] = []
     for address, home in ((empty, empty), (run, full)):
         page, watch = opened(browser, address, home, theme)
         names = tabs(page)
@@ -111,6 +112,7 @@ def test_no_tab_has_a_violation(url: tuple[str, str, str], browser: Browser, the
 
         def look(where: str, page: Page = page, state: str = "empty" if home == empty else "full") -> None:
             settle(page)
+            looked.append(where)
             if found := violations(page):
                 broken[f"{state}: {where}"] = found
 
@@ -125,6 +127,7 @@ def test_no_tab_has_a_violation(url: tuple[str, str, str], browser: Browser, the
                 look(f"{name}, {inner.inner_text()}")
         assert watch.wrong == []
         page.close()
+    assert sum("," in where for where in looked) >= 6  # tabs within tabs
     assert not broken, json.dumps(broken, indent=1)
 
 
