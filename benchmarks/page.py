@@ -33,6 +33,7 @@ from tests.screenshots import chromium, served
 from tests.tiny import tiny_model
 
 MOST_BYTES, MOST_MS, STEPS_AT_ONCE = 1000, 120.0, 5
+TAKEN = "count => Number(document.querySelector('#live [data-points]').dataset.points) >= count"
 DRAWN = "step => document.querySelector('#live .plot')?.data?.[1].x.at(-1) >= step"
 AXES = "(({ layout }) => [layout.xaxis.range, layout.yaxis.range])(document.querySelector('#live .plot'))"
 
@@ -87,7 +88,7 @@ def measured(root: Path, points: int, updates: int) -> dict[str, list[float]]:
         zoom(page)
         chosen = page.evaluate(AXES)
         for _ in range(updates):
-            update(page, on)
+            update(page, on, zoomed=True)
             found["kept"].append(float(page.evaluate(AXES) == chosen))
         return found
 
@@ -122,9 +123,12 @@ def training(store: RunStore, points: int) -> Iterator[tuple[str, Callable[[], i
         yield run.id, on
 
 
-def update(page: Page, on: Callable[[], int]) -> None:
-    """Some steps more, until they are drawn."""
-    page.wait_for_function(DRAWN, arg=on(), polling=100, timeout=30_000)
+def update(page: Page, on: Callable[[], int], *, zoomed: bool = False) -> None:
+    """Some steps more, until they are drawn; zoomed in, what is new may lie outside and is only taken in."""
+    known = int(page.locator("#live [data-points]").first.get_attribute("data-points") or 0)
+    step = on()
+    given = (TAKEN, known + STEPS_AT_ONCE) if zoomed else (DRAWN, step)
+    page.wait_for_function(given[0], arg=given[1], polling=100, timeout=30_000)
     page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
 
