@@ -5,6 +5,7 @@ LORA_STUDIO_HOST         address to listen on (default: 127.0.0.1, on a Space 0.
 LORA_STUDIO_PORT         port (default: GRADIO_SERVER_PORT, else 7860)
 LORA_STUDIO_ORIGINS      addresses under which it is reached through a proxy: https://lora.example.org, ...
 LORA_STUDIO_VISITORS=1   tell visitors apart by a cookie, as a Space does
+LORA_STUDIO_MCP=1        be an MCP server, too, at /gradio_api/mcp/ (needs the package mcp; one person's machine only)
 LORA_STUDIO_OPERATORS    accounts that see everybody's work on a Space, besides its author's
 """
 

@@ -8,6 +8,7 @@ whose work a call may touch is decided where the handlers get their Studio (ui.d
 import base64
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lora_studio.errors import StudioError
 from lora_studio.limits import MIB, Limits
 from lora_studio.owners import NOBODY, SECRET, new_secret
 from lora_studio.visitors import (
@@ -67,6 +69,7 @@ ASKING = (
 )
 READ = re.compile(rf"/|{FILES}|{SIGNING}|{ASKING}")
 ACT = re.compile(rf"{API}/(queue/join|component_server|upload|cancel|reset|(run|api|call|call/v2)/\w+)/?")
+MCP = re.compile(rf"{API}/mcp/?")  # where LORA_STUDIO_MCP=1 lets agents in
 FETCHING = ("async_ssrf_protected_get", "async_ssrf_protected_download", "ssrf_protected_download")
 FETCHING += ("save_url_to_cache", "unsafe_download")  # with which Gradio would get what a call names by its address
 CANCEL = re.compile(rf"{API}/cancel/?")
@@ -126,6 +129,21 @@ def place(host: str, port: int) -> Place:
     return Place(host, port, (*origins, *added), frozenset({*names, *(urlsplit(one).hostname or "" for one in added)}))
 
 
+def agents_come() -> bool:
+    """Whether the endpoints are tools of an MCP server, too: LORA_STUDIO_MCP=1.
+
+    Gradio's server asks in one name for all who call it, so nobody could be told apart there. Raises E_MCP.
+    """
+    if os.environ.get("LORA_STUDIO_MCP") != "1":
+        return False
+    if told_apart():
+        message = "The MCP server cannot tell visitors apart."
+        raise StudioError("E_MCP", message, "Leave LORA_STUDIO_MCP or LORA_STUDIO_VISITORS away.")
+    if importlib.util.find_spec("mcp") is None:
+        raise StudioError("E_MCP", "The package mcp is not installed.", "pip install 'mcp>=1.21,<2'")
+    return True
+
+
 def _bracketed(name: str) -> str:
     return f"[{name}]" if ":" in name else name
 
@@ -137,7 +155,7 @@ class Door:
         self, app: ASGIApp, *, place: Place, limits: Limits, pages: Pages, waiting: Callable[[str], int], uploads: Path
     ) -> None:
         """waiting: how many calls from an address stand in Gradio's queue. uploads: the folder that fills up."""
-        self.app, self.place, self.limits = app, place, limits
+        self.app, self.place, self.limits, self.agents = app, place, limits, agents_come()
         self.pages, self.waiting, self.uploads = pages, waiting, uploads
         self.calls = Rate(limits.calls_a_minute)
         self.uploaded = Rate(limits.uploaded_bytes, UPLOADS_S)
@@ -173,7 +191,8 @@ class Door:
             return 403, "Pages of other sites may not use this app."
         if request.method == "OPTIONS":
             return None
-        if not (ACT if acts else READ).fullmatch(path) or request.method not in ("GET", "HEAD", "POST"):
+        known = (ACT if acts else READ).fullmatch(path) or (acts and self.agents and MCP.fullmatch(path))
+        if not known or request.method not in ("GET", "HEAD", "POST"):
             return 404, "There is nothing here."
         if path.startswith("/download/") and request.method != "GET":
             return 404, "There is nothing here."
@@ -349,7 +368,7 @@ def behind(
     )
     app.add_middleware(Door, **_settings(page, place, limits, pages))
     inside = {"routes": list(routes), "middleware": [Middleware(Scripts)]}
-    shown = {"show_error": False, "allowed_paths": [], "mcp_server": False, "app_kwargs": inside, **looks}
+    shown = {"show_error": False, "allowed_paths": [], "mcp_server": agents_come(), "app_kwargs": inside, **looks}
     return gr.mount_gradio_app(app, page, path="/", server_name=place.host, server_port=place.port, **shown)
 
 

@@ -35,6 +35,12 @@ POLICY = {
     "api.add_dataset": BRING,
     "api.compare": OWN,
     "api.compare_runs": OWN,
+    "api.describe_dataset": OWN,
+    "api.evaluate": OWN,
+    "api.export": OWN,
+    "api.fetch_dataset": BRING,
+    "api.list_datasets": OWN,
+    "api.list_runs": OWN,
     "api.plan": OWN,
     "api.run_events": OWN,
     "api.run_status": OWN,
@@ -125,11 +131,9 @@ POLICY = {
     "train_tab.show_method": PLAIN,
     "train_tab.start": OWN,
 }
-SAME_FOR_OWNER = {
-    "build._used",
-    "blind.resume",
-}  # takes no id, so its answer is compared with that of one who has nothing
-ALONE = {"build._used", "live.restart", "live.delete", "runs_tab.delete"}
+# these take no id, so their answer is compared with that of one who has nothing
+SAME_FOR_OWNER = {"api.list_datasets", "api.list_runs", "build._used", "blind.resume"}
+ALONE = {"api.list_datasets", "build._used", "live.restart", "live.delete", "runs_tab.delete"}
 ALONE |= {"blind.download", "blind.resume", "blind.reveal", "blind.vote"}
 SILENT = {"train_tab.settle_task"}  # says only whether rows have labels, and hers have none
 SECRET = "sesame-7f3a"  # in Ann's rows, names, answers and log
@@ -254,6 +258,7 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "kind": "csv",
         "answers": None,
         "dtype": "float32",
+        "merged": False,
         "start": 0,
         "what": "The adapter",
         "private": True,

@@ -522,8 +522,9 @@ def test_long_curves_are_thinned_but_keep_their_peaks() -> None:
 def test_the_whole_page_builds(desk: Desk) -> None:
     page = build.build(desk)
     public = {fn.api_name for fn in page.fns.values() if fn.api_visibility == "public"}
-    runs = {"start_run", "run_status", "run_events", "stop_run", "compare", "compare_runs"}
-    assert public == {"plan", "add_dataset"} | runs
+    data = {"add_dataset", "fetch_dataset", "list_datasets", "describe_dataset"}
+    runs = {"plan", "start_run", "list_runs", "run_status", "run_events", "stop_run"}
+    assert public == data | runs | {"compare", "compare_runs", "evaluate", "export"}
 
 
 def test_programs_may_ask_for_every_method_and_task(

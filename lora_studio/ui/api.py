@@ -3,25 +3,33 @@
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 from gradio.events import api
 
 from lora_studio.core.spec import LoraSpec, Method
+from lora_studio.data.library import SAMPLES
 from lora_studio.errors import StudioError
 from lora_studio.fields import build
 from lora_studio.models import STARTER
 from lora_studio.runs.config import DataChoice, RunConfig, method_of, short
 from lora_studio.settings import Sampling, TrainConfig
+from lora_studio.studio import run_as_json
 from lora_studio.ui.desk import Desk
 
 SPEC, TRAIN = LoraSpec(), TrainConfig()  # their defaults are the endpoints'
+EVALUATED = 200  # rows at most: each is answered twice
 
 
 def register(desk: Desk) -> None:
     """Declare the endpoints; call it first inside Blocks, so that no event of the page takes their names."""
-    for quick in (add_dataset, plan, start_run, run_status, run_events, stop_run):
+    for quick in (
+        *(add_dataset, list_datasets, describe_dataset),
+        *(plan, start_run, list_runs, run_status, run_events, stop_run),
+    ):
         api(desk.mine(quick), api_name=quick.__name__, queue=False)
-    for slow in (compare, compare_runs):
+    api(desk.mine(fetch_dataset), api_name="fetch_dataset")
+    for slow in (compare, compare_runs, evaluate, export):
         api(desk.mine(slow), api_name=slow.__name__, concurrency_id="model", concurrency_limit=1)
 
 
@@ -35,6 +43,48 @@ def add_dataset(desk: Desk, text: str, name: str = "pasted text") -> str:
     return desk.studio.data.add_text(text, name).id
 
 
+def fetch_dataset(desk: Desk, repo: str) -> str:
+    """Keep a sample that comes with the app, or a dataset of the Hugging Face Hub, and return its id.
+
+    Args:
+        repo: orders, plain_english or tickets; or owner/name as on huggingface.co.
+    """
+    data = desk.studio.data
+    return (data.add_sample(repo) if repo in SAMPLES else data.add_hub(repo)).id
+
+
+def list_datasets(desk: Desk) -> list[dict[str, Any]]:
+    """The datasets kept here: id, name, rows, columns, and how they are read."""
+    return [
+        {
+            "id": one.id,
+            "name": one.name,
+            "rows": one.rows,
+            "columns": list(one.columns),
+            "format": one.format,
+            "mapping": one.mapping,
+            "warnings": list(one.warnings),
+        }
+        for one in desk.studio.data.list()
+    ]
+
+
+def describe_dataset(
+    desk: Desk, dataset: str, model: str = STARTER, max_length: int = TRAIN.max_length, task: str = "auto"
+) -> dict[str, Any]:
+    """A dataset as a model will see it: rows, split, token lengths, what the length limit cuts, duplicates, overlap.
+
+    Args:
+        dataset: Id of a dataset.
+        model: Whose tokenizer counts: starter, a catalogue name, a Hub id or a local folder.
+        max_length: Tokens of a row; what is behind them is cut.
+        task: causal writes text, classify chooses a label, auto takes what suits model and data.
+    """
+    choice, config = DataChoice(id=dataset), build(TrainConfig, {"max_length": max_length})
+    studio = desk.ready(model)
+    return studio.inspect(choice, model, config, studio.task(model, choice, task)).as_json()
+
+
 def plan(
     desk: Desk,
     model: str = STARTER,
@@ -46,7 +96,7 @@ def plan(
     method: str = "lora",
     width: int = 0,
     task: str = "auto",
-) -> dict:
+) -> dict[str, Any]:
     """What a run would adapt and cost: matrices, parameters, bytes, seconds.
 
     Args:
@@ -115,7 +165,12 @@ def start_run(
     return studio.start(config).id
 
 
-def run_status(desk: Desk, run: str) -> dict:
+def list_runs(desk: Desk) -> list[dict[str, Any]]:
+    """All runs, the newest first: id, name, status, step, model, summary and the settings of each."""
+    return [run_as_json(run) for run in desk.studio.runs.list()]
+
+
+def run_status(desk: Desk, run: str) -> dict[str, Any]:
     """State, step, newest figures and, once ended, summary or error of a run.
 
     Args:
@@ -134,7 +189,7 @@ def run_status(desk: Desk, run: str) -> dict:
     }
 
 
-def run_events(desk: Desk, run: str, start: int = 0) -> list[dict]:
+def run_events(desk: Desk, run: str, start: int = 0) -> list[dict[str, Any]]:
     """The events of a run from number `start` on: metrics, samples, warnings and its end.
 
     Args:
@@ -197,6 +252,36 @@ def compare_runs(
     with closing(studio.compare(asked, prompt, strength=strength, sampling=sampling)) as moments:
         for moment in moments:
             yield [answer.text for answer in moment.answers]
+
+
+def evaluate(desk: Desk, run: str, dataset: str = "", limit: int = 50) -> dict[str, Any]:
+    """Base model against adapted model: loss, perplexity, and exact match, ROUGE-L, BLEU or accuracy as fits the rows.
+
+    Args:
+        run: Id of a run that has an adapter.
+        dataset: Id of another dataset; empty measures on the run's held-out rows.
+        limit: Most rows to measure, up to 200.
+    """
+    if not 1 <= limit <= EVALUATED:
+        message = f"{limit:,} rows cannot be measured in one call."
+        raise StudioError("E_LIMIT", message, f"Give a number from 1 to {EVALUATED}.")
+    view = desk.studio.runs.get(run)
+    studio = desk.ready(view.config.model)
+    return studio.evaluate(view.id, DataChoice(id=dataset) if dataset else None, limit)
+
+
+def export(desk: Desk, run: str, merged: bool = False, dtype: str = "") -> dict[str, Any]:
+    """Pack a run's adapter, or the model with it merged in; the answer says from which address to fetch the zip, once.
+
+    Args:
+        run: Id of a run that has an adapter.
+        merged: False packs the adapter in PEFT's layout, True the whole model.
+        dtype: Of merged weights: float32, bfloat16 or float16; empty takes what suits this machine.
+    """
+    view = desk.studio.runs.get(run)
+    done = desk.ready(view.config.model).archive(view.id, merged=merged, dtype=dtype)
+    told = {"file": done.files[-1].name, "download": desk.hand_out(done.files[-1])}
+    return told | ({"rounding": done.rounding.as_json()} if done.rounding else {})
 
 
 compare.__annotations__["return"] = tuple[str, str]  # Gradio reads the type of one yield

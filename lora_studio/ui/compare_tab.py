@@ -34,7 +34,8 @@ OTHERS = 3  # runs beside the first
 NAMED = 3  # runs named for each reason why they are not offered
 SIDE_BY_SIDE = (0.5, 1.0, 1.5, 2.0)  # strengths beside 0, which is the base model
 GREEDY, SAMPLED = "Greedy", "Sampled"
-EMPTY = "<b>Nothing is asked yet.</b><br>Pick a prompt or write one, then press Generate."
+EMPTY = """<b>Nothing is asked yet.</b><br>Pick a prompt or write one, then press Generate.<br>
+No run to choose? Take an example in tab 1 and press Start training in tab 2."""
 HEAD = "<h3>The wanted answer</h3>"
 NO_ANSWER = f"{HEAD}<p class='soft'>Pick one of the held-out rows above: its answer is known.</p>"
 

@@ -14,6 +14,7 @@ from lora_studio.ui.boundary import problem_last, toasted
 from lora_studio.ui.desk import Desk
 from lora_studio.visitors import signing_in
 
+FROM = "Each has saved an adapter. None yet? Take an example in tab 1 and press Start training in tab 2"
 USUAL = "as loaded here"  # the dtype of merged weights when none is chosen
 ADAPTER, MERGED = "The adapter", "The merged model"
 
@@ -64,7 +65,7 @@ def build() -> ExportTab:
     with gr.Row(equal_height=False, elem_classes="handing"):
         with gr.Column(scale=5, min_width=300, elem_classes="card"):
             gr.HTML("<h3>Take it with you</h3>", apply_default_css=False)
-            run = gr.Dropdown([], label="Run", value=None, elem_id="export-run")
+            run = gr.Dropdown([], label="Run", value=None, info=FROM, elem_id="export-run")
             badge = gr.HTML("", apply_default_css=False, elem_id="portable")
             _said(
                 "The adapter", "What was trained, and nothing else: LoRA's is a few megabytes. It needs its base model."

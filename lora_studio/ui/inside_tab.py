@@ -22,7 +22,8 @@ ALONE = ""  # the choice of no second run
 WHOLE, OF_A = "The whole update", "A alone, as the paper"
 LOOKED = 12  # outputs that show one report
 EMPTY = """<div class='empty'><b>Nothing is opened yet.</b><br>Choose a run that has trained, then press Look inside.
-It shows which matrices changed, in how many directions, and whether a smaller rank would have done.</div>"""
+It shows which matrices changed, in how many directions, and whether a smaller rank would have done.<br>
+No run to choose? Take an example in tab 1 and press Start training in tab 2.</div>"""
 
 READ_CHANGE = (
     "Bright cells changed most for the size of the weight that was there: at 1 % the update is a hundredth of it.",
