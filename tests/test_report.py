@@ -114,7 +114,7 @@ def test_it_says_all_that_is_known(studio: Studio, run: Run, tiny: Path) -> None
     wanted += ["cpu, base in float32", "transformers", "Held out", "odd", "3 s", "self_attn.q_proj"]
     for words in wanted:
         assert words in text, words
-    assert "Did it learn?" not in text  # an older run has no verdict
+    assert "Did it learn?" not in Skeleton(page(run, Shown(records=[]))).text  # an older run has no verdict
     told = Skeleton(page(run, Shown(records=records(studio, run)))).text
     assert "Did it learn?" in told and "Exact match on 48 held-out rows: 0 % before, 75 % after" in told
     assert "61 % to 85 %" in told and "A row it trained on: loss 2 before, – after" in told

@@ -137,7 +137,7 @@ def test_an_export_leaves_the_reserve_free(tmp_path: Path, tiny: Path) -> None:
     choice = DataChoice(id=studio.data.add_text("question,answer\nq,a\nr,b\n").id)
     run = trained(studio, tiny, choice, "one")
     assert studio.archive(run.id).files
-    studio.limits = replace(LAPTOP, reserve_bytes=2**60)
+    studio.runs.limits = replace(LAPTOP, reserve_bytes=2**60)
     shutil.rmtree(studio.exports)
     for merged in (False, True):
         with pytest.raises(StudioError) as caught:
