@@ -98,7 +98,7 @@ def test_from_a_sample_to_two_different_answers(url: str, browser: Browser, tmp_
     wait_for_points(elsewhere, before)
     elsewhere.context.close()
 
-    expect(live(page)).to_have_attribute("data-state", "done", timeout=60_000)
+    expect(live(page)).to_have_attribute("data-state", "done", timeout=240_000)
     assert points(page) == STEPS
     expect(page.locator("#live .samples article").first).to_be_visible()
     page.get_by_role("button", name="Compare", exact=True).click()
@@ -155,7 +155,7 @@ def test_another_method_learns_labels(url: str, browser: Browser, tmp_path: Path
     page.get_by_label("Steps", exact=True).fill("30")
     expect(page.locator("#cost")).to_contain_text("trainable of", timeout=20_000)
     page.get_by_role("button", name="Start training").click()
-    expect(live(page)).to_have_attribute("data-state", "done", timeout=90_000)
+    expect(live(page)).to_have_attribute("data-state", "done", timeout=240_000)
     expect(page.locator("#live .line")).to_contain_text("Adapter P (Pfeiffer), bottleneck width 4 · 6 labels")
     expect(page.locator("#live .tiles")).to_contain_text("Accuracy")
     page.get_by_role("button", name="Compare", exact=True).click()
