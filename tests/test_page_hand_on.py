@@ -99,9 +99,9 @@ def test_an_adapter_is_brought_compared_looked_into_and_taken_away(
     expect(page.locator("#compare-run input")).to_have_value(re.compile("from <b>elsewhere</b> · brought along"))
     page.locator("#prompt").get_by_role("textbox").fill("hello")
     page.get_by_role("button", name="Generate").click()
-    expect(page.locator("#base-badge")).to_contain_text("max difference 0", timeout=SLOWLY)
+    expect(page.locator("[data-pane=base] .badge")).to_contain_text("max difference 0", timeout=SLOWLY)
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=SLOWLY)
-    base, adapted = (page.locator(f"#{pane}-answer .answer").inner_text() for pane in ("base", "adapted"))
+    base, adapted = (page.locator(f"[data-pane={pane}] .answer").inner_text() for pane in ("base", "adapted"))
     assert base != adapted
     page.get_by_role("tab", name="4 Inside").click()
     page.get_by_role("button", name="Look inside").click()
