@@ -34,6 +34,7 @@ from benchmarks import goals
 from benchmarks.fresh import measure
 from benchmarks.goals import Goal
 from benchmarks.paper import machine
+from benchmarks.tiny import tiny
 from benchmarks.verdict import markdown
 
 log = logging.getLogger("benchmarks")
@@ -304,7 +305,7 @@ def _train(url: str, root: Path, options: argparse.Namespace) -> tuple[str, Any]
     from gradio_client import Client
 
     client = Client(url, verbose=False)
-    model = str(_tiny(root / "tiny")) if options.model == "tiny" else options.model
+    model = str(tiny(root / "tiny")) if options.model == "tiny" else options.model
     rows = "".join(json.dumps({"prompt": f"Count {n}", "completion": f"{n} and {n + 1}"}) + "\n" for n in range(200))
     data = client.predict(text=rows, name="numbers", api_name="/add_dataset")
     run = client.predict(dataset=data, model=model, steps=100_000, batch_size=2, api_name="/start_run")
@@ -315,20 +316,6 @@ def _train(url: str, root: Path, options: argparse.Namespace) -> tuple[str, Any]
             time.sleep(0.5)
 
     return run, stop
-
-
-def _tiny(folder: Path) -> Path:
-    """A model of random weights that takes milliseconds a step, and reads bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={sign: number for number, sign in enumerate(["<end>", *letters])}, merges=[]))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    sizes: Any = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(letters) + 1, **sizes)).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
-    return folder
 
 
 async def _until_training(journal: Path) -> None:
