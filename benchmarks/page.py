@@ -29,7 +29,7 @@ from lora_studio.events import Event, Metric, Started, to_line
 from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.runs.store import RunStore, claim
 from lora_studio.settings import TrainConfig
-from tests.screenshots import chromium, served
+from tests.browser import chromium, served
 from tests.tiny import tiny_model
 
 MOST_BYTES, MOST_MS, STEPS_AT_ONCE = 1000, 120.0, 5

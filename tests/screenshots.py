@@ -1,103 +1,22 @@
 """python -m tests.screenshots OUT_DIR: every screen of the real page as PNG, light and dark, desktop and phone.
 
-    --model  base model to train (default: starter)      --steps  optimizer steps (default: 25)
-    --url    of an app that runs already; otherwise one is booted on a free port with a temporary root
-
-The booted app and the browser's flags are also what tests/test_page.py uses.
+--model  base model to train (default: starter)      --steps  optimizer steps (default: 25)
+--url    of an app that runs already; otherwise one is booted on a free port with a temporary root
 """
 
 import argparse
-import os
 import re
-import socket
-import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
-HERE = Path(__file__).resolve().parents[1]
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
-FLAGS += ["--disable-background-networking", "--disable-component-update"]
+from tests.browser import chromium, live, served, study, train
+
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 THEMES = ("light", "dark")
-START_S = 180  # that the page may take to answer, on a machine that does other things too
-
-
-@contextmanager
-def served(root: Path, **environment: str) -> Iterator[str]:
-    """`python app.py` on a free port; its address. Ends with the block, by its own handle."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    url = f"http://127.0.0.1:{port}"
-    told = {"LORA_STUDIO_ROOT": str(root), "LORA_STUDIO_PORT": str(port), "LORA_STUDIO_HOST": "127.0.0.1"}
-    with (root / "app.log").open("wb") as log:
-        app = subprocess.Popen(
-            [sys.executable, "app.py"],
-            cwd=HERE,
-            env={**os.environ, **told, **environment},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        wait_for(url, app, root / "app.log")
-        yield url
-    finally:
-        app.terminate()
-        app.wait(20)
-
-
-def wait_for(url: str, app: subprocess.Popen, log: Path) -> None:
-    """Until the page answers; fails at once when the app has ended."""
-    deadline = time.monotonic() + START_S
-    while time.monotonic() < deadline:
-        if app.poll() is not None:
-            raise RuntimeError(f"the app ended with {app.returncode}:\n{log.read_text()[-2000:]}")
-        try:
-            urllib.request.urlopen(f"{url}/config", timeout=2).read()
-            return
-        except OSError:
-            time.sleep(0.1)  # the one place with nothing to wait on
-    raise TimeoutError(f"no page after {START_S} s:\n{log.read_text()[-2000:]}")
-
-
-@contextmanager
-def chromium() -> Iterator[Browser]:
-    """Debian's browser, driven by Playwright."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        try:
-            yield browser
-        finally:
-            browser.close()
-
-
-def train(page: Page, url: str, model: str, steps: int, **settings: str) -> None:
-    """From an empty page to a running run, as a person would."""
-    page.goto(url)
-    page.get_by_role("button", name="Café orders").click()
-    page.get_by_role("button", name="Continue to training").click()
-    if model != "starter":
-        page.get_by_label("Base model").fill(model)
-        page.get_by_label("Base model").press("Enter")
-    expect(page.locator("#picker button").first).to_be_visible(timeout=60_000)
-    page.get_by_label("Steps", exact=True).fill(str(steps))
-    for label, value in settings.items():
-        page.get_by_label(label.replace("_", " ").capitalize(), exact=True).fill(value)
-    page.get_by_role("button", name="Start training").click()
-    expect(live(page)).to_have_attribute("data-state", "running", timeout=60_000)
-
-
-def live(page: Page) -> Locator:
-    """The element of the live view that carries data-state and data-points."""
-    return page.locator("#live [data-points]").first
 
 
 def shoot(page: Page, folder: Path, name: str) -> None:
@@ -148,15 +67,6 @@ def every_screen(browser: Browser, url: str, model: str, steps: int, folder: Pat
         page.goto(with_theme(first.url, variant))
         expect(page.locator("#study .sizes .js-line").first).to_be_visible(timeout=60_000)
         shoot(page, folder, f"study_{variant}")
-
-
-def study(page: Page, ranks: str) -> None:
-    """Start a study of two choices of matrices, with everything else as the other tabs have it."""
-    page.get_by_role("tab", name="Study").click()
-    page.get_by_label("Ranks").fill(ranks)
-    expect(page.locator("#study-cost b").first).to_be_visible(timeout=60_000)
-    page.get_by_role("button", name="Start study").click()
-    expect(page.locator("#study [data-points]").first).to_have_attribute("data-state", "active", timeout=60_000)
 
 
 def finished(page: Page, address: str, variant: str, folder: Path) -> None:

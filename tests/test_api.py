@@ -17,7 +17,7 @@ import pytest
 from lora_studio.errors import StudioError
 from lora_studio.studio import Studio
 from lora_studio.ui import api
-from tests.screenshots import served
+from tests.browser import served_alone
 from tests.tiny import tiny_model
 from tests.visits import ReadyDesk
 
@@ -29,7 +29,7 @@ ROWS = "\n".join(json.dumps({"question": f"how many {n}", "answer": f"just {n}"}
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     root = tmp_path_factory.mktemp("served")
     tiny_model(root / "models" / "starter")
-    with served(root, LORA_STUDIO_MODELS=str(root / "models"), HF_HUB_OFFLINE="1") as address:
+    with served_alone(root) as address:
         yield address
 
 

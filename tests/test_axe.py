@@ -3,27 +3,17 @@
 import json
 from collections.abc import Iterator
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, Page, expect
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytest.importorskip("axe_playwright_python", reason="axe-core is not installed")
+from lora_studio.runs.config import DataChoice
+from lora_studio.studio import Studio
+from tests.browser import Watch, overflow, served
+from tests.tiny import tiny_model
+from tests.visits import rows, trained
 
-from playwright.sync_api import Browser, Page, expect  # noqa: E402
-
-from lora_studio.runs.config import DataChoice  # noqa: E402
-from lora_studio.studio import Studio  # noqa: E402
-from tests.screenshots import CHROMIUM, chromium, served  # noqa: E402
-from tests.test_page import Watch, overflow  # noqa: E402
-from tests.tiny import tiny_model  # noqa: E402
-from tests.visits import rows, trained  # noqa: E402
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"),
-]
 AXE = (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
 
@@ -39,12 +29,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, st
     told = {"LORA_STUDIO_MODELS": str(full / "models"), "HF_HUB_OFFLINE": "1"}
     with served(empty, **told) as nothing, served(full, **told) as something:
         yield nothing, something, f"{something}/?run={runs[0].id}"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 def violations(page: Page) -> dict[str, list[str]]:

@@ -5,22 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page, expect
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-from playwright.sync_api import Browser, Page, expect  # noqa: E402
-
-from lora_studio.runs.config import DataChoice  # noqa: E402
-from lora_studio.studio import Studio  # noqa: E402
-from tests.screenshots import CHROMIUM, chromium, served  # noqa: E402
-from tests.test_page import Watch, choose, overflow  # noqa: E402
-from tests.tiny import tiny_model  # noqa: E402
-from tests.visits import rows, trained  # noqa: E402
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"),
-]
+from lora_studio.runs.config import DataChoice
+from lora_studio.studio import Studio
+from tests.browser import Watch, choose, overflow, served_alone
+from tests.tiny import tiny_model
+from tests.visits import rows, trained
 
 
 @pytest.fixture(scope="module")
@@ -33,14 +24,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     trained(studio, other, choice, "elsewhere")
     for number in range(4):
         trained(studio, model, choice, f"<b>run {number}</b>")
-    with served(root, LORA_STUDIO_MODELS=str(root / "models"), HF_HUB_OFFLINE="1") as address:
+    with served_alone(root) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 def opened(browser: Browser, url: str, width: int, theme: str) -> Page:

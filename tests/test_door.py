@@ -38,7 +38,7 @@ from lora_studio.ui import data_tab, live, style
 from lora_studio.ui.build import build
 from lora_studio.ui.desk import Desk
 from lora_studio.visitors import HEADER, Downloads, Pages, Rate, address_of, visitor_of
-from tests.screenshots import served
+from tests.browser import served
 from tests.tiny import tiny_model
 from tests.visits import ANN, BOB, ReadyDesk, asking, came
 

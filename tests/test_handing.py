@@ -4,24 +4,15 @@ import os
 import re
 from pathlib import Path
 
-import pytest
+from playwright.sync_api import Browser, Page, expect
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from lora_studio.studio import Studio
+from tests.browser import Watch, overflow, served
+from tests.fakehub import FakeHub
+from tests.test_export import finished
+from tests.test_push import CANARY, names
+from tests.tiny import tiny_model
 
-from playwright.sync_api import Page, expect  # noqa: E402
-
-from lora_studio.studio import Studio  # noqa: E402
-from tests.fakehub import FakeHub  # noqa: E402
-from tests.screenshots import CHROMIUM, chromium, served  # noqa: E402
-from tests.test_export import finished  # noqa: E402
-from tests.test_page import Watch, overflow  # noqa: E402
-from tests.test_push import CANARY, names  # noqa: E402
-from tests.tiny import tiny_model  # noqa: E402
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"),
-]
 SHOTS = os.environ.get("LORA_STUDIO_SHOTS")  # a folder for pictures of what the test sees
 
 
@@ -30,13 +21,15 @@ def shoot(page: Page, name: str) -> None:
         page.screenshot(path=Path(SHOTS) / f"{name}.png", full_page=True)
 
 
-def test_an_adapter_is_downloaded_with_its_proof_and_pushed_without_leaving_the_token(tmp_path: Path) -> None:
+def test_an_adapter_is_downloaded_with_its_proof_and_pushed_without_leaving_the_token(
+    browser: Browser, tmp_path: Path
+) -> None:
     root, uploads = tmp_path / "root", tmp_path / "hub"
     model = tiny_model(root / "models" / "starter")
     run, _ = finished(Studio(root), model)
     (root / "temporary").mkdir()
     uploads.mkdir()
-    with FakeHub(uploads=uploads, accounts={CANARY: "ann"}) as hub, chromium() as browser:
+    with FakeHub(uploads=uploads, accounts={CANARY: "ann"}) as hub:
         told = hub.environment(tmp_path / "home") | {"HF_HUB_DISABLE_XET": "1"}
         told |= {"LORA_STUDIO_MODELS": str(root / "models"), "TMPDIR": str(root / "temporary")}
         with served(root, **told) as url:

@@ -3,33 +3,20 @@
 import json
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page, expect
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from tests.browser import Watch, overflow, served_alone
 
-from playwright.sync_api import Page, expect  # noqa: E402
-
-from tests.screenshots import CHROMIUM, chromium, served  # noqa: E402
-from tests.test_page import Watch, overflow  # noqa: E402
-from tests.tiny import tiny_model  # noqa: E402
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"),
-]
 ROWS = [{"text": f"message {number}", "label": "short" if number % 2 else "long " + "x" * 300} for number in range(40)]
 ROWS[4]["label"] = ""
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, Watch]]:
+def opened(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Page, Watch]]:
     """A phone on which the rows are pasted into an empty app; its starter model is a tiny one."""
-    folder = tmp_path_factory.mktemp("page")
-    tiny_model(folder / "models" / "starter")
-    told = {"LORA_STUDIO_MODELS": str(folder / "models"), "HF_HUB_OFFLINE": "1"}
-    with served(folder, **told) as url, chromium() as browser:
+    with served_alone(tmp_path_factory.mktemp("page")) as url:
         page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme="dark")
         watch = Watch(page, url)
         page.goto(f"{url}?__theme=dark")

@@ -11,29 +11,21 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-from playwright.sync_api import Browser, BrowserContext, Page, expect  # noqa: E402
-
-from lora_studio import charts  # noqa: E402
-from lora_studio.data.batches import Piece, measure  # noqa: E402
-from lora_studio.data.formats import Example, Message  # noqa: E402
-from lora_studio.data.health import examine  # noqa: E402
-from lora_studio.data.library import Dataset  # noqa: E402
-from lora_studio.errors import StudioError, quote  # noqa: E402
-from lora_studio.runs.config import DataChoice, Run, RunConfig  # noqa: E402
-from lora_studio.runs.store import write_json  # noqa: E402
-from lora_studio.studio import Inspection, Studio, Wanted  # noqa: E402
-from lora_studio.ui import boundary, compare_tab, data_tab, inside_tab, live  # noqa: E402
-from tests.screenshots import CHROMIUM, chromium, served  # noqa: E402
-from tests.tiny import tiny_model, tokenizer  # noqa: E402
-from tests.visits import trained  # noqa: E402
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"),
-]
+from lora_studio import charts
+from lora_studio.data.batches import Piece, measure
+from lora_studio.data.formats import Example, Message
+from lora_studio.data.health import examine
+from lora_studio.data.library import Dataset
+from lora_studio.errors import StudioError, quote
+from lora_studio.runs.config import DataChoice, Run, RunConfig
+from lora_studio.runs.store import write_json
+from lora_studio.studio import Inspection, Studio, Wanted
+from lora_studio.ui import boundary, compare_tab, data_tab, inside_tab, live
+from tests.browser import served
+from tests.tiny import tiny_model, tokenizer
+from tests.visits import trained
 
 SHAPES = r"""<script>hit(N)</script>
 <img src=/beacon onerror=hit(N)>
@@ -78,12 +70,6 @@ ${hit(N)}
 &lt;img src=/beacon onerror=hit(N)&gt;
 </script><script>hit(N)</script>""".splitlines()
 PAYLOADS = [shape.replace("N", str(number)) for number, shape in enumerate(SHAPES)]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 class Watched:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, Page, expect
 
 from lora_studio.core.spec import BaselineSpec, LoraSpec
 from lora_studio.events import Event, Learned, Metric, Sample, Saved, Started, to_line
@@ -16,6 +17,7 @@ from lora_studio.runs.store import RunStore, write_json
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
 from lora_studio.ui import live
+from tests.browser import Watch, overflow, served_alone
 from tests.tiny import tiny_model
 from tests.visits import FACTS, rows, trained
 
@@ -140,14 +142,6 @@ def ended(store: RunStore) -> Run:
     return store.get(run.id)
 
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-from playwright.sync_api import Browser, Page, expect  # noqa: E402
-
-from tests.screenshots import CHROMIUM, chromium, served  # noqa: E402
-from tests.test_page import Watch, overflow  # noqa: E402
-
-needs_browser = pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}")
 DRAWN = "() => document.querySelector('#live .plot').data.map(line => line.x.length)"
 NEARLY = 0.99 * POINTS  # a long curve comes thinned, to its very end
 LAST = "step => document.querySelector('#live .plot')?.data?.[1].x.at(-1) >= step"
@@ -162,14 +156,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def url(root: Path) -> Iterator[str]:
-    with served(root, LORA_STUDIO_MODELS=str(root / "models"), HF_HUB_OFFLINE="1") as address:
+    with served_alone(root) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 def span(page: Page) -> list:
@@ -177,8 +165,6 @@ def span(page: Page) -> list:
                          "(document.querySelector('#live .plot').layout)")  # fmt: skip
 
 
-@pytest.mark.browser
-@needs_browser
 def test_a_long_curve_grows_under_a_zoom_that_stays_and_everybody_sees_the_same(
     url: str, root: Path, browser: Browser
 ) -> None:
@@ -224,8 +210,6 @@ def test_a_long_curve_grows_under_a_zoom_that_stays_and_everybody_sees_the_same(
         assert watch.wrong == []
 
 
-@pytest.mark.browser
-@needs_browser
 @pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
 def test_the_card_says_what_was_learnt_and_marks_what_changed(
     url: str, root: Path, browser: Browser, width: int, theme: str

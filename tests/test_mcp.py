@@ -10,7 +10,7 @@ import pytest
 
 from lora_studio import door
 from lora_studio.errors import StudioError
-from tests.screenshots import served
+from tests.browser import served
 from tests.tiny import tiny_model
 
 ROWS = "\n".join(json.dumps({"question": f"how many {n}", "answer": f"just {n}"}) for n in range(12))

@@ -5,70 +5,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page, expect
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from tests.browser import Watch, choose, live, overflow, served_alone, study, train
+from tests.tiny import tiny_model
 
-from playwright.sync_api import Browser, Page, expect  # noqa: E402
-
-from tests.screenshots import CHROMIUM, chromium, live, served, study, train  # noqa: E402
-from tests.tiny import tiny_model  # noqa: E402
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"),
-]
 STEPS = 120
-HARMLESS = ("status of 422",)  # how Gradio reports that a field was refused
-LEAVING = ("AbortError", "errored out")  # and that a page is left while it still asks
 
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The app on an empty root, whose starter model is the tiny one, so that nothing is fetched."""
-    folder = tmp_path_factory.mktemp("page")
-    tiny_model(folder / "models" / "starter")
-    (folder / "temporary").mkdir()  # as on a laptop, the root does not lie in the system's folder for such files
-    told = {"LORA_STUDIO_MODELS": str(folder / "models"), "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder / "temporary")}
-    with served(folder, **told) as address:
+    with served_alone(tmp_path_factory.mktemp("page")) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
-
-
-class Watch:
-    """Everything a page must not do: script errors, error messages in the console, requests to other hosts."""
-
-    def __init__(self, page: Page, home: str) -> None:
-        self.wrong: list[str] = []
-        page.on("pageerror", lambda error: self.wrong.append(f"script: {error}"))
-        page.on("console", lambda said: self._said(said.type, said.text))
-        page.on("request", lambda request: self._asked(request.url, home))
-
-    def reload(self, page: Page) -> None:
-        """Leave the page and come back; on a slow machine it may still be asking for something."""
-        known = len(self.wrong)
-        page.reload()
-        self.wrong[known:] = [said for said in self.wrong[known:] if not any(word in said for word in LEAVING)]
-
-    def _said(self, kind: str, text: str) -> None:
-        if kind == "error" and not any(known in text for known in HARMLESS):
-            self.wrong.append(f"console: {text}")
-
-    def _asked(self, address: str, home: str) -> None:
-        if not address.startswith((home, "data:", "blob:")):
-            self.wrong.append(f"request: {address}")
 
 
 def points(page: Page) -> int:
     return int(live(page).get_attribute("data-points") or 0)
-
-
-def overflow(page: Page) -> int:
-    return page.evaluate("document.documentElement.scrollWidth - innerWidth")
 
 
 def wait_for_points(page: Page, count: int) -> None:
@@ -127,11 +80,6 @@ def test_from_a_sample_to_two_different_answers(url: str, browser: Browser, tmp_
         page.get_by_role("button", name="Download the adapter").click()
     assert download.value.suggested_filename.endswith(".zip") and not download.value.failure()
     assert watch.wrong == []
-
-
-def choose(page: Page, box: str, option: str) -> None:
-    page.locator(f"{box} input").click()
-    page.get_by_role("option", name=option, exact=True).click()
 
 
 def test_another_method_learns_labels(url: str, browser: Browser, tmp_path: Path) -> None:

@@ -5,30 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Download, expect
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from lora_studio.runs.config import DataChoice
+from lora_studio.studio import Studio
+from tests.browser import Watch, overflow, served_alone
+from tests.test_adoption import made_by_peft
+from tests.tiny import tiny_model
+from tests.visits import rows, trained
 
-from playwright.sync_api import Browser, Download, expect  # noqa: E402
-
-from lora_studio.runs.config import DataChoice  # noqa: E402
-from lora_studio.studio import Studio  # noqa: E402
-from tests.screenshots import CHROMIUM, chromium, served  # noqa: E402
-from tests.test_adoption import made_by_peft  # noqa: E402
-from tests.test_page import Watch, overflow  # noqa: E402
-from tests.tiny import tiny_model  # noqa: E402
-from tests.visits import rows, trained  # noqa: E402
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"),
-]
 SLOWLY = 60_000  # ms
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +24,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, s
     model, studio = tiny_model(root / "models" / "starter"), Studio(root)
     kept = studio.data.add_text(rows("coffee"), "orders")
     run = trained(studio, model, DataChoice(id=kept.id, name="orders"), "orders r2", words="a latte")
-    with served(root, LORA_STUDIO_MODELS=str(root / "models"), HF_HUB_OFFLINE="1") as url:
+    with served_alone(root) as url:
         yield url, root, run.id
 
 

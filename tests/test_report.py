@@ -1,7 +1,6 @@
 """A run's report: what it says, that every word in it is text, and that a browser opens it alone and in silence."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,26 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from playwright.sync_api import Browser
 from typer.testing import CliRunner
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-
-from playwright.sync_api import Browser  # noqa: E402
-
-from lora_studio import peft_format, report  # noqa: E402
-from lora_studio.cli import app  # noqa: E402
-from lora_studio.core.analysis import spectrum  # noqa: E402
-from lora_studio.core.lora import Factors  # noqa: E402
-from lora_studio.core.spec import BaselineSpec  # noqa: E402
-from lora_studio.errors import StudioError  # noqa: E402
-from lora_studio.limits import LAPTOP  # noqa: E402
-from lora_studio.owners import owner_name  # noqa: E402
-from lora_studio.report import Shown, page  # noqa: E402
-from lora_studio.runs.config import DataChoice, Run  # noqa: E402
-from lora_studio.studio import Studio  # noqa: E402
-from tests.screenshots import CHROMIUM, chromium  # noqa: E402
-from tests.test_hostile_page import PAYLOADS, Watched, put_in  # noqa: E402
-from tests.visits import rows, trained  # noqa: E402
+from lora_studio import peft_format, report
+from lora_studio.cli import app
+from lora_studio.core.analysis import spectrum
+from lora_studio.core.lora import Factors
+from lora_studio.core.spec import BaselineSpec
+from lora_studio.errors import StudioError
+from lora_studio.limits import LAPTOP
+from lora_studio.owners import owner_name
+from lora_studio.report import Shown, page
+from lora_studio.runs.config import DataChoice, Run
+from lora_studio.studio import Studio
+from tests.test_hostile_page import PAYLOADS, Watched, put_in
+from tests.visits import rows, trained
 
 FACTORS = [
     Factors(layer=f"model.layers.{layer}.self_attn.{name}", role="", A=torch.ones(2, 4), B=torch.eye(4)[:, :2], scale=1)
@@ -243,19 +238,7 @@ def test_it_has_no_script_no_link_and_one_policy(studio: Studio, run: Run) -> No
 # ---- in a browser ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
-
-
-def in_chromium(test: Any) -> Any:
-    missing = f"no browser at {CHROMIUM}: apt-get install chromium"
-    return pytest.mark.browser(pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=missing)(test))
-
-
 @pytest.mark.parametrize(("size", "scheme"), [((1280, 900), "light"), ((390, 844), "dark")])
-@in_chromium
 def test_it_opens_offline_from_a_file_in_silence(
     studio: Studio, run: Run, browser: Browser, tmp_path: Path, size: tuple[int, int], scheme: Any
 ) -> None:
@@ -278,7 +261,6 @@ def test_it_opens_offline_from_a_file_in_silence(
     context.close()
 
 
-@in_chromium
 def test_payloads_stay_text_and_the_policy_holds_where_they_do_not(
     studio: Studio, run: Run, browser: Browser, tmp_path: Path
 ) -> None:

@@ -2,26 +2,17 @@
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page, expect
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from lora_studio.runs.config import DataChoice, RunConfig
+from lora_studio.runs.store import write_json
+from lora_studio.studio import Studio
+from tests.browser import Watch, live, overflow, served_alone
+from tests.tiny import tiny_model
+from tests.visits import rows, trained
 
-from playwright.sync_api import Browser, Page, expect  # noqa: E402
-
-from lora_studio.runs.config import DataChoice, RunConfig  # noqa: E402
-from lora_studio.runs.store import write_json  # noqa: E402
-from lora_studio.studio import Studio  # noqa: E402
-from tests.screenshots import CHROMIUM, chromium, live, served  # noqa: E402
-from tests.test_page import Watch, overflow  # noqa: E402
-from tests.tiny import tiny_model  # noqa: E402
-from tests.visits import rows, trained  # noqa: E402
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"),
-]
 HOSTILE = "<img src=x onerror=alert(1)> & co"
 
 
@@ -30,7 +21,6 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The app on a root with seven runs: two alone, four of a study, one that failed."""
     folder = tmp_path_factory.mktemp("page")
     model = tiny_model(folder / "models" / "starter")
-    (folder / "temporary").mkdir()
     studio = Studio(folder)
     kept = studio.data.add_text(rows("café"), "orders")
     choice = DataChoice(id=kept.id, name="orders")
@@ -42,15 +32,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     (failed.path / "worker.log").touch()
     error = {"code": "E_X", "message": "It broke.", "hint": ""}
     write_json(failed.path / "exit.json", {"status": "failed", "step": 0, "values": {}, "error": error})
-    told = {"LORA_STUDIO_MODELS": str(folder / "models"), "HF_HUB_OFFLINE": "1", "TMPDIR": str(folder / "temporary")}
-    with served(folder, **told) as address:
+    with served_alone(folder) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 def opened(browser: Browser, url: str, width: int = 1280) -> tuple[Page, Watch]:

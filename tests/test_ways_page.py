@@ -8,22 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import Browser, Page, expect
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+from lora_studio.runs.config import DataChoice
+from lora_studio.studio import Studio
+from tests.browser import Watch, overflow, served_alone
+from tests.tiny import tiny_model
+from tests.visits import trained
 
-from playwright.sync_api import Browser, Page, expect  # noqa: E402
-
-from lora_studio.runs.config import DataChoice  # noqa: E402
-from lora_studio.studio import Studio  # noqa: E402
-from tests.screenshots import CHROMIUM, chromium, served  # noqa: E402
-from tests.test_page import Watch, overflow  # noqa: E402
-from tests.tiny import tiny_model  # noqa: E402
-from tests.visits import trained  # noqa: E402
-
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"no browser at {CHROMIUM}: apt-get install chromium"),
-]
 NAME = "<img src=/beacon onerror=alert(1)>"
 
 
@@ -32,17 +24,9 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The app with a run on the tiny model."""
     root = tmp_path_factory.mktemp("ways")
     model, studio = tiny_model(root / "models" / "starter"), Studio(root)
-    (root / "temporary").mkdir()
     trained(studio, model, DataChoice(id=studio.data.add_sample("orders").id), NAME)
-    told = {"LORA_STUDIO_MODELS": str(root / "models"), "HF_HUB_OFFLINE": "1", "TMPDIR": str(root / "temporary")}
-    with served(root, **told) as address:
+    with served_alone(root) as address:
         yield address
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 def opened(page: Page, url: str, way: str) -> Watch:

@@ -14,14 +14,13 @@ from lora_studio.runs.config import Run
 from lora_studio.settings import Sampling
 from lora_studio.studio import Studio
 from lora_studio.ui import form
-from lora_studio.ui.desk import Desk
+from lora_studio.ui.desk import NO_RUN, Desk
 from lora_studio.ui.live import run_label
 
 BASE = "base"  # prompts.BASE, which cannot be imported before torch is
 BASE_NAME = "Base model"
 HELDOUT, TYPED = "Held-out rows", "Typed"
 INTERVAL_S = 1 / 4  # between two pictures of what grows
-NO_RUN = StudioError("E_NO_RUN", "No run is chosen.", "Train one first; it appears here with its first evaluation.")
 
 News = TypeVar("News")
 
@@ -74,7 +73,7 @@ def chosen(studio: Studio, sides: Sequence[str]) -> tuple[list[Run], tuple[str, 
     runs = [side for side in sides if side != BASE]
     views = studio.writers(runs)
     if not views:
-        raise NO_RUN
+        raise StudioError(*NO_RUN)
     names: dict[str, str] = {BASE: BASE_NAME}
     for run, view in zip(runs, views, strict=True):
         name = view.name or view.id[:8]

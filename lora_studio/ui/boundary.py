@@ -19,6 +19,8 @@ from lora_studio.errors import StudioError, redacted
 
 log = logging.getLogger(__name__)
 
+TRY = "<button type='button' class='try-example'>Try the example</button>"  # header.js knows what it does
+CURES = {"E_NO_DATA": TRY, "E_NO_RUN": TRY}  # one button, where one is enough
 UNEXPECTED = StudioError(
     "E_UNEXPECTED", "Something went wrong inside the app.", "Try again; the app's own output has the details."
 )
@@ -33,12 +35,12 @@ def explain(error: Exception) -> StudioError:
 
 
 def as_html(error: Exception) -> str:
-    """The problem as a panel: what happened, what to do, and the code in small."""
+    """The problem as a panel: what happened, what to do, the code in small, and the button that cures it."""
     said = explain(error)
     hint = f" {html.escape(redacted(said.hint))}" if said.hint else ""
     return (
         f"<div class='problem' role='alert'><b>{html.escape(redacted(said.message))}</b>{hint}"
-        f" <code>{html.escape(said.code)}</code></div>"
+        f" <code>{html.escape(said.code)}</code>{CURES.get(said.code, '')}</div>"
     )
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import gradio as gr
 
+from lora_studio.data.library import SAMPLES
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
 from lora_studio.ui import (
@@ -16,13 +17,13 @@ from lora_studio.ui import (
     data_tab,
     export_tab,
     fetch,
+    header,
     inside_tab,
     live,
     prompt_set,
     report_card,
     runs_tab,
     study_tab,
-    style,
     train_tab,
 )
 from lora_studio.ui.adapter_upload import AdapterUpload
@@ -37,39 +38,18 @@ from lora_studio.ui.inside_tab import InsideTab
 from lora_studio.ui.prompt_set import PromptSet
 from lora_studio.ui.study_tab import StudyTab
 from lora_studio.ui.train_tab import TrainTab
-from lora_studio.visitors import signing_in
 
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
 QUIET: dict[str, Any] = {**PRIVATE, "show_progress": "hidden"}
 QUICK: dict[str, Any] = {**QUIET, "queue": False}
 LATEST: dict[str, Any] = {**QUIET, "trigger_mode": "always_last", "concurrency_limit": 4}
 
-HEADER = f"""<header class="top">{style.LOGO}<h1>LoRA Studio</h1>
-<p class="news" role="status" aria-live="polite"></p><span class="chip" hidden></span></header>"""
-HEADER_JS = """
-const news = element.querySelector('.news'), chip = element.querySelector('.chip');
-async function tick() {
-  let wait = 1000;
-  try {
-    const said = await server.status();
-    news.textContent = said.line;
-    news.classList.toggle('bad', said.problem);
-    chip.textContent = said.hardware;
-    chip.hidden = !said.hardware;
-    if (said.settled) return;
-    if (said.problem) wait = 10000;
-  } catch (problem) { wait = 5000; }
-  if (element.isConnected) setTimeout(tick, wait);
-}
-tick();
-"""
-
 
 def build(desk: Desk) -> gr.Blocks:
     """The whole page; serve it with style.looks()."""
     with gr.Blocks(title="LoRA Studio", fill_width=True, analytics_enabled=False, delete_cache=(600, 900)) as page:
         api.register(desk)
-        _header(desk)
+        head = header.build(desk)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("1 Data", id="data"):
                 data = data_tab.build(desk.limits)
@@ -95,6 +75,7 @@ def build(desk: Desk) -> gr.Blocks:
                 export = export_tab.build()
                 report = report_card.build()
         report_file = fetch.build("report-file")  # outside the tabs, whose parts are there only once they are opened
+        head.example(desk.mine(_to_example), None, [tabs, *_opened(data)], **QUIET)
         _join_data(desk, data, train, tabs)
         _join_settings(desk, page, data, train)
         _join_run(desk, page, data, train, study, compare, export, tabs)
@@ -121,18 +102,8 @@ def build(desk: Desk) -> gr.Blocks:
     return page
 
 
-def _header(desk: Desk) -> None:
-    def status(desk: Desk, _: Any = None) -> dict:
-        return desk.status()
-
-    asked = [desk.mine(status)]
-    gr.HTML("", html_template=HEADER, js_on_load=HEADER_JS, server_functions=asked, apply_default_css=False)
-    if signing_in():
-        gr.LoginButton(size="sm", elem_id="sign-in")
-
-
 def _join_data(desk: Desk, data: DataTab, train: TrainTab, tabs: gr.Tabs) -> None:
-    opened = [data.choice, data.correction, data.format, *data.slots, data.row, data.problem]
+    opened = [*_opened(data), data.problem]
     for name, button in data.samples.items():
         button.click(desk.mine(data_tab.open_sample, name), None, opened, **QUIET)
     data.upload.upload(desk.mine(data_tab.open_file), data.upload, opened, **PRIVATE, show_progress="minimal")
@@ -147,15 +118,22 @@ def _join_data(desk: Desk, data: DataTab, train: TrainTab, tabs: gr.Tabs) -> Non
     _join_preview(desk, data, train)
 
 
+def _opened(data: DataTab) -> list[Any]:
+    """What a dataset fills when it is opened, data_tab.OPENED of them."""
+    return [data.choice, data.correction, data.format, *data.slots, data.row]
+
+
 def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
     settings, row = train.settings, [data.choice, data.row, train.model]
     inspect, show_row = desk.mine(data_tab.inspect), desk.mine(data_tab.show_row)
     split = [settings["holdout"], settings["seed"], train.task]
     seen_by = [data.choice, train.model, settings["max_length"], *split]
     shown = [*row, settings["max_length"], train.task]
-    changed = [data.choice.change, train.model.change, settings["max_length"].change, train.task.change]
+    changed = [train.model.change, settings["max_length"].change, train.task.change]
     gr.on([*changed, settings["holdout"].change], inspect, seen_by, data.seen, **LATEST)
-    gr.on(changed, show_row, shown, data.preview, **LATEST)
+    waiting = data.choice.change(data_tab.reading, data.choice, [data.understood, data.pager, data.health], **QUICK)
+    waiting.then(inspect, seen_by, data.seen, **LATEST)
+    gr.on([data.choice.change, *changed], show_row, shown, data.preview, **LATEST)
     data.row.input(show_row, shown, data.preview, **LATEST)
     for button, by in ((data.back, -1), (data.on, 1)):
         turned = button.click(desk.mine(data_tab.turn, by), [data.choice, data.row], data.row, **QUICK)
@@ -223,14 +201,12 @@ def _join_run(
     _follow_choice(desk, compare, to_compare)
     train.live.export(desk.mine(_to_export), train.live, [tabs, export.run], **QUICK)
 
-    opened = [data.choice, data.correction, data.format, *data.slots, data.row]
-
     def restore(request: gr.Request) -> tuple[Any, ...]:
         asked = request.query_params
         return first_view(desk.of(request), str(asked.get("run", "")), str(asked.get("study", "")))
 
     # queued: an event that is not does not tell the page that the State of the choice has changed
-    page.load(restore, None, [train.live, tabs, study.view, *opened], **QUIET)
+    page.load(restore, None, [train.live, tabs, study.view, *_opened(data)], **QUIET)
 
 
 def _join_study(
@@ -274,11 +250,9 @@ def _join_runs(
     picked = runs.compare(desk.mine(_cell_to_compare), None, [tabs, compare.run], **QUICK)
     picked.then(desk.mine(compare_tab.list_prompts), compare.run, compare.chips, **QUIET)
     form = [train.model, train.task, train.forced, train.method, *train.of_lora, train.preset, train.picker]
-    opened = [data.choice, data.correction, data.format, *data.slots, data.row]
+    filled = [tabs, *_opened(data), *form, *train.settings.values()]
     # queued, as the restored choice of `_join_run` is
-    runs.clone(
-        desk.mine(_to_form, tuple(train.settings)), None, [tabs, *opened, *form, *train.settings.values()], **QUIET
-    )
+    runs.clone(desk.mine(_to_form, tuple(train.settings)), None, filled, **QUIET)
 
 
 def _join_compare(desk: Desk, compare: CompareTab) -> None:
@@ -484,6 +458,11 @@ def _data_of(desk: Desk, run: Run, otherwise: tuple[Any, ...]) -> tuple[Any, ...
 
 def _used(desk: Desk) -> Any:
     return gr.Dropdown(choices=[(f"{one.name} · {one.rows:,} rows", one.id) for one in desk.studio.data.list()])
+
+
+def _to_example(desk: Desk) -> tuple[Any, ...]:
+    """The first sample is chosen, and what trains on it stands open."""
+    return _to_training(), *data_tab.opened(desk.studio.data.add_sample(next(iter(SAMPLES))))
 
 
 def _to_training() -> Any:

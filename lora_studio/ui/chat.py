@@ -88,8 +88,7 @@ def say(
     temperature: Any,
 ) -> Iterator[tuple[Any, ...]]:
     """Both answers as they grow: the box, the conversation, its turns. What cannot be answered stays in the box."""
-    if not run:
-        raise answering.NO_RUN
+    run = desk.run(run).id
     if len(turns) >= MOST_TURNS:
         raise StudioError("E_LIMIT", f"The conversation has {len(turns)} turns.", "Start again.")
     how = form.sampling({"max_new_tokens": max_new_tokens, "temperature": temperature})

@@ -24,6 +24,7 @@ from lora_studio.studio import Comparison, Wanted
 from lora_studio.ui import figure, form, panes, tokens
 from lora_studio.ui.boundary import problem_last
 from lora_studio.ui.desk import Desk
+from lora_studio.ui.header import NO_RUN
 from lora_studio.ui.live import run_label
 
 KNOBS = knobs(Sampling)
@@ -34,8 +35,8 @@ OTHERS = 3  # runs beside the first
 NAMED = 3  # runs named for each reason why they are not offered
 SIDE_BY_SIDE = (0.5, 1.0, 1.5, 2.0)  # strengths beside 0, which is the base model
 GREEDY, SAMPLED = "Greedy", "Sampled"
-EMPTY = """<b>Nothing is asked yet.</b><br>Pick a prompt or write one, then press Generate.<br>
-No run to choose? Take an example in tab 1 and press Start training in tab 2."""
+EMPTY = f"""<b>Nothing is asked yet.</b><br>Pick a prompt or write one, then press Generate.<br>
+{NO_RUN}"""
 HEAD = "<h3>The wanted answer</h3>"
 NO_ANSWER = f"{HEAD}<p class='soft'>Pick one of the held-out rows above: its answer is known.</p>"
 
@@ -171,7 +172,13 @@ def _question() -> dict[str, Any]:
             strength = gr.Slider(
                 0, 2, 1, step=0.05, label="Strength", info="0 is the base model, 1 as trained", elem_id="strength"
             )
-            mode = gr.Radio([GREEDY, SAMPLED], value=GREEDY, label="Next token", elem_id="mode")
+            mode = gr.Radio(
+                [GREEDY, SAMPLED],
+                value=GREEDY,
+                label="Next token",
+                info="Greedy: always the likeliest; sampled: by chance",
+                elem_id="mode",
+            )
             with gr.Accordion("Sampling and length", open=False):
                 with gr.Row(elem_classes="pair"):
                     sampling = {
@@ -295,7 +302,7 @@ def compare(
     desk: Desk, run: str | None, others: list[str] | None, prompt: str, mode: str, strength: float, **raw: Any
 ) -> Iterator[list[dict[str, Any]]]:
     """The answers of the base model and of each run as they grow."""
-    views = [_chosen(desk, one) for one in (run, *(others or []))]
+    views = [desk.run(one) for one in (run, *(others or []))]
     titles = [("Base", ""), *((_name(view), f"strength {strength:g}") for view in views)]
     yield from _asked(desk, views[0], [{view.id: float(strength)} for view in views], titles, prompt, mode, raw)
 
@@ -305,7 +312,7 @@ def compare_strengths(
     desk: Desk, run: str | None, prompt: str, mode: str, **raw: Any
 ) -> Iterator[list[dict[str, Any]]]:
     """One run's answers at five strengths as they grow; at 0 it is the base model."""
-    view = _chosen(desk, run)
+    view = desk.run(run)
     about = {1.0: "as trained"}
     titles = [("Strength 0", "the base model")]
     titles += [(f"Strength {one:g}", about.get(one, _name(view))) for one in SIDE_BY_SIDE]
@@ -317,7 +324,7 @@ def look_at_tokens(
     desk: Desk, run: str | None, others: list[str] | None, prompt: str
 ) -> Iterator[tuple[dict[str, Any], str]]:
     """How likely each model finds each token of the answer that a held-out row has to the prompt."""
-    views = [_chosen(desk, one) for one in (run, *(others or []))]
+    views = [desk.run(one) for one in (run, *(others or []))]
     rows = desk.studio.heldout(views[0].id, CHIPS)
     place = next((at for at, row in enumerate(rows) if _chip(row)["prompt"].strip() == prompt.strip()), None)
     if place is None:
@@ -331,7 +338,7 @@ def look_at_tokens(
 @problem_last(2)
 def measure(desk: Desk, run: str | None) -> Iterator[tuple[Any, ...]]:
     """The held-out loss by strength as it is measured, and in the end what it says."""
-    view = _chosen(desk, run)
+    view = desk.run(run)
     yield {}, "<p class='soft'>Loading the base model</p>"
     told: dict[str, Any] = {}
     with closing(desk.ready(view.config.model).strength_curve(view.id)) as moments:
@@ -454,14 +461,6 @@ def _pictures(moments: Iterator[Comparison], titles: Sequence[tuple[str, str]]) 
 
 def _spent(moment: Comparison, ended: Mapping[int, float]) -> list[float]:
     return [ended.get(place, moment.seconds) for place in range(len(moment.answers))]
-
-
-def _chosen(desk: Desk, run: str | None) -> Run:
-    if not run:
-        raise StudioError(
-            "E_NO_RUN", "No run is chosen.", "Train one first; it appears here with its first evaluation."
-        )
-    return desk.studio.runs.get(run)
 
 
 def _misfit(first: Run, other: Run) -> str:

@@ -28,8 +28,9 @@ from lora_studio.settings import TrainConfig
 from lora_studio.studio import Inspection
 from lora_studio.ui import figure
 from lora_studio.ui.boundary import as_html, problem_instead, problem_last
-from lora_studio.ui.desk import Desk
+from lora_studio.ui.desk import Desk, data_choice
 from lora_studio.ui.form import SETTINGS, training
+from lora_studio.ui.terms import term
 
 SLOTS = max(len(format.roles) + len(format.optional) for format in FORMATS.values())
 PREVIEW_CHARACTERS = 100_000
@@ -272,7 +273,7 @@ def slot_updates(dataset: Dataset, format: str, columns: Mapping[str, str]) -> l
 @problem_last(OPENED)
 def change_format(desk: Desk, choice: dict[str, Any] | None, format: str) -> tuple[Any, ...]:
     """The columns that the other format would take by their names; the person corrects the rest."""
-    dataset = desk.studio.data.get(_chosen(choice).id)
+    dataset = desk.studio.data.get(data_choice(choice).id)
     columns = desk.studio.data.mapping(dataset, format)
     new = {**(choice or {}), "format": "" if format == dataset.format else format, "columns": {}}
     return new, gr.skip(), gr.skip(), *slot_updates(dataset, format, columns), 1
@@ -281,7 +282,7 @@ def change_format(desk: Desk, choice: dict[str, Any] | None, format: str) -> tup
 @problem_last(1)
 def change_columns(desk: Desk, choice: dict[str, Any] | None, *slots: str | None) -> dict[str, Any]:
     """The choice with the columns that the person picked."""
-    chosen = _chosen(choice)
+    chosen = data_choice(choice)
     format = FORMATS[chosen.format or desk.studio.data.get(chosen.id).format]
     columns = {role: column for role, column in zip((*format.roles, *format.optional), slots, strict=False) if column}
     return {**(choice or {}), "columns": columns}
@@ -291,6 +292,15 @@ def change_columns(desk: Desk, choice: dict[str, Any] | None, *slots: str | None
 
 
 SEEN = 8  # outputs of inspect
+
+
+def reading(choice: dict[str, Any] | None) -> tuple[Any, ...]:
+    """Until `inspect` has read a dataset that was chosen: its name, and nothing that is known of another."""
+    hidden = gr.Row(visible=False), gr.Row(visible=False)
+    if not choice:
+        return EMPTY, *hidden
+    name = html.escape(str(choice.get("name")))
+    return f"<h3>{name}</h3><p class='soft' role='status'>Reading its rows as the model will.</p>", *hidden
 
 
 def inspect(
@@ -308,7 +318,7 @@ def inspect(
         return EMPTY, *hidden
     try:
         config = training({"max_length": max_length, "holdout": holdout, "seed": seed})
-        seen = desk.ready(model).inspect(_chosen(choice), model, config, task)
+        seen = desk.ready(model).inspect(data_choice(choice), model, config, task)
     except Exception as error:
         return f"<h3>{html.escape(str(choice.get('name')))}</h3>{as_html(error)}", *hidden
     health, limit = seen.health, config.max_length
@@ -342,7 +352,7 @@ def try_limit(
         return ""
     config = training({"max_length": max_length, "holdout": holdout, "seed": seed})
     tried = training({"max_length": limit}).max_length
-    health = desk.ready(model).inspect(_chosen(choice), model, config, task).health
+    health = desk.ready(model).inspect(data_choice(choice), model, config, task).health
     return limit_costs(health, tried, config.max_length)
 
 
@@ -360,7 +370,7 @@ def show_row(
         return ""
     number = row if isinstance(row, int) else 1
     length = max_length if isinstance(max_length, int) and max_length > 0 else TrainConfig().max_length
-    return preview(desk.ready(model).preview(_chosen(choice), number, model, length, task), number)
+    return preview(desk.ready(model).preview(data_choice(choice), number, model, length, task), number)
 
 
 def turn(desk: Desk, by: int, choice: dict[str, Any] | None, row: int) -> int:
@@ -387,19 +397,6 @@ def understood(seen: Inspection) -> str:
     )
 
 
-TOLD = {  # what a figure says, for who rests on it
-    "Rows": "Rows of the file that are trained on or held out",
-    "Train / held out": "Held-out rows are never trained on: their loss tells learning from memorising",
-    "Left out, empty": "Rows of the file with nothing to learn in them",
-    "Duplicates": "Rows equal to an earlier one in prompt and answer; near: but for capitals and spaces",
-    "Prompts on both sides": "Held-out rows whose prompt is trained on too: the split keeps equal ones together;"
-    " near: but for capitals and spaces",
-    "Answers on both sides": "Held-out rows whose answer some row of training has too",
-    "Tokens, median / 95 %": "Half of the rows, and 95 of 100, have at most so many tokens",
-    "Cut": "Rows that are longer than the length limit",
-}
-
-
 def _tiles(health: Health, lengths: Any, limit: int) -> Iterable[str]:
     yield _tile("Rows", f"{health.rows:,}")
     yield _tile("Train / held out", f"{health.train:,} / {health.heldout:,}")
@@ -413,7 +410,7 @@ def _tiles(health: Health, lengths: Any, limit: int) -> Iterable[str]:
 
 
 def _tile(label: str, value: str, more: str = "") -> str:
-    return f"<div title='{TOLD[label]}'><span>{label}{more}</span><b>{value}</b></div>"
+    return f"<div><span>{term(label)}{more}</span><b>{value}</b></div>"
 
 
 def _and_near(count: int) -> str:
@@ -483,9 +480,3 @@ def preview(pieces: Sequence[Any], row: int) -> str:
 def _about(seen: Inspection) -> str:
     columns = ", ".join(f"{role} from “{column}”" for role, column in seen.columns.items())
     return f"{FORMATS[seen.format].label}: {columns}"
-
-
-def _chosen(choice: Mapping[str, Any] | None) -> DataChoice:
-    if not choice:
-        raise StudioError("E_NO_DATA", "No dataset is chosen.", "Take an example in the Data tab, or bring a file.")
-    return DataChoice(**choice)

@@ -14,7 +14,7 @@ import inspect
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ import gradio as gr
 from lora_studio.errors import StudioError
 from lora_studio.models import STARTER, ModelLibrary, hardware
 from lora_studio.owners import NOBODY
+from lora_studio.runs.config import DataChoice, Run
 from lora_studio.studio import Studio
 from lora_studio.ui.boundary import toasted
 from lora_studio.visitors import Downloads, Pages, Rate, Visitor, nobody, visitor_of
 
 log = logging.getLogger(__name__)
+NO_RUN = "E_NO_RUN", "No run is chosen.", "Train one first; it appears here with its first evaluation."
+NO_DATA = "E_NO_DATA", "No dataset is chosen.", "Take an example in the Data tab, or bring a file."
 RETRY_S = 60  # between two attempts to fetch the starter model
 REMEMBERED = 16  # Studios of visitors, each with the rows it read last
 
@@ -69,6 +72,12 @@ class Desk:
         """The Studio, once the libraries are loaded and, when `model` is the starter, it is on this machine."""
         self._start.wait_for(model)
         return self.studio
+
+    def run(self, chosen: str | None) -> Run:
+        """The run that a tab has chosen. Raises E_NO_RUN where there is none, E_RUN_NOT_FOUND."""
+        if not chosen:
+            raise StudioError(*NO_RUN)
+        return self.studio.runs.get(chosen)
 
     def may_start(self) -> None:
         """Count one start of training. Raises E_TOO_MANY, when the visitor has had as many within a minute."""
@@ -130,6 +139,13 @@ class Desk:
             if len(self._remembered) > REMEMBERED:
                 self._remembered.popitem(last=False)
         return found
+
+
+def data_choice(choice: Mapping[str, Any] | None) -> DataChoice:
+    """The dataset that the Data tab has chosen. Raises E_NO_DATA where there is none."""
+    if not choice:
+        raise StudioError(*NO_DATA)
+    return DataChoice(**choice)
 
 
 class _Start:

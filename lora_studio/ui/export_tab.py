@@ -7,14 +7,13 @@ from typing import Any
 import gradio as gr
 from gradio.components import Component
 
-from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
 from lora_studio.ui import fetch
 from lora_studio.ui.boundary import problem_last, toasted
 from lora_studio.ui.desk import Desk
 from lora_studio.visitors import signing_in
 
-FROM = "Each has saved an adapter. None yet? Take an example in tab 1 and press Start training in tab 2"
+FROM = "Each has saved an adapter"
 USUAL = "as loaded here"  # the dtype of merged weights when none is chosen
 ADAPTER, MERGED = "The adapter", "The merged model"
 
@@ -150,7 +149,7 @@ def _copyable(label: str, name: str, lines: int) -> gr.Textbox:
 @problem_last(2)
 def pack(desk: Desk, merged: bool, run: str | None, dtype: str = USUAL) -> tuple[str, str]:
     """The address of a fresh archive, and its proof."""
-    view = _chosen(desk, run)
+    view = desk.run(run)
     done = desk.ready(view.config.model).archive(view.id, merged=merged, dtype=_dtype(dtype))
     rounding = done.rounding.sentence if done.rounding else ""
     return desk.hand_out(done.files[-1]), proof_of(done.proof, rounding)
@@ -168,7 +167,7 @@ def push(
     account: gr.OAuthToken | None,
 ) -> tuple[str, str]:
     """Upload to the Hub with the token that was typed, else that of the account which is signed in; empties the box."""
-    view = _chosen(desk, run)
+    view = desk.run(run)
     own = token.strip() or (account.token if account else "")
     studio = desk.ready(view.config.model)
     done = studio.push(view.id, repo.strip(), own, merged=what == MERGED, dtype=_dtype(dtype), private=private)
@@ -207,14 +206,6 @@ def proof_of(proof: Any, rounding: str = "") -> str:
         f"<div class='proof' role='status'><span class='badge {passed}'>proof {proof.verdict}</span>"
         f"<p>{html.escape(proof.sentence)}</p>{more}</div>"
     )
-
-
-def _chosen(desk: Desk, run: str | None) -> Run:
-    if not run:
-        raise StudioError(
-            "E_NO_RUN", "No run is chosen.", "Train one first; it appears here with its first evaluation."
-        )
-    return desk.studio.runs.get(run)
 
 
 def _dtype(chosen: str) -> str:

@@ -16,14 +16,16 @@ from lora_studio.runs.config import Run
 from lora_studio.ui import fetch, figure
 from lora_studio.ui.boundary import problem_instead, problem_last
 from lora_studio.ui.desk import Desk
+from lora_studio.ui.header import NO_RUN
 from lora_studio.ui.live import run_label
+from lora_studio.ui.terms import term
 
 ALONE = ""  # the choice of no second run
 WHOLE, OF_A = "The whole update", "A alone, as the paper"
 LOOKED = 12  # outputs that show one report
-EMPTY = """<div class='empty'><b>Nothing is opened yet.</b><br>Choose a run that has trained, then press Look inside.
+EMPTY = f"""<div class='empty'><b>Nothing is opened yet.</b><br>Choose a run that has trained, then press Look inside.
 It shows which matrices changed, in how many directions, and whether a smaller rank would have done.<br>
-No run to choose? Take an example in tab 1 and press Start training in tab 2.</div>"""
+{NO_RUN}</div>"""
 
 READ_CHANGE = (
     "Bright cells changed most for the size of the weight that was there: at 1 % the update is a hundredth of it.",
@@ -129,7 +131,7 @@ def build() -> InsideTab:
                     similarity_line = gr.HTML("", apply_default_css=False, elem_id="inside-similarity-line")
                     _reading(READ_SIMILARITY)
             with gr.Column(elem_classes="card"):
-                _head("What it amplifies")
+                _head(f"What it {term('amplifies')}")
                 amplification = figure.build("Amplification factor by layer and matrix", "inside-amplification")
                 _reading(READ_AMPLIFICATION)
                 with gr.Accordion("Table of norms", open=False):
@@ -217,7 +219,7 @@ def close() -> tuple[Any, Any]:
 @problem_last(LOOKED)
 def look(desk: Desk, run: str | None, other: str | None) -> tuple[Any, ...]:
     """The whole report of a run; one that is no LoRA run gets a sentence."""
-    view = _chosen(desk, run)
+    view = desk.run(run)
     if isinstance(view.config.method, BaselineSpec):
         return _nothing(_not_lora(view.config.method))
     told = _report(desk, view, other)
@@ -246,7 +248,7 @@ def show_matrix(desk: Desk, run: str | None, other: str | None, matrix: str | No
     """One matrix: its singular values and, with a second run, what the two have in common there."""
     if not run or not matrix:
         return {}, "", {}, ""
-    view = _chosen(desk, run)
+    view = desk.run(run)
     told = _report(desk, view, other)
     module = _pick(told["modules"], matrix)
     if module is None:
@@ -266,7 +268,7 @@ def show_matrix(desk: Desk, run: str | None, other: str | None, matrix: str | No
 @problem_last(4)
 def measure(desk: Desk, run: str | None) -> Iterator[tuple[Any, ...]]:
     """The rank curve as it grows, and in the end what it says."""
-    view = _chosen(desk, run)
+    view = desk.run(run)
     yield {}, "<p class='soft'>Loading the base model</p>", {}, gr.skip()
     studio = desk.ready(view.config.model)
     told: dict[str, Any] = {}
@@ -290,7 +292,7 @@ def read_dial(told: Mapping[str, Any] | None, rank: float | None) -> str:
 @problem_last(1)
 def pack_smaller(desk: Desk, run: str | None, rank: float | None) -> str:
     """The address of a fresh archive of the adapter at a lower rank."""
-    view = _chosen(desk, run)
+    view = desk.run(run)
     if rank is None or rank != int(rank):
         raise StudioError("E_RANK", "No rank is given.", "Give a whole number of at least 1.")
     return desk.hand_out(desk.ready(view.config.model).archive(view.id, rank=int(rank)).files[-1])
@@ -307,7 +309,7 @@ def summary(view: Run, told: Mapping[str, Any]) -> str:
     parts = [
         f"<b>{len(modules)}</b> {'matrix' if len(modules) == 1 else 'matrices'}",
         f"changed by <b>{charts.percent(min(shares))} to {charts.percent(max(shares))}</b>",
-        f"effective rank <b>{effective[len(effective) // 2]:.1f}</b> of {_rank(modules)} (median)",
+        f"{term('effective rank')} <b>{effective[len(effective) // 2]:.1f}</b> of {_rank(modules)} (median)",
     ]
     if getattr(view.config.method, "variant", "") == "dora":
         parts.append("DoRA: of its low-rank part, without the magnitudes")
@@ -323,7 +325,7 @@ def values_line(module: Mapping[str, Any]) -> str:
         return "<p class='soft'>This matrix was not changed.</p>"
     return (
         f"<p class='soft'>99 % of ‖ΔW‖² in <b>{_directions(module['rank99'])}</b> of"
-        f" {len(module['singular_values'])} · effective rank <b>{module['effective_rank']:.1f}</b>"
+        f" {len(module['singular_values'])} · {term('effective rank')} <b>{module['effective_rank']:.1f}</b>"
         f" · ‖ΔW‖ is <b>{charts.percent(module['relative_norm'])}</b> of ‖W‖</p>"
     )
 
@@ -393,14 +395,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _report(desk: Desk, view: Run, other: str | None) -> dict[str, Any]:
     return desk.ready(view.config.model).inside(view.id, other or None).as_json()
-
-
-def _chosen(desk: Desk, run: str | None) -> Run:
-    if not run:
-        raise StudioError(
-            "E_NO_RUN", "No run is chosen.", "Train one first; it appears here with its first evaluation."
-        )
-    return desk.studio.runs.get(run)
 
 
 def _comparable(one: Run, other: Run) -> bool:

@@ -27,6 +27,7 @@ from lora_studio.study import short
 from lora_studio.ui import script
 from lora_studio.ui.boundary import problem_in_answer
 from lora_studio.ui.desk import Desk
+from lora_studio.ui.terms import term
 
 HERE = Path(__file__).parent
 PLOTLY = Path(importlib.util.find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"  # type: ignore
@@ -82,9 +83,12 @@ def build(desk: Desk) -> gr.HTML:
         return restore_run(desk.studio, ask)
 
     asked = [poll, stop, pause, resume, restart, another, share, delete, restore]
-    tiles = "".join(f"<div><span>{label}</span><b data-tile='{name}'>–</b></div>" for name, label in TILES.items())
+    tiles = "".join(
+        f"<div><span>{term(label)}</span><b data-tile='{name}'>–</b></div>" for name, label in TILES.items()
+    )
     curves = "".join(
-        f"<button type='button' data-curve='{name}' aria-pressed='{str(name == 'train_loss').lower()}'>{label}</button>"
+        f"<button type='button' data-curve='{name}' data-term='{label.lower()}'"
+        f" aria-pressed='{str(name == 'train_loss').lower()}'>{label}</button>"
         for name, label in CURVES.items()
     )
     page = (HERE / "live.html").read_text(encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import gradio as gr
 
-from lora_studio.errors import StudioError
 from lora_studio.ui.desk import Desk
 
 ABOUT = """<h3>Show it to someone</h3><p class='soft'>One HTML file with everything about this run: curves, answers,
@@ -20,7 +19,4 @@ def build() -> gr.Button:
 
 def hand_out(desk: Desk, run: str | None) -> str:
     """The address of a fresh report."""
-    if not run:
-        message = "No run is chosen."
-        raise StudioError("E_NO_RUN", message, "Train one first; it appears here with its first evaluation.")
-    return desk.hand_out(desk.ready().report(desk.studio.runs.get(run).id))
+    return desk.hand_out(desk.ready().report(desk.run(run).id))

@@ -16,13 +16,12 @@ import gradio as gr
 
 from lora_studio import charts
 from lora_studio.core.spec import LoraSpec
-from lora_studio.errors import StudioError
 from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.studio import Studio
 from lora_studio.study import MATRICES, MOST, Table, grid, parse_ranks, parse_rates, studies, table
 from lora_studio.ui import curves, figure, form, live, picker, script, train_tab
 from lora_studio.ui.boundary import problem_in_answer, problem_instead, problem_last
-from lora_studio.ui.desk import Desk
+from lora_studio.ui.desk import Desk, data_choice
 
 HERE = Path(__file__).parent
 OWN = "As chosen in tab 2"
@@ -149,10 +148,8 @@ def start(
     **raw: Any,
 ) -> str:
     """Queue a study and give its id to the view."""
-    if not choice:
-        raise StudioError("E_NO_DATA", "No dataset is chosen.", "Take an example in the Data tab, or bring a file.")
-    model = model.strip()
-    config = _config(DataChoice(**choice), model, task, method, preset, picked, raw)
+    rows, model = data_choice(choice), model.strip()
+    config = _config(rows, model, task, method, preset, picked, raw)
     asked = _asked(ranks, matrices, rates, preset, picked)
     studio = desk.ready(model)
     desk.may_start()

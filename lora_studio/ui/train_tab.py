@@ -20,8 +20,9 @@ from lora_studio.studio import Plan
 from lora_studio.study import short as matrices_in_short
 from lora_studio.ui import form, live, picker
 from lora_studio.ui.boundary import problem_instead, problem_last
-from lora_studio.ui.desk import Desk
+from lora_studio.ui.desk import Desk, data_choice
 from lora_studio.ui.form import SETTINGS
+from lora_studio.ui.terms import term
 
 MAIN = ("rank", "width", "learning_rate", "steps", "batch_size", "seed")  # the others are folded away
 OF_LORA = (*form.LORA, "lr_ratio_b")  # hidden with another method
@@ -252,8 +253,8 @@ def cost_line(plan: Plan, memory_bytes: int) -> str:
     peak, share = about.memory_bytes["peak"], about.trainable / about.total
     tight = " class='tight'" if peak > 0.9 * memory_bytes else ""
     parts = (
-        f"<b>{about.trainable:,}</b> trainable of {_count(about.total)} ({share:.2%})",
-        f"adapter <b>{_bytes(about.adapter_bytes)}</b>",
+        f"<b>{about.trainable:,}</b> {term('trainable')} of {_count(about.total)} ({share:.2%})",
+        f"{term('adapter')} <b>{_bytes(about.adapter_bytes)}</b>",
         f"about <b{tight}>{_bytes(peak)}</b> of {_bytes(memory_bytes)}",
         f"about <b>{_duration(about.seconds)}</b>",
     )
@@ -307,18 +308,16 @@ def start(
     **raw: Any,
 ) -> str:
     """Queue a run and give its id to the live view."""
-    if not choice:
-        raise StudioError("E_NO_DATA", "No dataset is chosen.", "Take an example in the Data tab, or bring a file.")
-    model = model.strip()
+    rows, model = data_choice(choice), model.strip()
     chosen = form.method(raw, picker.targets(picked, preset), method)
     studio = desk.ready(model)
     desk.may_start()
-    wanted = (name or "").strip()[:NAME_LENGTH] or f"{choice['name']} {_short(chosen)}"
+    wanted = (name or "").strip()[:NAME_LENGTH] or f"{rows.name} {_short(chosen)}"
     config = RunConfig(
         name=unique(wanted, {run.name for run in studio.runs.list()}),
         model=model,
         task=task,
-        dataset=DataChoice(**choice),
+        dataset=rows,
         method=chosen,
         train=form.training(raw),
     )

@@ -1,0 +1,123 @@
+"""Somebody's first minutes in Chromium: nothing typed, from an empty tab to two answers; words, and keys alone."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Browser, Page, expect
+
+from lora_studio.ui.terms import TERMS
+from tests.browser import Watch, live, overflow, served_alone
+
+TABS = ("1 Data", "2 Train", "Study", "Runs", "3 Compare", "4 Inside", "5 Export")
+RING = """element => {  // what the focus changes in how an element, or what it stands in, is drawn
+  const around = [];
+  for (let one = element; one && around.length < 4; one = one.parentElement) around.push(one);
+  around.push(...element.querySelectorAll(':scope > *'));
+  if (element.nextElementSibling) around.push(element.nextElementSibling);
+  const drawn = () => around.map(one => {
+    const { outlineStyle, outlineWidth, outlineColor, boxShadow, borderColor } = getComputedStyle(one);
+    return [outlineStyle !== 'none' && outlineWidth + outlineColor, boxShadow, borderColor].join();
+  });
+  const focused = drawn();
+  element.blur();
+  const blurred = drawn();
+  element.focus({ focusVisible: true });
+  return focused.some((one, place) => one !== blurred[place]);
+}"""
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served_alone(tmp_path_factory.mktemp("first")) as address:
+        yield address
+
+
+def opened(browser: Browser, url: str, width: int = 1280) -> tuple[Page, Watch]:
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    watch = Watch(page, url)
+    page.goto(url)
+    expect(page.locator("header .chip")).to_be_visible(timeout=60_000)
+    return page, watch
+
+
+@pytest.mark.parametrize("tab", ["2 Train", "Runs", "3 Compare", "4 Inside"])
+def test_a_tab_with_nothing_in_it_offers_the_example(url: str, browser: Browser, tab: str) -> None:
+    page, watch = opened(browser, url)
+    page.get_by_role("tab", name=tab).click()
+    page.get_by_role("button", name="Try the example").locator("visible=true").first.click()
+    expect(page.get_by_role("tab", name="2 Train")).to_have_attribute("aria-selected", "true", timeout=20_000)
+    expect(page.locator("#cost")).to_contain_text("trainable of", timeout=60_000)
+    page.get_by_role("tab", name="1 Data").click()
+    expect(page.locator("#understood h3")).to_have_text("Café orders", timeout=60_000)
+    assert watch.wrong == []
+
+
+def test_clicks_alone_lead_from_nothing_to_two_answers(url: str, browser: Browser) -> None:
+    page, watch = opened(browser, url)
+    page.get_by_role("tab", name="2 Train").click()
+    page.get_by_role("button", name="Start training").click()
+    problem = page.locator("#train-problem .problem")
+    expect(problem).to_contain_text("No dataset is chosen.", timeout=60_000)
+    problem.get_by_role("button", name="Try the example").click()  # one cause, one button
+    expect(page.locator("#picker button[aria-pressed=true]").first).to_be_visible(timeout=60_000)
+    page.get_by_role("button", name="Start training").click()
+    expect(live(page)).to_have_attribute("data-state", "running", timeout=60_000)
+    expect(page.locator("#live .try-example")).to_be_hidden()
+    expect(live(page)).to_have_attribute("data-state", "done", timeout=240_000)
+    result = page.locator("#live .result")
+    expect(result.locator(".verdict")).not_to_be_empty(timeout=60_000)
+    expect(result.locator(".shown article").first).to_be_visible()
+    expect(result.get_by_role("button", name=re.compile("Try rank"))).to_have_count(2)
+    result.get_by_role("button", name="Compare").click()
+    expect(page.locator("#compare-run input")).to_have_value(re.compile("orders r8 q"), timeout=20_000)
+    page.locator("#chips button").first.click()
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator("[data-pane=base] .badge")).to_contain_text("max difference 0", timeout=60_000)
+    expect(page.locator("[data-pane=adapted] .answer")).not_to_be_empty()
+    assert watch.wrong == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_words_explain_themselves_to_pointer_and_keys(url: str, browser: Browser, width: int) -> None:
+    page, watch = opened(browser, url, width)
+    page.get_by_role("button", name="Café orders").click()
+    words = page.locator("#understood .term")
+    expect(words.first).to_be_visible(timeout=60_000)
+    told = page.get_by_role("tooltip")
+    for word in words.all():
+        word.hover()
+        expect(told).to_have_text(TERMS[str(word.get_attribute("data-term"))])
+        box = told.bounding_box()
+        assert box and box["x"] >= 0 and box["x"] + box["width"] <= width and box["y"] >= 0, word.inner_text()
+    told.hover()  # who moves onto it may read on
+    expect(told).to_be_visible()
+    page.mouse.move(0, 0)
+    expect(told).to_be_hidden()
+    words.first.focus()
+    expect(words.first).to_have_attribute("aria-describedby", str(told.get_attribute("id")))
+    page.keyboard.press("Escape")
+    expect(told).to_be_hidden()
+    assert overflow(page) <= 0 and watch.wrong == []
+
+
+def test_every_stop_of_the_tab_key_can_be_seen(url: str, browser: Browser) -> None:
+    page, watch = opened(browser, url)
+    page.get_by_role("button", name="Café orders").click()
+    expect(page.locator("#understood .term").first).to_be_visible(timeout=60_000)
+    unseen, stops = [], 0
+    for tab in TABS:
+        page.get_by_role("tab", name=tab).focus()
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true")
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            here = page.evaluate_handle("document.activeElement").as_element()
+            if not here or here.evaluate("one => one === document.body || !!one.closest('footer, header')"):
+                break
+            stops += 1
+            if not here.evaluate(RING):
+                unseen.append(f"{tab}: {here.evaluate('one => one.outerHTML.slice(0, 160)')}")
+        else:
+            raise AssertionError(f"{tab}: no end after 80 stops")
+    assert stops > 60 and unseen == [] and watch.wrong == []
