@@ -20,9 +20,10 @@ from lora_studio.core.spec import BASELINES, METHODS, LoraSpec, Method
 from lora_studio.errors import StudioError
 from lora_studio.events import Ended, to_line
 from lora_studio.fields import Knob, knobs
+from lora_studio.results import run_as_json
 from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, method_of, short
 from lora_studio.settings import Sampling, TrainConfig
-from lora_studio.studio import Studio, run_as_json
+from lora_studio.studio import Studio
 from lora_studio.study import in_words, parse_ranks, parse_rates, parse_targets
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune a language model with LoRA.")

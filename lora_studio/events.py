@@ -155,9 +155,12 @@ def from_lines(data: bytes) -> list[dict[str, Any]]:
     return [record for record in records if _is_event(record)]
 
 
-def _is_event(record: Any) -> bool:
-    needed = SAID.get(str(record.get("type"))) if isinstance(record, dict) else None
+def _is_event(record: Any) -> bool:  # in few calls: a long curve has a hundred thousand of them
+    kind = record.get("type") if type(record) is dict else None
+    needed = SAID.get(kind) if type(kind) is str else None
     if needed is None or not record.keys() >= needed:
         return False
-    numbers = [record["step"], record["attempt"], record.get("steps", 0)]
-    return all(type(one) is int for one in numbers) and isinstance(record.get("values", {}), dict)
+    return (
+        type(record["step"]) is type(record["attempt"]) is type(record.get("steps", 0)) is int
+        and type(record.get("values", SAID)) is dict
+    )

@@ -96,6 +96,8 @@ def build(config: type, values: Mapping[str, Any]) -> Any:
 
 
 def _coerce(value: Any, hint: Any) -> Any:
+    if type(value) is hint:
+        return value
     if isinstance(hint, UnionType) and isinstance(value, Mapping):  # of dataclasses: the first that has these keys
         hint = next((one for one in get_args(hint) if value.keys() <= _hints(one).keys()), get_args(hint)[0])
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
@@ -110,6 +112,8 @@ def _coerce(value: Any, hint: Any) -> Any:
 
 
 def _well_typed(value: Any, hint: Any) -> bool:
+    if type(value) is hint and hint is not float:
+        return True
     if get_origin(hint) is tuple:
         item = get_args(hint)[0]
         return isinstance(value, tuple) and all(type(part) is item for part in value)

@@ -19,19 +19,21 @@ import threading
 import time
 from bisect import bisect_left
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lora_studio.at_hand import AtHand, Loaded, no_run
 from lora_studio.ballots import Ballots
 from lora_studio.core.spec import VIRTUAL, BaselineSpec, LoraSpec, Method
-from lora_studio.data.library import DataLibrary, Dataset, split
+from lora_studio.data.library import DataLibrary, split
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import build, check
 from lora_studio.limits import Limits, limits_here
 from lora_studio.models import CATALOGUE, ModelLibrary
 from lora_studio.owners import NOBODY, home
+from lora_studio.results import Comparison, Exported, Inspection, Plan, Pushed, Wanted
 from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, base_precision, check_limits
 from lora_studio.runs.store import RunStore
 from lora_studio.runs.supervisor import Supervisor
@@ -53,119 +55,11 @@ def default_root() -> Path:
     return Path.home() / ".lora-studio"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Inspection:
-    """A dataset as one model will see it."""
-
-    dataset: Dataset
-    format: str
-    columns: Mapping[str, str]
-    limit: int  # tokens of a row
-    health: Any  # data.health.Health
-    lengths: Any  # data.batches.Lengths, at the limit
-    notes: tuple[str, ...]  # what happened to rows on the way
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """The notes, and what the limit takes away."""
-        cut, rows, unsupervised = self.lengths.cut, self.health.rows, self.lengths.unsupervised
-        said = (f"{cut:,} of {rows:,} examples are cut at {self.limit} tokens",) * (cut > 0)
-        left_out = f"{unsupervised:,} examples keep no token to learn from and are left out"
-        return (*self.notes, *said, *(left_out,) * (unsupervised > 0))
-
-    def as_json(self) -> dict[str, Any]:
-        tokens = {"median": self.lengths.median, "p95": self.lengths.p95, "max": self.lengths.max}
-        return {
-            "id": self.dataset.id,
-            "name": self.dataset.name,
-            "format": self.format,
-            "columns": dict(self.columns),
-            "rows": self.health.rows,
-            "train": self.health.train,
-            "heldout": self.health.heldout,
-            "tokens": tokens,
-            "histogram": list(self.lengths.histogram),
-            "cut": self.lengths.cut,
-            "supervised_tokens": self.lengths.supervised,
-            "warnings": list(self.warnings),
-            "health": self.health.as_json(self.limit),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What a run would train and cost."""
-
-    pieces: Sequence[Any]  # core.baselines.Piece
-    method: Method  # as asked, with the heads that a classifier trains along
-    labels: tuple[str, ...]  # what a classifier chooses from
-    estimate: Any  # estimate.Estimate
-
-    def as_json(self) -> dict[str, Any]:
-        targets = [
-            {"name": piece.name, "role": piece.role, "shape": list(piece.shape), "parameters": piece.parameters}
-            for piece in self.pieces
-        ]
-        return {"targets": targets, **self.estimate.as_json()}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exported:
-    """The files of an export, whether they do what the run's model does (proof.Proof) and, of a merged model, what
-    rounding changed (export.Rounding)."""
-
-    files: list[Path]
-    proof: Any = None
-    rounding: Any = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pushed:
-    """What was uploaded, where it is, and its proof."""
-
-    address: str
-    files: list[str]
-    proof: Any
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One moment of a side-by-side: answers in the order of the panes, the base model first."""
-
-    names: tuple[str, ...]  # "base", then run ids; a blend's are joined by " + "
-    answers: Sequence[Any]  # generate.Answer
-    base_difference: float  # largest |logit| difference of the base row to the untouched model; 0 is right if exact
-    seconds: float
-    exact: bool = True  # False with virtual tokens, which the base row only does not look at, so that sums round
-    chances: Sequence[Mapping[str, float]] = ()  # of each label, per answer; empty where text is written
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """How likely the wanted answer of one row is: each of its tokens as text, and its probability in each pane."""
-
-    names: tuple[str, ...]  # "base", then run ids
-    texts: tuple[str, ...]
-    chances: Sequence[Sequence[float]]  # per pane, one per token
-    left: int = 0  # tokens of the answer behind these
-
-
-@dataclass
-class _Loaded:
-    """The base model kept for comparing, with the adapters loaded so far."""
-
-    key: tuple[str, tuple[str, ...], str]  # name, labels, precision
-    lora: Any
-    tokenizer: Any
-
-
-class _Kept:
-    """What all owners share: one base model in memory, and one forward at a time on it."""
+class _Rows:
+    """The rows that were read last, with what they are the rows of."""
 
     def __init__(self) -> None:
-        self.loaded: _Loaded | None = None
-        self._read: tuple[Any, Any] = (None, None)  # the latest rows that are large, by owner and choice
-        self.busy = threading.Lock()
+        self.read: tuple[Any, Any] = (None, None)
 
 
 class Studio:
@@ -180,7 +74,8 @@ class Studio:
         self.runs = RunStore(self.root, self.limits)
         self.supervisor = Supervisor(self.runs)
         self.operator = ""
-        self._kept = _Kept()
+        self._hand = AtHand(self.models)
+        self._large = _Rows()  # one set for all owners
         self._belong(NOBODY)
 
     def of(self, owner: str) -> "Studio":
@@ -215,7 +110,7 @@ class Studio:
         self.owner = owner
         self.data = DataLibrary(home(self.root, owner), self.limits)
         self.ballots = Ballots(home(self.root, owner))
-        self._read: tuple[Any, Any] = (None, None)  # the rows looked at last, by their choice
+        self._small = _Rows()
         self._measured: tuple[Any, Any] = (None, None)  # their lengths, by choice, model and task
         self._health: tuple[Any, Any] = (None, None)  # and what is known of them, by that and the split
         self._measuring = threading.Lock()
@@ -537,8 +432,8 @@ class Studio:
             view = Run(id="draft", path=Path(own), config=config, status="done", created=0.0)
             repo = {"repo": CATALOGUE[model].repo} if model in CATALOGUE else {}
             facts = {"revision": self.models.revision(model), "origin": origin, **repo}
-            with self._kept.busy:
-                lora = self._with_adapters([view]).lora
+            with self._hand.busy:
+                lora = self._hand.with_adapters([view]).lora
                 config = settled(config, lora.specs[view.id], self.limits)
                 values = sum(tensor.numel() for _, part in lora.parts(view.id) for tensor in part.parameters())
                 self.runs.check_free("This adapter needs", 4 * values)
@@ -587,8 +482,7 @@ class Studio:
         sampling = check(sampling or Sampling())
         check_set(saying(prompt), 1 + len(runs), sampling.max_new_tokens, self.limits)
         views, rows = self._asked(runs, strength)
-        with self._kept.busy:
-            loaded = self._with_adapters(views)
+        with self._hand.of(views) as loaded:
             ids = self._prompt_ids(views[0], loaded.tokenizer, prompt)
             most = context(loaded.lora.model)
             if most and len(ids) >= most:
@@ -637,9 +531,8 @@ class Studio:
         runs = [side for side in sides if side != BASE]
         views = self.writers(runs)
         check_set(prompts, len(sides), sampling.max_new_tokens, self.limits)
-        with self._kept.busy:
-            loaded = self._with_adapters(views)
-            most = self._room(views, loaded) - 1
+        with self._hand.of(views) as loaded:
+            most = self._hand.room(views, loaded) - 1
             ids = [self._asked_ids(views[0], loaded.tokenizer, prompt.messages) for prompt in prompts]
             for number, one in enumerate(ids, 1):
                 if len(one) > most:
@@ -663,9 +556,8 @@ class Studio:
         sampling, views = check(sampling or Sampling()), self.writers([run])
         check_set(saying(turns[-1].said), len(SIDES), sampling.max_new_tokens, self.limits)
         _, (row,) = self._asked([run], strength)
-        with self._kept.busy:
-            loaded = self._with_adapters(views)
-            room, model = self._room(views, loaded), loaded.lora.model
+        with self._hand.of(views) as loaded:
+            room, model = self._hand.room(views, loaded), loaded.lora.model
             room -= min(sampling.max_new_tokens, room // 2)  # an answer may have half of what the model reads
             most = self.limits.prompt_characters
             fitted = [fitting(loaded.tokenizer, turns, side, room, most) for side in SIDES]
@@ -699,8 +591,7 @@ class Studio:
             choice, examples = config.dataset, self.heldout(run, limit)
         else:
             examples = self._examples(choice)[0][:limit]
-        with self._kept.busy:
-            loaded = self._with_adapters([view])
+        with self._hand.of([view]) as loaded:
             return evaluate(
                 loaded.lora,
                 view.id,
@@ -725,8 +616,7 @@ class Studio:
         views = [self.runs.get(one) for one in (run, other) if one]
         key, kept = [_stamp(view) for view in views], self._report
         if key != kept[0]:
-            with self._kept.busy:
-                loaded = self._with_adapters(views)
+            with self._hand.of(views) as loaded:
                 kept = key, report(loaded.lora, *(view.id for view in views))
             self._report = kept
         return kept[1]
@@ -740,8 +630,7 @@ class Studio:
 
         view = self.runs.get(run)
         rows = self._measured_rows(view)
-        with self._kept.busy:
-            loaded = self._with_adapters([view])
+        with self._hand.of([view]) as loaded:
             yield from rank_curve(loaded.lora, view.id, rows)
 
     def strength_curve(self, run: str) -> Generator[Any, None, None]:
@@ -755,8 +644,7 @@ class Studio:
         for strength in STRENGTHS:
             _check_strength(view, strength)
         rows = self._measured_rows(view)
-        with self._kept.busy:
-            loaded = self._with_adapters([view])
+        with self._hand.of([view]) as loaded:
             yield from strength_curve(loaded.lora, view.id, rows)
 
     def wanted(self, runs: Sequence[str], row: int) -> Wanted:
@@ -770,7 +658,7 @@ class Studio:
 
         views, rows = self._asked(runs, 1.0)
         if not views:
-            raise _no_run()
+            raise no_run()
         if views[0].labels:
             message = "A classifier's answer is one label, which has no tokens."
             raise StudioError("E_LABELS", message, "Generate shows the chance of each label.")
@@ -782,8 +670,7 @@ class Studio:
             raise StudioError("E_NO_TARGET", "This row keeps no token to learn from.", "Pick another one.")
         shown = places[:WANTED_TOKENS]
         end = shown[-1] + 1
-        with self._kept.busy:
-            loaded = self._with_adapters(views)
+        with self._hand.of(views) as loaded:
             found = chances(loaded.lora, [None, *rows], Tokens(reading.ids[:end], kept[:end]))
         texts = tuple(reading.texts[place] for place in shown)
         return Wanted(("base", *map(" + ".join, rows)), texts, found, len(places) - len(shown))
@@ -797,8 +684,7 @@ class Studio:
 
         view, to = self.runs.get(run), to.expanduser().resolve()
         check_folder(to, sort_of(view, merged=False))
-        with self._kept.busy:
-            loaded = self._with_adapters([view])
+        with self._hand.of([view]) as loaded:
             return Exported(files=export_smaller(view, loaded.lora, rank, to))
 
     def export(self, run: str, to: Path, *, merged: bool = False, archive: bool = False, dtype: str = "") -> Exported:
@@ -820,9 +706,9 @@ class Studio:
             files, proof = export_adapter(view, to, self._tokenizer(view), prove, more)
             done = Exported(files=files, proof=proof)
         else:
-            with self._kept.busy:
-                usual = self._precision(view)
-                loaded = self._with_adapters([view], self._exact(view))
+            with self._hand.busy:
+                usual = self._hand.precision(view)
+                loaded = self._hand.with_adapters([view], self._hand.exact(view))
                 files, rounding, proof = export_merged(
                     view, loaded.lora, loaded.tokenizer, to, dtype=dtype or usual, rows=rows, more=more
                 )
@@ -866,8 +752,7 @@ class Studio:
             raise StudioError("E_WEIGHTS", message, "Give each run once, and a number for each.")
         if views:
             check_folder(to, sort_of(views[0], merged=False))
-        with self._kept.busy:
-            loaded = self._with_adapters(views)
+        with self._hand.of(views) as loaded:
             return Exported(files=export_combined(views, weights, loaded.lora, to, rank=rank))
 
     def archive(self, run: str, *, merged: bool = False, dtype: str = "", rank: int | None = None) -> Exported:
@@ -938,7 +823,7 @@ class Studio:
     def _check_room(self, view: Run, *, merged: bool) -> None:
         """Raise E_DISK where an export and its zip would not fit beside what is to stay free."""
         files = (view.path / "adapter").glob("*")
-        needs = 2 * (4 * self._parameters(view) if merged else sum(file.stat().st_size for file in files))
+        needs = 2 * (4 * self._hand.parameters(view) if merged else sum(file.stat().st_size for file in files))
         self.runs.check_free("This export needs for a while", needs)
 
     def _writes(self, model: str) -> bool:
@@ -953,16 +838,13 @@ class Studio:
 
     def _examples(self, choice: DataChoice) -> tuple[list[Any], list[str]]:
         """The rows of a choice and the warnings on the way; the latest are kept, large ones in one place for all."""
-        key, found = (self.owner, *_key(choice)), self._read
-        if key != found[0]:
-            large = self.data.bytes_of(choice.id) > self.limits.rows_at_hand
-            keeper = self._kept if large else self
-            found = keeper._read
-            if key != found[0]:
-                keeper._read = None, None  # or two of them would be in memory for a while
-                found = key, self.data.examples(choice.id, choice.format, choice.columns or None)
-                keeper._read = found
-        return found[1]
+        key, keeper = (self.owner, *_key(choice)), self._small
+        if key != keeper.read[0] and self.data.bytes_of(choice.id) > self.limits.rows_at_hand:
+            keeper = self._large
+        if key != keeper.read[0]:
+            keeper.read = None, None  # or two of them would be in memory for a while
+            keeper.read = key, self.data.examples(choice.id, choice.format, choice.columns or None)
+        return keeper.read[1]
 
     def _asked(
         self, runs: Sequence[str | Mapping[str, float]], strength: float
@@ -990,71 +872,6 @@ class Studio:
             message = f"{quote(view.name)} has no held-out rows to measure on."
             raise StudioError("E_NO_HELDOUT", message, "Train with a share of the rows held out.")
         return within(rows, HELDOUT_TOKENS)
-
-    def _with_adapters(self, views: Sequence[Run], precision: str = "") -> _Loaded:
-        """The runs' base model with their adapters attached; call with the lock held.
-
-        precision: of the base; empty takes what suits comparing on this machine.
-        """
-        from lora_studio.adapters import load
-
-        if not views:
-            raise _no_run()
-        for view in views:
-            if not view.has_adapter:
-                raise StudioError(
-                    "E_NO_ADAPTER", f"{quote(view.name)} has not saved an adapter yet.", "Wait for an evaluation."
-                )
-        bases = {view.config.model for view in views}
-        if len(bases) > 1:
-            raise StudioError(
-                "E_MIXED_BASES", f"These runs have different bases: {', '.join(sorted(bases))}.", "Choose one."
-            )
-        if len({view.labels for view in views}) > 1:
-            message = "These runs have different labels, or some choose labels and some write text."
-            raise StudioError("E_MIXED_BASES", message, "Choose runs that learnt the same task.")
-        loaded = self._base(views[0], precision or self._precision(views[0]))
-        for name in loaded.lora.names:  # others take memory, and a running run may have saved a better one since
-            loaded.lora.remove(name)
-        for view in views:
-            load(loaded.lora, view.path / "adapter", view.id)
-        return loaded
-
-    def _base(self, view: Run, precision: str) -> _Loaded:
-        from lora_studio.core.lora import LoRA
-        from lora_studio.models import device
-
-        model, labels = view.config.model, view.labels
-        key = model, labels, precision
-        if self._kept.loaded is None or self._kept.loaded.key != key:
-            self._kept.loaded = None  # free the old one first
-            lora = LoRA(self.models.load(model, precision=precision, on=device(), labels=len(labels)))
-            self._kept.loaded = _Loaded(key, lora, self.models.tokenizer(model))
-        return self._kept.loaded
-
-    def _precision(self, view: Run) -> str:
-        """In which the base of a run is loaded for comparing."""
-        from lora_studio.models import device, inference_precision
-
-        return inference_precision(device(), self._parameters(view))
-
-    def _exact(self, view: Run) -> str:
-        """In which it is loaded for merging: float32, where two of it fit into the memory that is free."""
-        from lora_studio.models import memory
-
-        return "float32" if 2.5 * 4 * self._parameters(view) < memory()[0] else self._precision(view)
-
-    def _parameters(self, view: Run) -> int:
-        skeleton = self.models.skeleton(view.config.model, labels=len(view.labels))
-        return sum(tensor.numel() for tensor in skeleton.parameters())
-
-    def _room(self, views: Sequence[Run], loaded: _Loaded) -> int:
-        """Tokens that a prompt and its answer may have together, beside the virtual ones of these runs."""
-        from lora_studio.models import context
-
-        methods = [view.config.method for view in views]
-        virtual = [one.size for one in methods if isinstance(one, BaselineSpec) and one.kind in VIRTUAL]
-        return (context(loaded.lora.model) or sys.maxsize) - max(virtual, default=0)
 
     def _asked_ids(self, view: Run, tokenizer: Any, messages: Sequence[Any]) -> list[int]:
         """Messages as the run's training rows began, see `_prompt_ids`."""
@@ -1129,18 +946,18 @@ class Studio:
         from lora_studio.adapters import load
         from lora_studio.proof import Proof, compare, look
 
-        def seen(loaded: _Loaded) -> Any:
+        def seen(loaded: Loaded) -> Any:
             with loaded.lora.use(view.id):
                 return look(loaded.lora.model, loaded.tokenizer, rows)
 
         if not rows:
             return Proof(stored="adapter")
-        precision = self._precision(view)
-        with self._kept.busy:
+        precision = self._hand.precision(view)
+        with self._hand.busy:
             try:
-                before = seen(self._with_adapters([view], precision))
-                self._kept.loaded = None  # so that the base is read from its files again
-                fresh = self._base(view, precision)
+                before = seen(self._hand.with_adapters([view], precision))
+                self._hand.loaded = None  # so that the base is read from its files again
+                fresh = self._hand.base(view, precision)
                 load(fresh.lora, folder, view.id)
                 return compare(before, seen(fresh), stored="adapter", computed_in=precision)
             except StudioError as error:
@@ -1156,10 +973,6 @@ class Studio:
         if view.labels:
             return [one.tokens for one in encode_labels(tokenizer, examples, view.labels, most)]
         return [one.tokens for one in encode_all(tokenizer, examples, most)]
-
-
-def _no_run() -> StudioError:
-    return StudioError("E_RUN_NOT_FOUND", "No run is chosen.", "Choose at least one.")
 
 
 def _check_strength(view: Run, strength: float) -> None:
@@ -1185,21 +998,3 @@ def _stamp(view: Run) -> tuple[str, int]:
 
 def _key(choice: DataChoice) -> tuple:
     return choice.id, choice.format, *sorted(choice.columns.items())
-
-
-def run_as_json(run: Run) -> dict[str, Any]:
-    """One entry of `runs --json`."""
-    return {
-        "id": run.id,
-        "name": run.name,
-        "status": run.status,
-        "step": run.step,
-        "steps": run.steps,
-        "verdict": run.verdict,
-        "model": run.config.model,
-        "error": dict(run.error) if run.error else None,
-        "created": run.created,
-        "brought": run.brought,
-        "summary": dict(run.summary),
-        "config": asdict(run.config),
-    }

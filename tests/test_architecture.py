@@ -46,6 +46,8 @@ HOUSE = [
         "runs.disk",
         "runs.memory",
         "study",
+        "at_hand",
+        "results",
         "card",
         "export",
         "adoption",

@@ -227,7 +227,7 @@ def test_a_blind_test_from_start_to_pairs(desk: Desk, tiny: Path) -> None:
     assert [one["vote"] for one in told["pairs"]].count("both bad") == 1 and page.EARLY in told["standing"]
     assert {"Base model", "orders r8"} == {one["name"] for one in told["pairs"][0]["answers"]}
     assert page.vote(desk, sent(told, vote="a"))[0] == told
-    trial, loaded = desk.studio.ballots.newest(), desk.studio._kept.loaded
+    trial, loaded = desk.studio.ballots.newest(), desk.studio._hand.loaded
     assert trial and loaded
     for pair in trial.pairs:
         (*_, last) = compare(
@@ -244,7 +244,7 @@ def test_stopping_keeps_what_is_written_and_mistakes_are_said(desk: Desk, tiny: 
     assert told["state"] == "writing" and told["of"] == 0
     next(going)
     going.close()
-    assert page.resume(desk)["state"] == "written" and not desk.studio._kept.busy.locked()
+    assert page.resume(desk)["state"] == "written" and not desk.studio._hand.busy.locked()
     assert "E_NO_VOTES" in page.download(desk, sent(told))[-1]
     for first, second, code in (("base", "base", "E_NO_RUN"), (run, run, "E_SIDES"), ("base", "0" * 32, "E_RUN_NOT")):
         assert code in list(page.start(desk, first, second, answering.TYPED, 3, "a", 6))[-1][-1]

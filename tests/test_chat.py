@@ -63,7 +63,7 @@ def run_of(desk: Desk, model: Path) -> Run:
 def test_both_answers_are_what_each_model_says_to_its_own_conversation(desk: Desk, tiny: Path) -> None:
     run, sampling = run_of(desk, tiny), Sampling(max_new_tokens=6)
     (*_, last) = desk.studio.chat(run.id, TURNS, sampling=sampling)
-    loaded = desk.studio._kept.loaded
+    loaded = desk.studio._hand.loaded
     assert loaded and last.left_out == (0, 0) and last.template == ""
     for side, row, answer in zip(SIDES, (None, run.id), last.answers, strict=True):
         with loaded.lora.use(row):

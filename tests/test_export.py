@@ -309,7 +309,7 @@ def test_a_combination_is_the_blend_of_its_adapters(
     assert "0.25 × orders r8" in (tmp_path / "sum" / "README.md").read_text()
     studio.combine(ids, [0.5, 0.25], tmp_path / "cut", rank=2)
     assert json.loads((tmp_path / "cut" / "adapter_config.json").read_text())["r"] == 2
-    assert studio._kept.loaded and "combined" not in studio._kept.loaded.lora.names
+    assert studio._hand.loaded and "combined" not in studio._hand.loaded.lora.names
 
 
 def test_a_combination_that_cannot_be_made_says_why(studio: Studio, tiny: Path, tmp_path: Path) -> None:

@@ -19,9 +19,10 @@ from lora_studio.data.formats import Example, Message
 from lora_studio.data.health import examine
 from lora_studio.data.library import Dataset
 from lora_studio.errors import StudioError, quote
+from lora_studio.results import Inspection, Wanted
 from lora_studio.runs.config import DataChoice, Run, RunConfig
 from lora_studio.runs.store import write_json
-from lora_studio.studio import Inspection, Studio, Wanted
+from lora_studio.studio import Studio
 from lora_studio.ui import boundary, compare_tab, data_tab, inside_tab, live
 from tests.browser import served
 from tests.tiny import tiny_model, tokenizer

@@ -91,7 +91,7 @@ def test_an_export_without_rows_or_base_is_written_and_says_that_it_is_not_prove
     kept = model.read_bytes()
     try:
         model.write_bytes(kept[: len(kept) // 2])
-        studio._kept.loaded = None
+        studio._hand.loaded = None
         proof = studio.export(run.id, tmp_path / "no-base").proof
     finally:
         model.write_bytes(kept)

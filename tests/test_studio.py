@@ -125,7 +125,7 @@ def test_rows_of_many_visitors_are_kept_where_they_are_small_and_in_one_place_wh
         for one, choice in zip(visitors, choices, strict=True):
             first = one._examples(choice)
             assert first is one._examples(choice) and len(first[0]) == 9
-            assert (one._kept._read[1] is first) == shared and (one._read[1] is first) != shared
+            assert (one._large.read[1] is first) == shared and (one._small.read[1] is first) != shared
     visitors[2].data.delete(choices[2].id)
     with pytest.raises(StudioError):
         visitors[2]._examples(choices[2])

@@ -16,10 +16,11 @@ from lora_studio.errors import StudioError
 from lora_studio.events import Event, Metric, Probed, Sample, Saved, Started, Warned, to_line
 from lora_studio.generate import Answer
 from lora_studio.models import STARTER
+from lora_studio.results import Comparison, Wanted
 from lora_studio.runs.config import DataChoice, Run, RunConfig
 from lora_studio.runs.store import write_json
 from lora_studio.settings import RATES, TrainConfig
-from lora_studio.studio import Comparison, Studio, Wanted
+from lora_studio.studio import Studio
 from lora_studio.ui import boundary, build, compare_tab, data_tab, export_tab, form, live, picker, train_tab
 from lora_studio.ui.desk import Desk
 from tests.tiny import tiny_encoder

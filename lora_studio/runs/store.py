@@ -21,6 +21,7 @@ Status is derived from these files on every look and never stored.
 
 import copy
 import fcntl
+import functools
 import itertools
 import json
 import math
@@ -229,17 +230,20 @@ class Journal:
 
     def _take(self, record: dict[str, Any]) -> None:
         self.records.append(record)
-        if record["type"] == "Started":
+        kind, step = record["type"], record["step"]
+        if kind == "Started":
             self.steps, self.note, self.verdict = record["steps"], "", ""
             if record.get("attempt", 1) > 1:  # it may begin before where the one before it had come to
-                self.step, self.latest = record["step"], {}
+                self.step, self.latest = step, {}
                 for one in standing(self.records):
                     self._note_figures(one)
-        self.step = max(self.step, record["step"])
-        self._note_figures(record)
-        if record["type"] == "Warned":
+        if step > self.step:
+            self.step = step
+        if kind == "Metric":
+            self._note_figures(record)
+        elif kind == "Warned":
             self.note = record["message"]
-        if record["type"] == "Learned":
+        elif kind == "Learned":
             self.verdict = str(record["verdict"])
 
     def _note_figures(self, record: Mapping[str, Any]) -> None:
@@ -666,9 +670,8 @@ class RunStore:
         return view
 
     def _look(self, run: str, path: Path) -> Run:
-        record = read_json(path / "run.json") or {}
         try:
-            config, created = build(RunConfig, record["config"]), float(record["created"])
+            record, config, created = _written(path / "run.json", _stamp(path / "run.json"))
         except (StudioError, KeyError, TypeError, ValueError) as error:
             why = error.message if isinstance(error, StudioError) else "It is missing or torn."
             message = f"The run {run} has no readable run.json. {why}"
@@ -781,6 +784,13 @@ def _end(path: Path, name: str = "exit.json") -> dict[str, Any] | None:
     """exit.json, when it says how the run ended; OVER says so of a run that no worker has."""
     end = read_json(path / name)
     return end if end and end.get("status") in ("done", "stopped", "paused", "failed") else None
+
+
+@functools.lru_cache(maxsize=64)  # a run that is watched is asked for again and again; an ended one is kept as a whole
+def _written(path: Path, stamp: tuple[int, ...] | None) -> tuple[Mapping[str, Any], RunConfig, float]:
+    """What a run.json says, which is written once. Raises StudioError, KeyError, TypeError or ValueError."""
+    record = read_json(path) or {}
+    return record, build(RunConfig, record["config"]), float(record["created"])
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

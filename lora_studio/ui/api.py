@@ -12,9 +12,9 @@ from lora_studio.data.library import SAMPLES
 from lora_studio.errors import StudioError
 from lora_studio.fields import build
 from lora_studio.models import STARTER
+from lora_studio.results import run_as_json
 from lora_studio.runs.config import DataChoice, RunConfig, method_of, short
 from lora_studio.settings import Sampling, TrainConfig
-from lora_studio.studio import run_as_json
 from lora_studio.ui.desk import Desk
 
 SPEC, TRAIN = LoraSpec(), TrainConfig()  # their defaults are the endpoints'

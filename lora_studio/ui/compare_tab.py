@@ -18,9 +18,9 @@ from lora_studio import charts
 from lora_studio.changes import changed_words
 from lora_studio.errors import StudioError
 from lora_studio.fields import knobs
+from lora_studio.results import Comparison, Wanted
 from lora_studio.runs.config import Run
 from lora_studio.settings import Sampling
-from lora_studio.studio import Comparison, Wanted
 from lora_studio.ui import figure, form, panes, tokens
 from lora_studio.ui.boundary import problem_last
 from lora_studio.ui.desk import Desk

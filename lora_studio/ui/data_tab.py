@@ -23,9 +23,9 @@ from lora_studio.data.library import SAMPLES, Dataset
 from lora_studio.data.readers import EXTENSIONS
 from lora_studio.errors import StudioError
 from lora_studio.limits import MIB, Limits
+from lora_studio.results import Inspection
 from lora_studio.runs.config import DataChoice
 from lora_studio.settings import TrainConfig
-from lora_studio.studio import Inspection
 from lora_studio.ui import figure
 from lora_studio.ui.boundary import as_html, problem_instead, problem_last
 from lora_studio.ui.desk import Desk, data_choice

@@ -10,6 +10,7 @@ whatever id it is sent.
 
 import copy
 import functools
+import gc
 import inspect
 import logging
 import threading
@@ -186,6 +187,8 @@ class _Start:
         except (ImportError, OSError, RuntimeError) as error:
             log.exception("the libraries do not load")
             self._broken = StudioError("E_INSTALL", f"torch does not load: {error}.", "Run the installation again.")
+        gc.collect()
+        gc.freeze()  # what the libraries keep is no garbage; no later collection needs to look through it
         self._libraries.set()
         while not self._broken and not self._fetch_starter():
             threading.Event().wait(RETRY_S)

@@ -17,7 +17,7 @@ import gradio as gr
 
 from lora_studio.core.spec import BASELINES, LoraSpec, Method
 from lora_studio.errors import StudioError, redacted
-from lora_studio.events import Learned
+from lora_studio.events import EVENTS, Learned
 from lora_studio.fields import knobs
 from lora_studio.runs.config import Run, width_in_words
 from lora_studio.runs.store import ID, RunStore, standing
@@ -35,6 +35,8 @@ DRAWING = "<script src='plotly.min.js'></script>"  # which the door serves
 POINTS = 4_000  # of a curve in one answer; a longer one is thinned
 LOG_CHARACTERS = 8_000
 BROUGHT = "brought along"  # an adapter that was made elsewhere
+SAMPLED = ("step", "index", "prompt", "text", "target")
+PROBED = ("seconds", "memory_bytes", "accumulate", "batch_fits")
 LEARNED = tuple(field.name for field in fields(Learned))
 CURVES = {"train_loss": "Loss", "grad_norm": "Gradient norm", "learning_rate": "Learning rate"}  # the chart shows one
 TILES = {
@@ -296,6 +298,10 @@ def _news(store: RunStore, view: Run, start: int, curve: str) -> dict[str, Any]:
     if whole or start == 0:
         everything = store.events(view.id)
         records, seen = standing(everything), len(everything)
+    said: dict[str, list[Mapping[str, Any]]] = {name: [] for name in EVENTS}
+    for record in records:
+        said[record["type"]].append(record)
+    metrics, losses = said["Metric"], curve == "train_loss"
     news: dict[str, Any] = {
         "next": seen,
         "whole": whole,
@@ -309,26 +315,18 @@ def _news(store: RunStore, view: Run, start: int, curve: str) -> dict[str, Any]:
         "shared": view.shared,
         "place": store.position(view.id) if view.status == "queued" else 0,
         "adapter": view.has_adapter,
-        "train": thin(*_curve(records, curve)),
-        "heldout": _curve(records, "heldout_loss") if curve == "train_loss" else ([], []),
-        "general": _curve(records, "general_loss") if curve == "train_loss" else ([], []),
-        "samples": [
-            {name: record[name] for name in ("step", "index", "prompt", "text", "target")}
-            for record in records
-            if record["type"] == "Sample"
-        ],
-        "saved": [record["step"] for record in records if record["type"] == "Saved"][-1:],
-        "probe": [
-            {name: _rounded(record[name]) for name in ("seconds", "memory_bytes", "accumulate", "batch_fits")}
-            for record in records
-            if record["type"] == "Probed"
-        ][-1:],
+        "train": _curve(metrics, curve),
+        "heldout": _curve(metrics, "heldout_loss") if losses else ([], []),
+        "general": _curve(metrics, "general_loss") if losses else ([], []),
+        "samples": [{name: record[name] for name in SAMPLED} for record in said["Sample"]],
+        "saved": [record["step"] for record in said["Saved"]][-1:],
+        "probe": [{name: _rounded(record[name]) for name in PROBED} for record in said["Probed"]][-1:],
     }
-    if start == 0 or any(record["type"] == "Warned" for record in records) or not view.active:
+    if start == 0 or said["Warned"] or not view.active:
         news["findings"] = advice(store, view)
     if start == 0:
         news["about"] = _about(view)
-    if learned := [record for record in records if record["type"] == "Learned"]:
+    if learned := said["Learned"]:
         news["learned"] = {name: learned[-1][name] for name in LEARNED} | {"ranks": other_ranks(view)}
     if not view.active:
         news |= {"error": view.error, "summary": {name: _rounded(value) for name, value in view.summary.items()}}
@@ -342,13 +340,10 @@ def _would_repeat(run: Run) -> bool:
     return bool(error.get("change")) and error["code"] != "E_MEMORY"
 
 
-def _curve(records: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float | None]]:
-    points = [
-        (record["step"], record["values"][name])
-        for record in records
-        if record["type"] == "Metric" and name in record["values"]
-    ]
-    return [step for step, _ in points], [_rounded(value) for _, value in points]
+def _curve(metrics: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float | None]]:
+    points = [(one["step"], one["values"][name]) for one in metrics if name in one["values"]]
+    steps, values = thin([step for step, _ in points], [value for _, value in points])
+    return steps, [_rounded(value) for value in values]
 
 
 def _about(run: Run) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import gradio as gr
 from lora_studio.core.spec import BASELINES, METHODS, PRESETS, LoraSpec, Method
 from lora_studio.errors import StudioError
 from lora_studio.models import CATALOGUE, STARTER, fit
+from lora_studio.results import Plan
 from lora_studio.runs.config import DataChoice, RunConfig, short
 from lora_studio.settings import TrainConfig
-from lora_studio.studio import Plan
 from lora_studio.study import short as matrices_in_short
 from lora_studio.ui import form, live, picker
 from lora_studio.ui.boundary import problem_instead, problem_last
