@@ -62,11 +62,42 @@ class Seen:
         return [one for taken in self.clicks.values() for one in taken]
 
 
+class Line:
+    """A kept connection that asks and is answered in JSON, with next to no work: viewers have machines of their own."""
+
+    def __init__(self, url: httpx.URL) -> None:
+        self.host, self.port = url.host, url.port
+        self._ends: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Raises OSError, EOFError, ValueError or KeyError for what is no answer."""
+        sent = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\nContent-Type: application/json\r\n"
+        request = f"{head}Content-Length: {len(sent)}\r\n\r\n".encode() + sent
+        async with asyncio.timeout(TIMEOUT_S):
+            try:
+                first, answer = await self._ask(request, kept=True)
+            except (ConnectionError, EOFError):  # closed after being idle: a browser opens another one, too
+                first, answer = await self._ask(request, kept=False)
+        if " 200 " not in f"{first} ":
+            raise ValueError(f"{first}: {answer[:100]!r}")
+        return json.loads(answer)
+
+    async def _ask(self, request: bytes, *, kept: bool) -> tuple[str, bytes]:
+        if self._ends is None or not kept:
+            self._ends = await asyncio.open_connection(self.host, self.port, limit=2**20)
+        reader, writer = self._ends
+        writer.write(request)
+        first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
+        heads = dict(line.split(": ", 1) for line in lines if line)
+        return first, await reader.readexactly(int(heads["content-length"]))
+
+
 class Visitor:
     """One browser's worth of requests."""
 
     def __init__(self, client: httpx.AsyncClient, config: Mapping[str, Any]) -> None:
-        self.client, self.session = client, secrets.token_hex(8)
+        self.client, self.session, self.line = client, secrets.token_hex(8), Line(client.base_url)
         self._live = next(
             one["id"] for one in config["components"] if one["props"].get("elem_id") == "live" and one["type"] == "html"
         )
@@ -76,9 +107,7 @@ class Visitor:
     async def poll(self, **ask: Any) -> dict[str, Any]:
         """As live.js asks for what is new of a run."""
         body = {"session_hash": self.session, "component_id": self._live, "fn_name": "poll", "data": ask}
-        answer = await self.client.post("/gradio_api/component_server", json=body)
-        answer.raise_for_status()
-        return answer.json()
+        return await self.line.post("/gradio_api/component_server", body)
 
     async def queued(self) -> None:
         """The Export tab describes what is chosen, which is nothing: an event that goes through the queue."""
@@ -236,7 +265,7 @@ async def _watch(visitor: Visitor, run: str, until: float, seen: Seen, share: fl
         listed = began if lists else listed
         try:
             news = await visitor.poll(run=run, start=start, list=lists, known=token, log=False)
-        except (httpx.HTTPError, ValueError) as error:
+        except (OSError, EOFError, ValueError, KeyError) as error:
             seen.errors.append(repr(error)[:200])
         else:
             seen.answers.append(time.monotonic() - began)
@@ -258,7 +287,7 @@ async def _click(visitor: Visitor, run: str, until: float, seen: Seen) -> None:
             began = time.monotonic()
             try:
                 await act()
-            except (httpx.HTTPError, RuntimeError, ValueError) as error:
+            except (httpx.HTTPError, OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
                 seen.errors.append(f"{name}: {error!r}"[:200])
             else:
                 seen.clicks.setdefault(name, []).append(time.monotonic() - began)

@@ -14,7 +14,7 @@ import torch
 from transformers import DynamicCache
 
 from lora_studio.core.layout import heads
-from lora_studio.core.lean import Tokens, class_logits, stepwise_attention
+from lora_studio.core.lean import Tokens, class_logits, few_at_once, stepwise_attention
 from lora_studio.core.lora import LoRA, Row
 from lora_studio.models import context
 from lora_studio.settings import Sampling
@@ -51,7 +51,7 @@ def stream(
     padded = bool((mask == 0).any())
     last = torch.tensor([-1], device=device)  # as an index: of a slice, a CPU's head would be copied for every row
     for _ in range(min(sampling.max_new_tokens, room - width)):
-        with stepwise_attention(model):
+        with stepwise_attention(model), few_at_once(model):
             output = model(
                 input_ids=ids,
                 attention_mask=mask if padded else None,

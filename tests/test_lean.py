@@ -92,6 +92,23 @@ def test_the_attention_is_the_models_own_again_afterwards() -> None:
     assert model.config._attn_implementation == before
 
 
+@pytest.mark.parametrize("rows", [1, 2, 5, lean.FEW, lean.FEW + 1])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_few_rows_as_columns_are_the_same_product(rows: int, bias: bool) -> None:
+    layer = torch.nn.Linear(24, 40, bias=bias)
+    coarse, x = torch.nn.Linear(24, 40, dtype=torch.bfloat16), torch.randn(rows, 1, 24)
+    whole = torch.nn.ModuleList([layer, coarse])
+    plain = layer(x)
+    with lean.few_at_once(whole):
+        assert "forward" in vars(layer) and "forward" not in vars(coarse)
+        torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)
+        assert layer(x).is_contiguous()
+        with lean.few_at_once(whole):  # it may be inside itself
+            pass
+        assert "forward" in vars(layer)
+    assert "forward" not in vars(layer)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_chunked_cross_entropy_is_cross_entropy(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
