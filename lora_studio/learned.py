@@ -108,7 +108,8 @@ def look(
 ) -> Generator[list[Row], None, None]:
     """The rows with what is known of them so far, after each pass of the model.
 
-    First the losses of SHOWN rows of each part, then their answers, then those of further held-out rows. classes:
+    First the losses of SHOWN rows of each part, then their answers, the held-out ones' first: who has little time has
+    these. Then those of further held-out rows. classes:
     what a classifier chooses from; it answers at once. A row without an answer of its own, plain text, is not asked;
     nor is one whose prompt alone would fill a pass.
     """
@@ -129,7 +130,10 @@ def look(
             yield from _weigh(lora, row, pairs, places, rows, classes)
     if not classes:
         asked = [place for place, (example, _) in enumerate(pairs) if example.messages]
-        for batch, prompts in _askable(tokenizer, pairs, asked, lean.PASS[_device(lora).type]):
+        turn = [0 if part == "heldout" else 1 for part in parts[: len(first)]] + [2] * (len(pairs) - len(first))
+        groups = [[place for place in asked if turn[place] == number] for number in range(3)]
+        room = lean.PASS[_device(lora).type]
+        for batch, prompts in (one for group in groups for one in _askable(tokenizer, pairs, group, room)):
             longest = max(pairs[place][1].count for place in batch)
             sampling = Sampling(max_new_tokens=min(ANSWER_TOKENS, longest + 16))
             said: list[Answer] = []

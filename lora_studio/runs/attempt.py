@@ -41,7 +41,7 @@ from lora_studio.runs.store import (
 log = logging.getLogger(__name__)
 SAVE_S, SAVE_SHARE = 30.0, 20.0  # between checkpoints: at least this long, and this many times what one takes
 MEASURED = ("heldout_loss", "accuracy", "general_loss")  # of the base, before the first step
-LOOK_SHARE, LOOK_S, LOOK_MOST_S = 0.2, 3.0, 30.0  # of the time that training took, to see what it taught; bounds
+LOOK_SHARE, LOOK_S, LOOK_MOST_S = 0.2, 3.0, 60.0  # of the time that training took, to see what it taught; bounds
 PROBE = {"probe_seconds": "seconds", "probe_memory_bytes": "memory_bytes"}  # the summary's name: the event's
 
 
