@@ -41,7 +41,7 @@ TERMS = {
     "train loss": "The loss on the batch of each step, rows that are trained on.",
     "trainable": "Parameters that training changes; all others are frozen, and shared by every adapter.",
     # of a blind test
-    "interval": "Wilson's interval: where the true share of preferences lies in 95 of 100 such tests.",
+    "interval": "The two ends are Wilson's interval: the true share of preferences lies in it in 95 of 100 such tests.",
 }
 
 
