@@ -20,7 +20,7 @@ from lora_studio.runs.config import Run
 class Loaded:
     """A base model with the adapters that are on it, by run id."""
 
-    key: tuple[str, tuple[str, ...], str]  # name, labels, precision
+    key: tuple[str, str, tuple[str, ...], str]  # name, revision, labels, precision
     lora: Any
     tokenizer: Any
 
@@ -58,6 +58,9 @@ class AtHand:
             raise StudioError(
                 "E_MIXED_BASES", f"These runs have different bases: {', '.join(sorted(bases))}.", "Choose one."
             )
+        if len({view.revision for view in views}) > 1:
+            message = f"{quote(views[0].config.model)} was another when some of these runs were trained on it."
+            raise StudioError("E_MIXED_BASES", message, "Choose runs of the same revision.")
         if len({view.labels for view in views}) > 1:
             message = "These runs have different labels, or some choose labels and some write text."
             raise StudioError("E_MIXED_BASES", message, "Choose runs that learnt the same task.")
@@ -69,15 +72,17 @@ class AtHand:
         return loaded
 
     def base(self, view: Run, precision: str) -> Loaded:
+        """The run's base as it was when the run was planned. Raises E_CHANGED where it is another now."""
         from lora_studio.core.lora import LoRA
         from lora_studio.models import device
 
-        model, labels = view.config.model, view.labels
-        key = model, labels, precision
+        model, revision, labels = view.config.model, view.revision, view.labels
+        key = model, revision, labels, precision
         if self.loaded is None or self.loaded.key != key:
             self.loaded = None  # free the old one first
-            lora = LoRA(self.models.load(model, precision=precision, on=device(), labels=len(labels)))
-            self.loaded = Loaded(key, lora, self.models.tokenizer(model))
+            models = self.models.at(model, revision)
+            lora = LoRA(models.load(model, precision=precision, on=device(), labels=len(labels)))
+            self.loaded = Loaded(key, lora, models.tokenizer(model))
         return self.loaded
 
     def precision(self, view: Run) -> str:

@@ -6,6 +6,7 @@ Everything fetched lies in one folder, so that a second use needs no network. A 
 a head that chooses among `labels` labels.
 """
 
+import copy
 import difflib
 import fcntl
 import hashlib
@@ -276,9 +277,16 @@ class ModelLibrary:
         self._tokenizers: dict[str, Any] = {}
         self._pinned: dict[str, str] = {}
 
-    def pin(self, name: str, revision: str) -> None:
-        """From now on a name means the model as it was at this revision (see `revision`), or is E_CHANGED."""
-        self._pinned[name] = revision
+    def at(self, name: str, revision: str) -> "ModelLibrary":
+        """This library, but the name means the model as it was at a revision (see `revision`), or is E_CHANGED.
+
+        An empty revision, of a run whose base was not looked up, leaves all as it is.
+        """
+        if not revision:
+            return self
+        fixed = copy.copy(self)
+        fixed._skeletons, fixed._tokenizers, fixed._pinned = {}, {}, {**self._pinned, name: revision}
+        return fixed
 
     def skeleton(self, name: str, labels: int = 0) -> Any:
         """The model's structure without weights (meta device): enough for plans and estimates."""

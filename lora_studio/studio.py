@@ -429,9 +429,9 @@ class Studio:
         with tempfile.TemporaryDirectory(prefix="claimed-", dir=self.root) as own:
             origin = take(folder, Path(own) / "adapter", self.limits)
             config = draft(model, name, self.models.tokenizer(model).chat_template)
-            view = Run(id="draft", path=Path(own), config=config, status="done", created=0.0)
             repo = {"repo": CATALOGUE[model].repo} if model in CATALOGUE else {}
             facts = {"revision": self.models.revision(model), "origin": origin, **repo}
+            view = Run(id="draft", path=Path(own), config=config, status="done", created=0.0, facts=facts)
             with self._hand.busy:
                 lora = self._hand.with_adapters([view]).lora
                 config = settled(config, lora.specs[view.id], self.limits)

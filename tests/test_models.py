@@ -226,8 +226,7 @@ from pathlib import Path
 from lora_studio.errors import StudioError
 from lora_studio.models import ModelLibrary
 for name, revision in zip(sys.argv[2::2], sys.argv[3::2]):
-    models = ModelLibrary(Path(sys.argv[1]))
-    models.pin(name, revision)
+    models = ModelLibrary(Path(sys.argv[1])).at(name, revision)
     try:
         print(models.fetch(name).name)
     except StudioError as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lora_studio.core.spec import LoraSpec
+from lora_studio.errors import StudioError
 from lora_studio.runs.attempt import Attempt
 from lora_studio.runs.config import DataChoice, Run, RunConfig
 from lora_studio.runs.store import claim
@@ -47,6 +48,27 @@ def test_a_model_that_is_as_planned_is_trained(tmp_path: Path, tiny: Path, monke
     run, model = planned(tmp_path, tiny, monkeypatch)
     (model / "chat_template.jinja").write_text(TEMPLATE)  # beside what makes the weights
     assert ends(run)["status"] == "done"
+
+
+def test_a_model_that_was_changed_since_is_not_compared_with(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, model = planned(tmp_path, tiny, monkeypatch)
+    assert ends(run)["status"] == "done"
+    studio, about = Studio(tmp_path), json.loads((model / "config.json").read_text())
+    assert list(studio.compare([run.id], "q"))
+    (model / "config.json").write_text(json.dumps(about | {"rope_theta": 123.0}))
+    fresh = Studio(tmp_path)  # one that has the base in memory still has the right one
+    monkeypatch.setattr(fresh.supervisor, "tick", lambda: None)
+    with pytest.raises(StudioError) as caught:
+        list(fresh.compare([run.id], "q"))
+    assert caught.value.code == "E_CHANGED"
+    later = fresh.start(replace(run.config, name="later"))  # on the base as it is now
+    assert ends(later)["status"] == "done"
+    with pytest.raises(StudioError) as caught:
+        list(fresh.compare([later.id, run.id], "q"))
+    assert caught.value.code == "E_MIXED_BASES"
+    assert list(fresh.compare([later.id], "q"))
 
 
 def test_a_worker_opens_no_folder_where_nobody_may_name_one(

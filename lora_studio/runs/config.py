@@ -74,6 +74,11 @@ class Run:
         return self.renamed or self.config.name
 
     @property
+    def revision(self) -> str:
+        """Of the base when the run was planned, as ModelLibrary.revision says; empty where it was not looked up."""
+        return str(self.facts.get("revision") or "")
+
+    @property
     def active(self) -> bool:
         return self.status in ACTIVE
 

@@ -109,9 +109,7 @@ def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
         for warning in warnings if attempt.number == 1 else ():
             attempt.append(Warned(step=0, code="W_DATA", message=warning))
     train, heldout = split(examples, config.train.holdout, config.train.seed)
-    models, on = ModelLibrary(root, limits_here()), device()
-    if first.revision:
-        models.pin(config.model, first.revision)
+    models, on = ModelLibrary(root, limits_here()).at(config.model, first.revision), device()
     precision = base_precision(config.method, config.train.precision, on)
 
     def say(message: str) -> None:

@@ -467,6 +467,8 @@ def _misfit(first: Run, other: Run) -> str:
     """Why a run cannot stand beside the first; empty when it can."""
     if other.config.model != first.config.model:
         return f"on {other.config.model.rstrip('/').rsplit('/', 1)[-1]}"
+    if other.revision != first.revision:
+        return "on another revision of the base"
     if other.labels != first.labels:
         return "choosing other labels" if other.labels and first.labels else "for another task"
     return ""
