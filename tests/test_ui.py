@@ -495,6 +495,15 @@ def test_run_list_is_sent_only_when_it_changed(desk: Desk, tiny: Path, choice: d
     assert "runs" in live.answer(desk.studio, {"run": "", "start": 0, "list": True, "known": told["token"]})
 
 
+def test_of_many_runs_the_newest_and_the_active_ones_are_sent(desk: Desk, tiny: Path, choice: dict) -> None:
+    config = RunConfig(model=str(tiny), dataset=DataChoice(**choice))
+    runs = [desk.studio.runs.create(config, {}).id for _ in range(live.LISTED + 5)]
+    for run in runs[1:]:
+        desk.studio.stop(run)
+    told = live.answer(desk.studio, {"run": "", "start": 0, "list": True})
+    assert [one["id"] for one in told["runs"]] == [*runs[:4:-1], runs[0]] and told["more"] == 4
+
+
 def test_first_view_prefers_the_address_then_the_active_run(desk: Desk, tiny: Path, choice: dict) -> None:
     assert build.first_view(desk, "")[0] == ""
     config = RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice))

@@ -504,7 +504,11 @@ function gone(news) {
 }
 
 async function take(news) {
-  if (news.runs) { runs = news.runs; token = news.token; list(); }
+  if (news.runs) {
+    [runs, token] = [news.runs, news.token];
+    say($('.more'), news.more ? `${news.more.toLocaleString('en')} older ones are under Runs.` : '');
+    list();
+  }
   for (const { id, step, steps } of news.active || []) progress(id, step, steps);
   if (news.run !== run || news.start !== seen || news.curve !== figure || !run) return;  // to an older question
   if (news.state === 'missing' || news.state === 'deleted') return gone(news);

@@ -34,6 +34,7 @@ PLOTLY = Path(importlib.util.find_spec("plotly").origin).parent / "package_data"
 DRAWING = "<script src='plotly.min.js'></script>"  # which the door serves
 POINTS = 4_000  # of a curve in one answer; a longer one is thinned
 LOG_CHARACTERS = 8_000
+LISTED = 12  # runs beside the one that is shown; the Runs tab has all
 BROUGHT = "brought along"  # an adapter that was made elsewhere
 SAMPLED = ("step", "index", "prompt", "text", "target")
 PROBED = ("seconds", "memory_bytes", "accumulate", "batch_fits")
@@ -371,12 +372,16 @@ def method_in_words(method: Method) -> str:
 
 
 def _changed_runs(store: RunStore, known: Any) -> dict[str, Any]:
-    """All runs when one came, went or changed its state or name; else only how far the active ones are."""
+    """The newest runs when any came, went or changed its state or name; else only how far the active ones are.
+
+    Active ones are among them however old they are; more: how many are not.
+    """
     runs = store.list()
     token = hashlib.sha256("".join(f"{run.id}{run.status}{run.name}" for run in runs).encode()).hexdigest()[:16]
     if token == known:
         return {"active": [{"id": run.id, "step": run.step, "steps": run.steps} for run in runs if run.active]}
-    return {"token": token, "runs": [_entry(run) for run in runs]}
+    shown = [run for place, run in enumerate(runs) if place < LISTED or run.active]
+    return {"token": token, "runs": [_entry(run) for run in shown], "more": len(runs) - len(shown)}
 
 
 def _entry(run: Run) -> dict[str, Any]:
