@@ -62,7 +62,7 @@ def cost(
 
 
 def trainable(line: str) -> int:
-    found = re.search(r"<b>([\d,]+)</b> trainable of", line)
+    found = re.search(r"<b>([\d,]+)</b> <span[^>]*>trainable</span> of", line)
     assert found, line
     return int(found[1].replace(",", ""))
 
