@@ -15,6 +15,8 @@ from lora_studio.errors import StudioError, quote
 from lora_studio.models import ModelLibrary
 from lora_studio.runs.config import Run
 
+LIBRARIES = 4  # revisions of which the tokenizer and the structure are kept
+
 
 @dataclass
 class Loaded:
@@ -31,6 +33,7 @@ class AtHand:
     def __init__(self, models: ModelLibrary) -> None:
         self.models = models
         self.loaded: Loaded | None = None
+        self._libraries: dict[tuple[str, str], ModelLibrary] = {}  # by model and revision
         self.busy = threading.Lock()
 
     @contextmanager
@@ -49,10 +52,7 @@ class AtHand:
         if not views:
             raise no_run()
         for view in views:
-            if not view.has_adapter:
-                raise StudioError(
-                    "E_NO_ADAPTER", f"{quote(view.name)} has not saved an adapter yet.", "Wait for an evaluation."
-                )
+            check_adapter(view)
         bases = {view.config.model for view in views}
         if len(bases) > 1:
             raise StudioError(
@@ -80,10 +80,19 @@ class AtHand:
         key = model, revision, labels, precision
         if self.loaded is None or self.loaded.key != key:
             self.loaded = None  # free the old one first
-            models = self.models.at(model, revision)
+            models = self.library(view)
             lora = LoRA(models.load(model, precision=precision, on=device(), labels=len(labels)))
             self.loaded = Loaded(key, lora, models.tokenizer(model))
         return self.loaded
+
+    def library(self, view: Run) -> ModelLibrary:
+        """The models, with the run's base at the run's own revision."""
+        key = view.config.model, view.revision
+        if key not in self._libraries:
+            for old in [*self._libraries][: 1 - LIBRARIES]:
+                del self._libraries[old]
+            self._libraries[key] = self.models.at(*key)
+        return self._libraries[key]
 
     def precision(self, view: Run) -> str:
         """In which the base of a run is loaded for comparing."""
@@ -98,7 +107,7 @@ class AtHand:
         return "float32" if 2.5 * 4 * self.parameters(view) < memory()[0] else self.precision(view)
 
     def parameters(self, view: Run) -> int:
-        skeleton = self.models.skeleton(view.config.model, labels=len(view.labels))
+        skeleton = self.library(view).skeleton(view.config.model, labels=len(view.labels))
         return sum(tensor.numel() for tensor in skeleton.parameters())
 
     def room(self, views: Sequence[Run], loaded: Loaded) -> int:
@@ -108,6 +117,13 @@ class AtHand:
         methods = [view.config.method for view in views]
         virtual = [one.size for one in methods if isinstance(one, BaselineSpec) and one.kind in VIRTUAL]
         return (context(loaded.lora.model) or sys.maxsize) - max(virtual, default=0)
+
+
+def check_adapter(view: Run) -> None:
+    """Raise E_NO_ADAPTER for a run that has none yet."""
+    if not view.has_adapter:
+        message = f"{quote(view.name)} has not saved an adapter yet."
+        raise StudioError("E_NO_ADAPTER", message, "Wait for an evaluation.")
 
 
 def no_run() -> StudioError:

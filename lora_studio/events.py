@@ -162,5 +162,5 @@ def _is_event(record: Any) -> bool:  # in few calls: a long curve has a hundred 
         return False
     return (
         type(record["step"]) is type(record["attempt"]) is type(record.get("steps", 0)) is int
-        and type(record.get("values", SAID)) is dict
+        and type(record.get("values", {})) is dict
     )

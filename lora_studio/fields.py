@@ -122,7 +122,7 @@ def _well_typed(value: Any, hint: Any) -> bool:
         return isinstance(value, Mapping) and all(type(key) is str and _well_typed(value[key], of) for key in value)
     if hint is float:
         return type(value) in (int, float) and -math.inf < value < math.inf
-    return type(value) is hint
+    return False
 
 
 def _wanted(setting: Knob) -> str:

@@ -108,8 +108,8 @@ def look(
 ) -> Generator[list[Row], None, None]:
     """The rows with what is known of them so far, after each pass of the model.
 
-    First the losses of SHOWN rows of each part, then their answers, the held-out ones' first: who has little time has
-    these. Then those of further held-out rows. classes:
+    First the losses of SHOWN rows of each part; then their answers, those of the held-out ones first, for who has
+    little time; then the answers of further held-out rows. classes:
     what a classifier chooses from; it answers at once. A row without an answer of its own, plain text, is not asked;
     nor is one whose prompt alone would fill a pass.
     """
@@ -130,8 +130,11 @@ def look(
             yield from _weigh(lora, row, pairs, places, rows, classes)
     if not classes:
         asked = [place for place, (example, _) in enumerate(pairs) if example.messages]
-        turn = [0 if part == "heldout" else 1 for part in parts[: len(first)]] + [2] * (len(pairs) - len(first))
-        groups = [[place for place in asked if turn[place] == number] for number in range(3)]
+        seen, rest = len(train[:SHOWN]), len(first)
+        groups = [
+            [place for place in asked if place in part]
+            for part in (range(seen, rest), range(seen), range(rest, len(pairs)))
+        ]
         room = lean.PASS[_device(lora).type]
         for batch, prompts in (one for group in groups for one in _askable(tokenizer, pairs, group, room)):
             longest = max(pairs[place][1].count for place in batch)

@@ -319,7 +319,7 @@ def _data(run: Run, shown: Shown) -> str:
 def _settings(run: Run) -> str:
     """The command that repeats it, and every setting; what differs from the default is strong."""
     config = run.config
-    rows = [["Base model", said(config.model)], ["Revision", said(run.facts.get("revision", "unknown"))]]
+    rows = [["Base model", said(config.model)], ["Revision", said(run.revision or "unknown")]]
     for part in () if run.brought else (config.method, config.train):
         for name, setting in knobs(type(part)).items():
             value = getattr(part, name)

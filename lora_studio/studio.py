@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lora_studio.at_hand import AtHand, Loaded, no_run
+from lora_studio.at_hand import AtHand, Loaded, check_adapter, no_run
 from lora_studio.ballots import Ballots
 from lora_studio.core.spec import VIRTUAL, BaselineSpec, LoraSpec, Method
 from lora_studio.data.library import DataLibrary, split
@@ -663,7 +663,7 @@ class Studio:
             message = "A classifier's answer is one label, which has no tokens."
             raise StudioError("E_LABELS", message, "Generate shows the chance of each label.")
         example = self.heldout(views[0].id, row + 1)[row]
-        reading = read_rows(self.models.tokenizer(views[0].config.model), [example], texts=True)[0]
+        reading = read_rows(self._hand.library(views[0]).tokenizer(views[0].config.model), [example], texts=True)[0]
         kept = reading.supervised[: views[0].config.train.max_length]
         places = [place for place, learnt in enumerate(kept) if learnt and place]
         if not places:
@@ -699,6 +699,7 @@ class Studio:
         if dtype and dtype not in DTYPES:
             raise StudioError("E_DTYPE", f"There is no dtype {quote(dtype)}.", f"Give one of {', '.join(DTYPES)}.")
         view, to = self.runs.get(run), to.expanduser().resolve()
+        check_adapter(view)  # before anything is fetched for it
         check_folder(to, sort_of(view, merged=merged), archive=archive)
         rows, more = self._heldout_rows(view), self._background(view)
         if not merged:
@@ -841,10 +842,11 @@ class Studio:
         key, keeper = (self.owner, *_key(choice)), self._small
         if key != keeper.read[0] and self.data.bytes_of(choice.id) > self.limits.rows_at_hand:
             keeper = self._large
-        if key != keeper.read[0]:
+        found = keeper.read
+        if key != found[0]:
             keeper.read = None, None  # or two of them would be in memory for a while
-            keeper.read = key, self.data.examples(choice.id, choice.format, choice.columns or None)
-        return keeper.read[1]
+            keeper.read = found = key, self.data.examples(choice.id, choice.format, choice.columns or None)
+        return found[1]
 
     def _asked(
         self, runs: Sequence[str | Mapping[str, float]], strength: float
@@ -919,7 +921,7 @@ class Studio:
     def _tokenizer(self, view: Run) -> Any:
         """The tokenizer of a run's base; None where it cannot be had."""
         try:
-            return self.models.tokenizer(view.config.model)
+            return self._hand.library(view).tokenizer(view.config.model)
         except StudioError as error:
             log.warning("no tokenizer: %s", error)
             return None
@@ -932,7 +934,7 @@ class Studio:
         events = self.runs.curve(view.id)
         try:
             asked = [example.prompt for example in self.heldout(view.id, 8) if example.messages]
-            tokenizer = self.models.tokenizer(view.config.model)
+            tokenizer = self._hand.library(view).tokenizer(view.config.model)
             texts = [] if view.labels else rendered(tokenizer, asked)
         except StudioError as error:
             log.warning("no prompt to show: %s", error)
@@ -969,7 +971,7 @@ class Studio:
         """Rows as a run trains on them: core.lean.Tokens."""
         from lora_studio.data.batches import encode_all, encode_labels
 
-        most, tokenizer = view.config.train.max_length, self.models.tokenizer(view.config.model)
+        most, tokenizer = view.config.train.max_length, self._hand.library(view).tokenizer(view.config.model)
         if view.labels:
             return [one.tokens for one in encode_labels(tokenizer, examples, view.labels, most)]
         return [one.tokens for one in encode_all(tokenizer, examples, most)]

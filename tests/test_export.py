@@ -56,7 +56,9 @@ def finished(
         dataset=DataChoice(id=dataset.id, name=dataset.name),
         method=method,
     )
-    run = studio.runs.create(config, {"revision": "abc"} | ({"labels": list(labels)} if labels else {}))
+    run = studio.runs.create(
+        config, {"revision": studio.models.revision(str(tiny))} | ({"labels": list(labels)} if labels else {})
+    )
     lora = LoRA(ModelLibrary(studio.root).load(str(tiny), precision="float32", on="cpu", labels=len(labels)))
     add(lora, "x", method)
     draws = torch.Generator().manual_seed(seed)

@@ -113,8 +113,9 @@ def few_at_once(model: nn.Module) -> Iterator[None]:
 
     torch's kernel for two to FEW rows takes up to twice as long for the same product; one row is quick as it is.
     """
-    plain = [one for one in model.modules() if type(one) is nn.Linear and "forward" not in vars(one)]
-    mine = [one for one in plain if one.weight.dtype == torch.float32 and one.weight.device.type == "cpu"]
+    layers = model.modules() if next(model.parameters()).device.type == "cpu" else ()
+    plain = [one for one in layers if type(one) is nn.Linear and "forward" not in vars(one)]
+    mine = [one for one in plain if one.weight.dtype == torch.float32]
     for layer in mine:
         vars(layer)["forward"] = partial(_by_columns, layer)
     try:

@@ -155,7 +155,7 @@ def settings_in_words(run: Run) -> dict[str, str]:
     data = config.dataset
     said = {
         "Base model": config.model,
-        "Revision": str(run.facts.get("revision") or "")[:12],
+        "Revision": run.revision[:12],
         "Dataset": f"{data.name} ({data.id[:8]})",
         "Format": data.format,
         "Columns": _in_words(data.columns),

@@ -15,7 +15,7 @@ import gradio as gr
 
 from lora_studio import blind
 from lora_studio.errors import StudioError
-from lora_studio.ui import answering, fetch, form
+from lora_studio.ui import answering, fetch, form, script
 from lora_studio.ui.answering import BASE, HELDOUT, TYPED
 from lora_studio.ui.boundary import problem_last
 from lora_studio.ui.desk import Desk
@@ -64,7 +64,7 @@ def build(desk: Desk) -> Blind:
     with gr.Column(elem_classes="card"):
         arena = gr.HTML(
             NOTHING,
-            html_template=(HERE / "blind.html").read_text(encoding="utf-8"),
+            html_template=script.template("blind"),
             js_on_load=(HERE / "blind.js").read_text(encoding="utf-8"),
             apply_default_css=False,
             elem_id="arena",
@@ -82,9 +82,9 @@ def start(
     """A new blind test, as its answers are written; votes may come in between."""
     how = form.sampling({"max_new_tokens": max_new_tokens})
     sides = [first or BASE, second or BASE]
-    views, names = answering.chosen(desk.studio, sides)
     if sides[0] == sides[1]:
         raise StudioError("E_SIDES", "Both sides are the same.", "Choose two that differ.")
+    views, names = answering.chosen(desk.studio, sides)
     studio = desk.ready(views[0].config.model)
     from lora_studio.prompts import check_set
 

@@ -75,7 +75,8 @@ def build(desk: Desk) -> gr.Blocks:
                 export = export_tab.build()
                 report = report_card.build()
         report_file = fetch.build("report-file")  # outside the tabs, whose parts are there only once they are opened
-        head.example(desk.mine(_to_example), None, [tabs, *_opened(data)], **QUIET)
+        cured = [data.problem, train.problem, study.problem]
+        head.example(desk.mine(_to_example), None, [tabs, *_opened(data), *cured], **QUIET)
         _join_data(desk, data, train, tabs)
         _join_settings(desk, page, data, train)
         _join_run(desk, page, data, train, study, compare, export, tabs)
@@ -131,7 +132,9 @@ def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
     shown = [*row, settings["max_length"], train.task]
     changed = [train.model.change, settings["max_length"].change, train.task.change]
     gr.on([*changed, settings["holdout"].change], inspect, seen_by, data.seen, **LATEST)
-    waiting = data.choice.change(data_tab.reading, data.choice, [data.understood, data.pager, data.health], **QUICK)
+    waiting = data.choice.change(
+        data_tab.reading, [data.choice, data.understood], [data.understood, data.pager, data.health], **QUICK
+    )
     waiting.then(inspect, seen_by, data.seen, **LATEST)
     gr.on([data.choice.change, *changed], show_row, shown, data.preview, **LATEST)
     data.row.input(show_row, shown, data.preview, **LATEST)
@@ -461,8 +464,8 @@ def _used(desk: Desk) -> Any:
 
 
 def _to_example(desk: Desk) -> tuple[Any, ...]:
-    """The first sample is chosen, and what trains on it stands open."""
-    return _to_training(), *data_tab.opened(desk.studio.data.add_sample(next(iter(SAMPLES))))
+    """The first sample is chosen, what trains on it stands open, and nobody says any more that there is no dataset."""
+    return _to_training(), *data_tab.opened(desk.studio.data.add_sample(next(iter(SAMPLES)))), "", "", ""
 
 
 def _to_training() -> Any:

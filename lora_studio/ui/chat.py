@@ -14,7 +14,7 @@ import gradio as gr
 from lora_studio.errors import StudioError
 from lora_studio.fields import knobs
 from lora_studio.settings import Sampling
-from lora_studio.ui import answering, form
+from lora_studio.ui import answering, form, script
 from lora_studio.ui.boundary import problem_last
 from lora_studio.ui.desk import Desk
 
@@ -53,7 +53,7 @@ def build() -> Chat:
     with gr.Column(elem_classes="card"):
         talk = gr.HTML(
             NOTHING,
-            html_template=(HERE / "chat.html").read_text(encoding="utf-8"),
+            html_template=script.template("chat"),
             js_on_load=(HERE / "chat.js").read_text(encoding="utf-8"),
             apply_default_css=False,
             elem_id="talk",

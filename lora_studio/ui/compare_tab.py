@@ -22,9 +22,8 @@ from lora_studio.results import Comparison, Wanted
 from lora_studio.runs.config import Run
 from lora_studio.settings import Sampling
 from lora_studio.ui import figure, form, panes, tokens
-from lora_studio.ui.boundary import problem_last
+from lora_studio.ui.boundary import OFFER, problem_last
 from lora_studio.ui.desk import Desk
-from lora_studio.ui.header import NO_RUN
 from lora_studio.ui.live import run_label
 
 KNOBS = knobs(Sampling)
@@ -36,7 +35,7 @@ NAMED = 3  # runs named for each reason why they are not offered
 SIDE_BY_SIDE = (0.5, 1.0, 1.5, 2.0)  # strengths beside 0, which is the base model
 GREEDY, SAMPLED = "Greedy", "Sampled"
 EMPTY = f"""<b>Nothing is asked yet.</b><br>Pick a prompt or write one, then press Generate.<br>
-{NO_RUN}"""
+{OFFER}"""
 HEAD = "<h3>The wanted answer</h3>"
 NO_ANSWER = f"{HEAD}<p class='soft'>Pick one of the held-out rows above: its answer is known.</p>"
 

@@ -294,13 +294,18 @@ def change_columns(desk: Desk, choice: dict[str, Any] | None, *slots: str | None
 SEEN = 8  # outputs of inspect
 
 
-def reading(choice: dict[str, Any] | None) -> tuple[Any, ...]:
-    """Until `inspect` has read a dataset that was chosen: its name, and nothing that is known of another."""
+def reading(choice: dict[str, Any] | None, shown: str) -> tuple[Any, ...]:
+    """Until `inspect` has read a dataset that was chosen: its name, and nothing that is known of another.
+
+    shown: what stands there; when that is the same dataset in another format, it stays.
+    """
     hidden = gr.Row(visible=False), gr.Row(visible=False)
     if not choice:
         return EMPTY, *hidden
-    name = html.escape(str(choice.get("name")))
-    return f"<h3>{name}</h3><p class='soft' role='status'>Reading its rows as the model will.</p>", *hidden
+    head = f"<h3>{html.escape(str(choice.get('name')))}</h3>"
+    if shown.startswith(head):
+        return (gr.skip(),) * 3
+    return f"{head}<p class='soft' role='status'>Reading its rows as the model will.</p>", *hidden
 
 
 def inspect(

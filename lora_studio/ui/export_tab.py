@@ -9,7 +9,7 @@ from gradio.components import Component
 
 from lora_studio.runs.config import Run
 from lora_studio.ui import fetch
-from lora_studio.ui.boundary import problem_last, toasted
+from lora_studio.ui.boundary import OFFER, problem_last, toasted
 from lora_studio.ui.desk import Desk
 from lora_studio.visitors import signing_in
 
@@ -65,7 +65,7 @@ def build() -> ExportTab:
         with gr.Column(scale=5, min_width=300, elem_classes="card"):
             gr.HTML("<h3>Take it with you</h3>", apply_default_css=False)
             run = gr.Dropdown([], label="Run", value=None, info=FROM, elem_id="export-run")
-            badge = gr.HTML("", apply_default_css=False, elem_id="portable")
+            badge = gr.HTML(OFFER, apply_default_css=False, elem_id="portable")
             _said(
                 "The adapter", "What was trained, and nothing else: LoRA's is a few megabytes. It needs its base model."
             )
@@ -180,7 +180,7 @@ def push(
 def describe(desk: Desk, run: str | None) -> tuple[str, ...]:
     """Whether other programs take the adapter, how they load it and the merged model, and the run's command."""
     if not run:
-        return ("",) * 6
+        return OFFER, *("",) * 5
     view = desk.ready().runs.get(run)
     from lora_studio.card import command_line, in_gguf, in_ollama, loading, loading_merged
 

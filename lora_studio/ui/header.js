@@ -1,5 +1,6 @@
 // The page's head: news and hardware; what its words mean; and the example that an empty tab offers.
-// The last two listen to the whole page, so that a view need only name a word (data-term, which can have the focus) or a button (.try-example).
+// The last two listen to the whole page, so that a view need only name a word (data-term, which can have the focus) or
+// a button (.try-example).
 const news = element.querySelector('.news'), chip = element.querySelector('.chip'), says = element.querySelector('.says');
 
 async function tick() {
@@ -17,26 +18,35 @@ async function tick() {
 }
 tick();
 
-let told = null;  // the word that is explained
+let told = null, enough = false;  // the word that is explained; whether the person wants no more of it
 
-function explain(term) {
-  if (term === told) return;
+const wordAt = place => place?.closest?.('[data-term]') || null;
+
+function explain(word) {
+  if (word === told && word?.isConnected) return;
   told?.removeAttribute('aria-describedby');
-  told = term && props.value[term.dataset.term] ? term : null;
+  told = word && props.value[word.dataset.term] ? word : null;
   says.hidden = !told;
   if (!told) return;
   says.textContent = props.value[told.dataset.term];
   told.setAttribute('aria-describedby', says.id);
-  const word = told.getBoundingClientRect(), own = says.getBoundingClientRect();
-  const below = word.bottom + own.height + 8 < innerHeight;
-  says.style.left = `${Math.max(8, Math.min(word.left, document.documentElement.clientWidth - own.width - 8))}px`;
-  says.style.top = `${below ? word.bottom + 4 : word.top - own.height - 4}px`;
+  stand();
 }
 
-const word = event => event.target.closest?.('[data-term]') || null;
-document.addEventListener('mouseover', event => event.target === says || explain(word(event)));
-document.addEventListener('focusin', event => explain(word(event)));
+function stand() {  // beside the word, which may have moved, or not at all
+  const place = told?.getBoundingClientRect(), own = says.getBoundingClientRect();
+  if (!place || place.bottom < 0 || place.top > innerHeight || !told.isConnected) return explain(null);
+  const below = place.bottom + own.height + 8 < innerHeight;
+  says.style.left = `${Math.max(8, Math.min(place.left, document.documentElement.clientWidth - own.width - 8))}px`;
+  says.style.top = `${below ? place.bottom + 4 : place.top - own.height - 4}px`;
+}
+
+document.addEventListener('mouseover', event => {
+  const word = wordAt(event.target), focused = enough ? null : wordAt(document.activeElement);
+  if (!says.contains(event.target)) explain(word || focused);
+});
+document.addEventListener('focusin', event => { enough = false; explain(wordAt(event.target)); });
 document.addEventListener('focusout', () => explain(null));
-document.addEventListener('keydown', event => event.key === 'Escape' && explain(null));
-document.addEventListener('scroll', () => explain(null), { capture: true, passive: true });
+document.addEventListener('keydown', event => { if (event.key === 'Escape') { enough = true; explain(null); } });
+document.addEventListener('scroll', () => told && stand(), { capture: true, passive: true });
 document.addEventListener('click', event => event.target.closest?.('.try-example') && trigger('example'));

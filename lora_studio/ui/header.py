@@ -6,12 +6,10 @@ from typing import Any
 import gradio as gr
 
 from lora_studio.ui import style
-from lora_studio.ui.boundary import TRY
 from lora_studio.ui.desk import Desk
 from lora_studio.ui.terms import TERMS
 from lora_studio.visitors import signing_in
 
-NO_RUN = f"<span class='no-run'>No run to choose? {TRY}</span>"
 HEADER = f"""<header class="top">{style.LOGO}<h1>LoRA Studio</h1>
 <p class="news" role="status" aria-live="polite"></p><span class="chip" hidden></span>
 <div class="says" id="says" role="tooltip" hidden></div></header>"""

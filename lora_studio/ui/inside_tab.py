@@ -14,9 +14,8 @@ from lora_studio.core.spec import BASELINES, BaselineSpec
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
 from lora_studio.ui import fetch, figure
-from lora_studio.ui.boundary import problem_instead, problem_last
+from lora_studio.ui.boundary import OFFER, problem_instead, problem_last
 from lora_studio.ui.desk import Desk
-from lora_studio.ui.header import NO_RUN
 from lora_studio.ui.live import run_label
 from lora_studio.ui.terms import term
 
@@ -25,7 +24,7 @@ WHOLE, OF_A = "The whole update", "A alone, as the paper"
 LOOKED = 12  # outputs that show one report
 EMPTY = f"""<div class='empty'><b>Nothing is opened yet.</b><br>Choose a run that has trained, then press Look inside.
 It shows which matrices changed, in how many directions, and whether a smaller rank would have done.<br>
-{NO_RUN}</div>"""
+{OFFER}</div>"""
 
 READ_CHANGE = (
     "Bright cells changed most for the size of the weight that was there: at 1 % the update is a hundredth of it.",
@@ -398,8 +397,8 @@ def _report(desk: Desk, view: Run, other: str | None) -> dict[str, Any]:
 
 
 def _comparable(one: Run, other: Run) -> bool:
-    same = one.config.model == other.config.model and one.labels == other.labels
-    return same and not isinstance(other.config.method, BaselineSpec)
+    same = one.config.model == other.config.model and one.revision == other.revision
+    return same and one.labels == other.labels and not isinstance(other.config.method, BaselineSpec)
 
 
 def _nothing(said: str) -> tuple[Any, ...]:

@@ -506,7 +506,7 @@ function gone(news) {
 async function take(news) {
   if (news.runs) {
     [runs, token] = [news.runs, news.token];
-    say($('.more'), news.more ? `${news.more.toLocaleString('en')} older ones are under Runs.` : '');
+    say($('.more'), news.more ? `${news.more.toLocaleString('en')} more under Runs.` : '');
     list();
   }
   for (const { id, step, steps } of news.active || []) progress(id, step, steps);

@@ -29,12 +29,11 @@ from lora_studio.ui.boundary import problem_in_answer
 from lora_studio.ui.desk import Desk
 from lora_studio.ui.terms import term
 
-HERE = Path(__file__).parent
 PLOTLY = Path(importlib.util.find_spec("plotly").origin).parent / "package_data" / "plotly.min.js"  # type: ignore
 DRAWING = "<script src='plotly.min.js'></script>"  # which the door serves
 POINTS = 4_000  # of a curve in one answer; a longer one is thinned
 LOG_CHARACTERS = 8_000
-LISTED = 12  # runs beside the one that is shown; the Runs tab has all
+LISTED = 12  # of the newest runs under the one that is shown; the Runs tab has all
 BROUGHT = "brought along"  # an adapter that was made elsewhere
 SAMPLED = ("step", "index", "prompt", "text", "target")
 PROBED = ("seconds", "memory_bytes", "accumulate", "batch_fits")
@@ -94,7 +93,7 @@ def build(desk: Desk) -> gr.HTML:
         f" aria-pressed='{str(name == 'train_loss').lower()}'>{label}</button>"
         for name, label in CURVES.items()
     )
-    page = (HERE / "live.html").read_text(encoding="utf-8")
+    page = script.template("live")
     return gr.HTML(
         "",
         html_template=page.replace("<!-- tiles -->", tiles).replace("<!-- curves -->", curves),

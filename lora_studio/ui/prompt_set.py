@@ -13,7 +13,7 @@ import gradio as gr
 
 from lora_studio.data.readers import EXTENSIONS
 from lora_studio.errors import StudioError
-from lora_studio.ui import answering, fetch, form
+from lora_studio.ui import answering, fetch, form, script
 from lora_studio.ui.answering import BASE, HELDOUT, TYPED
 from lora_studio.ui.boundary import problem_last
 from lora_studio.ui.data_tab import claimed
@@ -84,7 +84,7 @@ def build(desk: Desk) -> PromptSet:
     with gr.Column(elem_classes="card"):
         table = gr.HTML(
             NOTHING,
-            html_template=(HERE / "prompt_set.html").read_text(encoding="utf-8"),
+            html_template=script.template("prompt_set"),
             js_on_load=(HERE / "prompt_set.js").read_text(encoding="utf-8"),
             apply_default_css=False,
             elem_id="set-table",

@@ -19,4 +19,5 @@ def build() -> gr.Button:
 
 def hand_out(desk: Desk, run: str | None) -> str:
     """The address of a fresh report."""
-    return desk.hand_out(desk.ready().report(desk.run(run).id))
+    chosen = desk.run(run).id
+    return desk.hand_out(desk.ready().report(chosen))

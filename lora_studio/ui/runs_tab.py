@@ -6,7 +6,6 @@ for the curves and settings of what is chosen.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -22,7 +21,6 @@ from lora_studio.ui import curves, live, script
 from lora_studio.ui.boundary import problem_in_answer
 from lora_studio.ui.desk import Desk
 
-HERE = Path(__file__).parent
 DASHES = ("solid", "dash", "dot", "dashdot")
 AT_ONCE = 200  # runs that one request deletes or brings back
 GLIMPSE = 120  # characters of a note in the table
@@ -59,7 +57,7 @@ def build(desk: Desk) -> gr.HTML:
 
 def _template(limits: Limits) -> str:
     bounds = {"NAME_MOST": knobs(RunConfig)["name"].max, "NOTE_MOST": limits.note_characters, "CHOSEN_MOST": MOST}
-    template = (HERE / "runs.html").read_text(encoding="utf-8")
+    template = script.template("runs")
     for name, most in bounds.items():
         template = template.replace(name, f"{most:.0f}")
     return template

@@ -9,7 +9,6 @@ import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -23,7 +22,6 @@ from lora_studio.ui import curves, figure, form, live, picker, script, train_tab
 from lora_studio.ui.boundary import problem_in_answer, problem_instead, problem_last
 from lora_studio.ui.desk import Desk, data_choice
 
-HERE = Path(__file__).parent
 OWN = "As chosen in tab 2"
 FIRST = [name for name in MATRICES if MATRICES[name] in (("attn.q",), ("attn.q", "attn.v"))]
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -90,7 +88,7 @@ def _view(desk: Desk) -> gr.HTML:
 
     return gr.HTML(
         "",
-        html_template=(HERE / "study.html").read_text(encoding="utf-8"),
+        html_template=script.template("study"),
         js_on_load=script.of("study"),
         head=live.DRAWING,
         server_functions=[desk.mine(problem_in_answer(one)) for one in (poll, drop, resume)],

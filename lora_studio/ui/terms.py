@@ -1,9 +1,7 @@
 """What the page's words mean, each in a sentence said once; shown where the word is pointed at, focused or tapped.
 
-`term` marks a word in HTML made here; a view's own script marks one by `data-term` (common.js). header.js shows it.
+`term` marks a word in HTML made here, a template marks one by `data-term`; header.js shows what it means.
 """
-
-import html
 
 TERMS = {
     # of a dataset
@@ -45,8 +43,7 @@ TERMS = {
 }
 
 
-def term(word: str, name: str = "") -> str:
-    """The word as HTML that explains itself; name: its entry in TERMS, where that is not the word in small letters."""
-    name = name or word.lower()
-    assert name in TERMS, name
-    return f"<span class='term' tabindex='0' data-term='{name}'>{html.escape(word)}</span>"
+def term(word: str) -> str:
+    """A word that TERMS has, in small letters, as HTML that explains itself."""
+    assert word.lower() in TERMS, word
+    return f"<span class='term' tabindex='0' data-term='{word.lower()}'>{word}</span>"
