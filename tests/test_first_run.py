@@ -140,4 +140,5 @@ def test_every_stop_of_the_tab_key_can_be_seen(url: str, browser: Browser) -> No
         else:
             raise AssertionError(f"{tab}: no end after 80 stops")
     assert min(stops.values()) >= 4 and sum(stops.values()) > 60, stops
-    assert unseen == [] and watch.wrong == []
+    assert not unseen, "\n".join(unseen)
+    assert watch.wrong == []
