@@ -11,10 +11,11 @@ run: .venv/ready
 	$(BIN)/python app.py
 
 test: .venv/ready-tests browser lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not browser and not starter"
+	$(BIN)/python -m pytest -m "browser or starter"
 
 test-fast: .venv/ready-tests
-	$(BIN)/python -m pytest -m "not browser and not starter"
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not browser and not starter"
 
 faults: .venv/ready-tests
 	$(BIN)/python -m benchmarks.faults --quick

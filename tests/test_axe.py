@@ -16,6 +16,7 @@ from tests.visits import rows, trained
 
 AXE = (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
+OF_COLOURS = {"runOnly": {"type": "rule", "values": ["color-contrast"]}, "resultTypes": ["violations"]}
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +32,13 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, st
         yield nothing, something, f"{something}/?run={runs[0].id}"
 
 
-def violations(page: Page) -> dict[str, list[str]]:
+def violations(page: Page, rules: Any = RULES) -> dict[str, list[str]]:
     """By rule, the elements that break it."""
     if not page.evaluate("'axe' in window"):
         page.evaluate(AXE)
     page.mouse.move(0, 0)
     page.evaluate("Promise.all(document.getAnimations().map(one => one.finished.catch(() => 0)))")
-    found: Any = page.evaluate("rules => axe.run(document, rules)", RULES)
+    found: Any = page.evaluate("rules => axe.run(document, rules)", rules)
     return {
         one["id"]: [f"{node['target']} {node['failureSummary']}" for node in one["nodes"]]
         for one in found["violations"]
@@ -82,11 +83,14 @@ def test_a_violation_is_found(browser: Browser) -> None:
     page = browser.new_page()
     page.set_content("<html lang=en><title>t</title><main><img src='data:,'><button></button></main></html>")
     assert violations(page).keys() == {"image-alt", "button-name"}
+    page.set_content("<html lang=en><title>t</title><main style='color:#777;background:#888'>faint</main></html>")
+    assert violations(page, OF_COLOURS).keys() == {"color-contrast"}
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_no_tab_has_a_violation(url: tuple[str, str, str], browser: Browser, theme: str) -> None:
-    empty, full, run = url
+    """In the dark only the colours are others, so only the rule that looks at colours is asked again."""
+    (empty, full, run), rules = url, RULES if theme == "light" else OF_COLOURS
     broken: dict[str, Any] = {}
     looked: list[str] = []
     for address, home in ((empty, empty), (run, full)):
@@ -97,7 +101,7 @@ def test_no_tab_has_a_violation(url: tuple[str, str, str], browser: Browser, the
         def look(where: str, page: Page = page, state: str = "empty" if home == empty else "full") -> None:
             settle(page)
             looked.append(where)
-            if found := violations(page):
+            if found := violations(page, rules):
                 broken[f"{state}: {where}"] = found
 
         for name in names:
