@@ -44,12 +44,7 @@ def with_theme(url: str, variant: str) -> str:
 
 def every_screen(browser: Browser, url: str, model: str, steps: int, folder: Path) -> None:
     """Data before a run, the run while it trains, then the finished run, compare, inside, export and a study."""
-    for variant, page in variants(browser):
-        page.goto(with_theme(url, variant))
-        page.get_by_role("button", name="Café orders").click()
-        expect(page.locator("#preview .rendered")).to_be_visible(timeout=300_000)
-        expect(page.locator(".tiles").first).to_be_visible(timeout=60_000)
-        shoot(page, folder, f"data_{variant}")
+    chosen(browser, url, folder)
     first = browser.new_page()
     train(first, url, model, steps)
     address = first.url
@@ -61,12 +56,24 @@ def every_screen(browser: Browser, url: str, model: str, steps: int, folder: Pat
     expect(live(first)).to_have_attribute("data-state", "done", timeout=3_600_000)
     for variant, page in variants(browser):
         finished(page, with_theme(address, variant), variant, folder)
+    first.get_by_role("tab", name="2 Train").click()
+    first.get_by_label("Steps", exact=True).fill(str(max(2, steps // 3)))  # of four runs; enough for a race
     study(first, "1, 4")
     expect(first.locator("#study [data-points]").first).to_have_attribute("data-state", "over", timeout=3_600_000)
     for variant, page in variants(browser):
         page.goto(with_theme(first.url, variant))
         expect(page.locator("#study .sizes .js-line").first).to_be_visible(timeout=60_000)
         shoot(page, folder, f"study_{variant}")
+
+
+def chosen(browser: Browser, url: str, folder: Path) -> None:
+    """The screen of a dataset that was chosen."""
+    for variant, page in variants(browser):
+        page.goto(with_theme(url, variant))
+        page.get_by_role("button", name="Café orders").click()
+        expect(page.locator("#preview .rendered")).to_be_visible(timeout=300_000)
+        expect(page.locator("#data-lengths .main-svg").first).to_be_visible(timeout=60_000)
+        shoot(page, folder, f"data_{variant}")
 
 
 def finished(page: Page, address: str, variant: str, folder: Path) -> None:
