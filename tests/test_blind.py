@@ -246,7 +246,7 @@ def test_stopping_keeps_what_is_written_and_mistakes_are_said(desk: Desk, tiny: 
     going.close()
     assert page.resume(desk)["state"] == "written" and not desk.studio._hand.busy.locked()
     assert "E_NO_VOTES" in page.download(desk, sent(told))[-1]
-    for first, second, code in (("base", "base", "E_NO_RUN"), (run, run, "E_SIDES"), ("base", "0" * 32, "E_RUN_NOT")):
+    for first, second, code in (("base", "base", "E_SIDES"), (run, run, "E_SIDES"), ("base", "0" * 32, "E_RUN_NOT")):
         assert code in list(page.start(desk, first, second, answering.TYPED, 3, "a", 6))[-1][-1]
     for act in (page.vote, page.reveal, page.download):
         assert "E_TRIAL_NOT_FOUND" in act(desk, SimpleNamespace(trial="0" * 32, number=0, vote="a"))[-1]
