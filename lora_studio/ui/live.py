@@ -33,7 +33,7 @@ PLOTLY = Path(importlib.util.find_spec("plotly").origin).parent / "package_data"
 DRAWING = "<script src='plotly.min.js'></script>"  # which the door serves
 POINTS = 4_000  # of a curve in one answer; a longer one is thinned
 LOG_CHARACTERS = 8_000
-LISTED = 12  # of the newest runs under the one that is shown; the Runs tab has all
+LISTED = 50  # of the newest runs under the one that is shown; the Runs tab has all
 BROUGHT = "brought along"  # an adapter that was made elsewhere
 SAMPLED = ("step", "index", "prompt", "text", "target")
 PROBED = ("seconds", "memory_bytes", "accumulate", "batch_fits")
