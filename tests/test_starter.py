@@ -72,7 +72,7 @@ def test_a_few_steps_on_orders_teach_it_and_leave_its_base_alone(studio: Studio,
         name="a few steps",
         dataset=DataChoice(id=orders.id, name=orders.name),
         method=LoraSpec(),
-        train=TrainConfig(steps=8, batch_size=4, evaluations=1, samples=1),
+        train=TrainConfig(steps=8, evaluations=1, samples=1),
     )
     run = studio.start(config)
     list(studio.follow(run.id))
