@@ -80,12 +80,12 @@ class AtHand:
         key = model, revision, labels, precision
         if self.loaded is None or self.loaded.key != key:
             self.loaded = None  # free the old one first
-            models = self.library(view)
+            models = self.models_of(view)
             lora = LoRA(models.load(model, precision=precision, on=device(), labels=len(labels)))
             self.loaded = Loaded(key, lora, models.tokenizer(model))
         return self.loaded
 
-    def library(self, view: Run) -> ModelLibrary:
+    def models_of(self, view: Run) -> ModelLibrary:
         """The models, with the run's base at the run's own revision."""
         key = view.config.model, view.revision
         if key not in self._libraries:
@@ -107,7 +107,7 @@ class AtHand:
         return "float32" if 2.5 * 4 * self.parameters(view) < memory()[0] else self.precision(view)
 
     def parameters(self, view: Run) -> int:
-        skeleton = self.library(view).skeleton(view.config.model, labels=len(view.labels))
+        skeleton = self.models_of(view).skeleton(view.config.model, labels=len(view.labels))
         return sum(tensor.numel() for tensor in skeleton.parameters())
 
     def room(self, views: Sequence[Run], loaded: Loaded) -> int:

@@ -663,7 +663,7 @@ class Studio:
             message = "A classifier's answer is one label, which has no tokens."
             raise StudioError("E_LABELS", message, "Generate shows the chance of each label.")
         example = self.heldout(views[0].id, row + 1)[row]
-        reading = read_rows(self._hand.library(views[0]).tokenizer(views[0].config.model), [example], texts=True)[0]
+        reading = read_rows(self._hand.models_of(views[0]).tokenizer(views[0].config.model), [example], texts=True)[0]
         kept = reading.supervised[: views[0].config.train.max_length]
         places = [place for place, learnt in enumerate(kept) if learnt and place]
         if not places:
@@ -921,7 +921,7 @@ class Studio:
     def _tokenizer(self, view: Run) -> Any:
         """The tokenizer of a run's base; None where it cannot be had."""
         try:
-            return self._hand.library(view).tokenizer(view.config.model)
+            return self._hand.models_of(view).tokenizer(view.config.model)
         except StudioError as error:
             log.warning("no tokenizer: %s", error)
             return None
@@ -934,7 +934,7 @@ class Studio:
         events = self.runs.curve(view.id)
         try:
             asked = [example.prompt for example in self.heldout(view.id, 8) if example.messages]
-            tokenizer = self._hand.library(view).tokenizer(view.config.model)
+            tokenizer = self._hand.models_of(view).tokenizer(view.config.model)
             texts = [] if view.labels else rendered(tokenizer, asked)
         except StudioError as error:
             log.warning("no prompt to show: %s", error)
@@ -971,7 +971,7 @@ class Studio:
         """Rows as a run trains on them: core.lean.Tokens."""
         from lora_studio.data.batches import encode_all, encode_labels
 
-        most, tokenizer = view.config.train.max_length, self._hand.library(view).tokenizer(view.config.model)
+        most, tokenizer = view.config.train.max_length, self._hand.models_of(view).tokenizer(view.config.model)
         if view.labels:
             return [one.tokens for one in encode_labels(tokenizer, examples, view.labels, most)]
         return [one.tokens for one in encode_all(tokenizer, examples, most)]
