@@ -314,10 +314,10 @@ def _lora(spec: Spec) -> Any:
 
 def base(spec: Spec, precision: str, device: str) -> Any:
     """The named model, or with a "shape" a llama of random weights, the same each time."""
-    from lora_studio.models import ModelLibrary
-    from lora_studio.studio import default_root
-
     if spec.get("shape") is None:
+        from lora_studio.models import ModelLibrary
+        from lora_studio.studio import default_root
+
         return ModelLibrary(default_root()).load(spec["model"], precision=precision, on=device)
     from transformers import LlamaConfig, LlamaForCausalLM
 

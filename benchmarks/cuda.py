@@ -7,6 +7,7 @@ Called by `training`. Without a CUDA device it says that nothing was measured; n
 
 import argparse
 import logging
+import statistics
 import tempfile
 import time
 from collections.abc import Mapping
@@ -26,6 +27,7 @@ WAYS = {
     "peft16": Way("PEFT + Trainer, bf16", "peft", "bfloat16"),
     "sft-packed16": Way("TRL SFTTrainer packed, bf16", "sft", "bfloat16", packed=True),
 }
+ONCE = ("sft-packed16",)  # not in every repetition: it makes three times the steps, and no goal asks for it
 
 # Random weights, as no models of this size are at hand; shapes of well-known models of 1.5 and 8 billion parameters.
 LARGE = {
@@ -49,6 +51,8 @@ LARGE = {
     },
 }
 
+ROWS = {"1.5 B": 24, "8 B": 16}  # a step: as many as the other ways take in 80 GB
+
 
 def run(options: argparse.Namespace) -> int:
     """The same comparison with random weights of realistic sizes, per second and by memory of the device."""
@@ -68,12 +72,14 @@ def run(options: argparse.Namespace) -> int:
             print(f"{size}: not measured: {weights / 1e9:.0f} GB of weights want more memory than is free.\n")
             continue
         with tempfile.TemporaryDirectory(prefix="lora-studio-bench-") as folder:
-            found = _large(options, shape, Path(folder))
+            spec = training.told(options, options.batch or ROWS[size], Path(folder)) | {"shape": shape}
+            print(f"## {size}\n\n{in_words(spec, options)}\n", flush=True)
+            found = _large(options, spec)
         figures[size] = found
         if not found:
             print(f"{size}: not measured: no way of training came to its end.\n")
             continue
-        print(f"## {size}\n\n{training.table(found)}\n\n{training.losses(found)}\n")
+        print(f"{training.table(found)}\n\n{training.losses(found)}\n", flush=True)
         reached += on_a_gpu(size, found)
     goals.say(reached)
     goals.finish(options, reached, figures)
@@ -95,34 +101,54 @@ def on_a_gpu(size: str, found: Mapping[str, Mapping[str, Any]]) -> list[Goal]:
     return asked
 
 
-def _large(options: argparse.Namespace, shape: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def in_words(spec: Mapping[str, Any], options: argparse.Namespace) -> str:
+    """What is trained on what."""
+    timed = spec["batches"][spec["warmup"] :]
+    rows = len(timed[0])
+    real = statistics.fmean(sum(len(ids) for ids, _ in batch) for batch in timed)
+    padded = statistics.fmean(rows * max(len(ids) for ids, _ in batch) for batch in timed)
+    return (
+        f"A llama of random weights in bf16, LoRA r=8 alpha=16 on q and v, batches of {rows} rows: {real:.0f} real and "
+        f"{padded:.0f} padded tokens a step; {len(timed)} timed steps behind {spec['warmup']}, {options.repeats} "
+        "repetitions in turn, each in a process of its own; s are of the wall clock; median (least–most)."
+    )
+
+
+def _large(options: argparse.Namespace, spec: dict[str, Any]) -> dict[str, Any]:
     """Every way on one size. A way that fails (no memory, no kernel) is named on stderr and left out."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    spec, _ = training.prepared(options, folder)
-    spec |= {"shape": shape, "device": "cuda", "adapter": str(folder / "large")}
     trainable = measure("benchmarks.contenders:start", spec)["trainable"]
     with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**shape))
+        model = LlamaForCausalLM(LlamaConfig(**spec["shape"]))
     sizes = work.sizes_of(model, trainable)
     tokens = sum(len(ids) for ids, _ in spec["batches"][-1])
     supervised = sum(sum(marks[1:]) for _, marks in spec["batches"][-1])
-    shapes = [(*one, count) for one, count in work.shapes_of(model, tokens, supervised).items()]
+    shapes = [(*one, count) for one, count in work.shapes_of(model, tokens, supervised, "cuda").items()]
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in WAYS}
-    peaks: dict[str, list[float]] = {"bfloat16": []}
-    for _ in range(options.repeats):
-        asked = {"shapes": shapes, "precision": "bfloat16", "device": "cuda"}
-        peaks["bfloat16"].append(measure("benchmarks.work:matrix_rate", asked)["rate"])
+    asked = {"shapes": shapes, "precision": "bfloat16", "device": "cuda"}
+    rate = measure("benchmarks.work:matrix_rate", asked)["rate"]
+    print(f"Matrix products of the model's own shapes: {rate / 1e12:.0f} TFLOP/s.\n", flush=True)
+    for number in range(options.repeats):
         for name in list(runs):
             way = WAYS[name]
             told = {**spec, "way": way.way, "precision": way.precision, "packed": way.packed, "defaults": False}
+            if number and name in ONCE:
+                continue
             try:
-                runs[name].append(measure("benchmarks.contenders:trained", told))
+                answer = measure("benchmarks.contenders:trained", told)
             except Failed as error:
                 log.warning("%s: not measured: %s", name, error)
                 del runs[name]
-    return {name: training.summary(spec, sizes, answers, WAYS[name], peaks, "wall_s") for name, answers in runs.items()}
+                continue
+            spent = sum(step["wall_s"] for step in answer["steps"])
+            log.info("%d %s: %.2f s, %.0f MB", number + 1, name, spent, answer["peak_bytes"] / 1e6)
+            runs[name].append(answer)
+    return {
+        name: training.summary(spec, sizes, answers, WAYS[name], {"bfloat16": [rate] * len(answers)}, "wall_s")
+        for name, answers in runs.items()
+    }
 
 
 def parameters(shape: Mapping[str, Any]) -> int:

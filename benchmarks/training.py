@@ -124,27 +124,35 @@ def prepared(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any],
 
     library = ModelLibrary(default_root())
     library.fetch(options.model)
+    spec = told(options, options.batch, folder)
+    begun = measure("benchmarks.contenders:start", spec)
+    return spec, work.sizes_of(library.skeleton(options.model), begun["trainable"])
+
+
+def told(options: argparse.Namespace, batch: int, folder: Path) -> dict[str, Any]:
+    """What every process is told: the rows in batches of `batch`, by the model's tokenizer."""
+    from lora_studio.models import ModelLibrary
+    from lora_studio.studio import default_root
+
     steps = options.warmup + options.steps
     every = pairs.rows(
-        library.tokenizer(options.model),
+        ModelLibrary(default_root()).tokenizer(options.model),
         pairs.examples(options.data, options.prompt, options.answer),
         options.shortest,
         options.longest,
-        steps * options.batch,
+        steps * batch,
     )
-    spec = {
+    return {
         "model": options.model,
         "tokenizer": options.model,
         "rows": every,
-        "batches": pairs.batches(every, options.batch, steps, options.seed),
+        "batches": pairs.batches(every, batch, steps, options.seed),
         "warmup": options.warmup,
-        "device": "cpu",
+        "device": options.device,
         "seed": options.seed,
         "adapter": str(folder / "adapter"),
         "folder": str(folder / "trainer"),
     }
-    begun = measure("benchmarks.contenders:start", spec)
-    return spec, work.sizes_of(library.skeleton(options.model), begun["trainable"])
 
 
 def turns(spec: Mapping[str, Any], options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -290,9 +298,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--answer", default="", help="column of the answers")
     parser.add_argument("--model", default="starter", help="a name or a folder")
     parser.add_argument("--only", type=_names, default=USUAL, help=f"ways to compare, of {', '.join(WAYS)}")
-    parser.add_argument("--batch", type=int, help="rows a step; 8, on CUDA 40")
-    parser.add_argument("--steps", type=int, help="timed steps; 2, on CUDA 5")
-    parser.add_argument("--warmup", type=int, help="steps before them; 1, on CUDA 3")
+    parser.add_argument("--batch", type=int, help="rows a step; 8, on CUDA by the size of the model")
+    parser.add_argument("--steps", type=int, help="timed steps; 2, on CUDA 8")
+    parser.add_argument("--warmup", type=int, help="steps before them; 1, on CUDA 5")
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes of each way")
     parser.add_argument("--shortest", type=int, default=60, help="tokens of the shortest row")
     parser.add_argument("--longest", type=int, default=330, help="tokens of the longest row")
@@ -303,7 +311,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one repetition and few steps")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args(arguments)
-    usual = (40, 5, 3) if options.device == "cuda" else (8, 2, 1)
+    usual = (None, 8, 5) if options.device == "cuda" else (8, 2, 1)
     options.batch, options.steps, options.warmup = (
         given or one for given, one in zip((options.batch, options.steps, options.warmup), usual, strict=True)
     )

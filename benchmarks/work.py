@@ -38,7 +38,7 @@ def sizes_of(model: Any, trained: int) -> dict[str, int]:
     }
 
 
-def shapes_of(model: Any, tokens: int, supervised: int) -> dict[Shape, int]:
+def shapes_of(model: Any, tokens: int, supervised: int, device: str = "cpu") -> dict[Shape, int]:
     """The step's matrix products with frozen weights, forward and backward, and how often each comes."""
     from lora_studio.core.functions import CHUNK
     from lora_studio.core.layout import blocks
@@ -51,7 +51,7 @@ def shapes_of(model: Any, tokens: int, supervised: int) -> dict[Shape, int]:
             for shape in ((tokens, width, out), (tokens, out, width)):
                 counts[shape] = counts.get(shape, 0) + 1
     text = model.config.get_text_config()
-    chunk = min(CHUNK, supervised)
+    chunk = min(CHUNK[device], supervised)
     for shape in ((chunk, text.hidden_size, text.vocab_size), (chunk, text.vocab_size, text.hidden_size)):
         counts[shape] = counts.get(shape, 0) + max(1, round(supervised / chunk))
     return counts

@@ -83,7 +83,7 @@ def estimate(
         "weights": total_bytes(model, precision),
         "adapter": 16 * trainable,
         "activations": int(_pass_tokens(config, data, rows, device) * layers),
-        "head": CHUNK * _vocabulary(model) * (4 if size == 4 else 6),
+        "head": CHUNK[device] * _vocabulary(model) * (4 if size == 4 else 6),
         "runtime": RUNTIME_BYTES if device == "cpu" else 0,
     }
     memory["peak"] = sum(memory.values())

@@ -15,6 +15,7 @@ import torch
 
 from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
+from lora_studio.core.recorded import Recordings
 from lora_studio.measure import (
     forget_peak,
     free_memory,
@@ -41,10 +42,12 @@ class Share:
     checkpointing: str = "auto"
     room: int  # tokens in a pass
     recompute: bool = field(init=False)  # activations, in the backward
+    records: bool = field(init=False, default=False)  # passes, where the GPU can replay them
     halvings: int = field(init=False, default=0)
     alone: bool = field(init=False, default=False)  # it shares no pass with others any more
     notes: list[str] = field(init=False, default_factory=list)
     _may_join: bool | None = field(init=False, default=None)  # once it was asked
+    _recordings: Recordings | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.recompute = self.checkpointing == "on"
@@ -66,8 +69,21 @@ class Share:
             self._may_join = packs(lora, [self.adapter]) and lora.shares(self.adapter)
         return self._may_join
 
+    def recorded(self, lora: LoRA, part: Batch, count: int) -> torch.Tensor | None:
+        """The loss of a pass whose gradients were added by a recording; None where there is none of it."""
+        if not self.records or self.recompute or part[0].label is not None or not packs(lora, [self.adapter]):
+            return None
+        if self._recordings is None:
+            self._recordings = Recordings(lora.model, lora.parameters(self.adapter))
+        return self._recordings.backward(part, count)
+
+    def forget_recordings(self) -> None:
+        """Give back the memory that they hold."""
+        self._recordings = None
+
     def give_way(self, lora: LoRA, batch: Batch) -> None:
         """Take less memory from here on. Raises E_MEMORY when nothing is left to try."""
+        self.forget_recordings()  # of passes that were too large
         parts = self.passes(batch)
         if max(map(len, parts)) > 1 and self.halvings < HALVINGS:
             self.halvings += 1
@@ -195,8 +211,10 @@ def _alone(lora: LoRA, share: Share, batch: Batch) -> float:
     count, total = sum(tokens.count for tokens in batch), 0.0
     with lora.use(share.adapter), leanly(lora, batch), lean.recomputing(lora.model, share.recompute):
         for part in share.passes(batch):
-            loss = losses(lora, part).sum() / count
-            loss.backward()
+            loss = share.recorded(lora, part, count)
+            if loss is None:
+                loss = losses(lora, part).sum() / count
+                loss.backward()
             total += loss.item()
     return total
 

@@ -107,6 +107,7 @@ class Job:
     def leave(self) -> None:
         """Take no further part: the rows vanish, the other jobs go on."""
         self.over = True
+        self.share.forget_recordings()
 
     def state(self) -> State:
         """All that `restore` needs to go on bit for bit (CPU, one thread); call it between two events."""
@@ -388,6 +389,7 @@ def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]
             ),
         )
     for course in courses:
+        course.job.share.records = course.job.device.type == "cuda"
         course.clock = time.monotonic()
 
 

@@ -1,15 +1,19 @@
 """The packed path computes the plain path's loss and gradients, and makes less on the way."""
 
 import contextlib
+from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 from lora_studio.core import functions, lean
 from lora_studio.core.lora import LoRA
+from lora_studio.core.recorded import filled, size_for
 from lora_studio.core.spec import LoraSpec
 from tests.tiny import CAUSAL, CLASSIFIERS, PLAIN_TOO, causal, classifier
 
@@ -80,8 +84,8 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
 
 
-def _rows() -> list[lean.Tokens]:
-    return [lean.Tokens(list(range(2, 2 + length)), [True] * length) for length in LENGTHS]
+def _rows(lengths: Sequence[int] = LENGTHS) -> list[lean.Tokens]:
+    return [lean.Tokens(list(range(2, 2 + length)), [True] * length) for length in lengths]
 
 
 def test_the_attention_is_the_models_own_again_afterwards() -> None:
@@ -112,7 +116,7 @@ def test_a_few_rows_as_columns_are_the_same_product(rows: int, bias: bool) -> No
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_chunked_cross_entropy_is_cross_entropy(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    count = 2 * functions.CHUNK + 3  # a last chunk that is not full
+    count = 2 * functions.CHUNK["cpu"] + 3  # a last chunk that is not full
     head, labels = torch.randn(97, 16, dtype=dtype), torch.randint(0, 97, (count,))
     hidden = torch.randn(count, 16, dtype=dtype, requires_grad=True)
     plain = torch.nn.functional.cross_entropy((hidden @ head.T).float(), labels, reduction="none")
@@ -376,8 +380,45 @@ def test_attention_by_sequence_is_attention_with_a_block_mask(lengths: tuple[int
 def test_heads_of_another_size_for_values_take_the_plain_attention() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 4, 8, size, requires_grad=True) for size in (6, 6, 10))
-    ours, _ = lean._attend(torch.nn.Identity(), q, k, v, None, sequence_lengths=(8,))
+    ours, _ = lean._attend(torch.nn.Identity(), q, k, v, None, sequence_lengths=lean.Lengths((8,)))
     plain = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
     torch.testing.assert_close(ours, plain)
     ours.sum().backward()
     assert v.grad is not None
+
+
+# ---- filled up to a size ---------------------------------------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=40))
+def test_a_size_takes_every_batch_that_it_is_for(lengths: list[int]) -> None:
+    """Filled up by a tenth and a little, with sequences no longer than the longest, and always by one shape."""
+    size = size_for(lengths)
+    ids, positions, ends = filled(lean.pack(_rows(lengths)), size)
+    assert ids.shape == positions.shape == (1, size.tokens) and ends.shape == (size.sequences + 1,)
+    sizes = ends.diff().tolist()
+    assert sizes[: len(lengths)] == lengths and sum(sizes) == size.tokens and min(sizes) >= 0
+    assert max(sizes[len(lengths) :]) <= max(lengths) <= size.longest < 2 * max(lengths)
+    assert size.tokens < 1.1 * sum(lengths) + 2 * 64
+    assert positions[0].tolist() == [place for length in sizes for place in range(length)]
+
+
+def test_what_fills_up_changes_nothing_for_the_sequences() -> None:
+    model, batch_ = causal("llama"), lean.pack(_rows(LENGTHS))
+    ids, positions, ends = filled(batch_, size_for(batch_.lengths))
+    hidden = []
+    with lean.packed_attention(model), torch.no_grad():
+        for ids_, positions_, lengths in (
+            (batch_.ids, batch_.positions, batch_.lengths),
+            (ids, positions, lean.Lengths([one for one in ends.diff().tolist() if one])),
+        ):
+            call = {"input_ids": ids_, "position_ids": positions_, "sequence_lengths": lengths}
+            hidden.append(model.base_model(**call, use_cache=False)[0][:, : sum(LENGTHS)])
+    torch.testing.assert_close(*hidden, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_that_goes_by_the_lengths_says_that_it_cannot_be_recorded() -> None:
+    q = torch.randn(1, 4, 8, 8)
+    lengths = lean.Lengths((8,), ends=torch.tensor([0, 3, 8]), longest=8)
+    with pytest.raises(RuntimeError, match="lengths"):
+        lean._attend(torch.nn.Identity(), q, q, q, None, sequence_lengths=lengths, dropout=0.1)

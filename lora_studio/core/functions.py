@@ -13,8 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import nn
+from transformers.activations import ACT2FN
 
-CHUNK = 128  # positions whose logits are in memory together
+from lora_studio.core import kernels
+
+# Positions whose logits are in memory together: as many as keep the products with the head busy.
+CHUNK = {"cpu": 128, "mps": 128, "cuda": 512}
+SILU = (nn.SiLU, type(ACT2FN["silu"]))
 aten = torch.ops.aten
 
 
@@ -23,19 +29,27 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        wide = x.float()
-        size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))  # (..., 1)
+        normed, inverse = kernels.norm(x, weight, eps) if kernels.serve(x) else _norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        scaled = wide * inverse if wide is x else wide.mul_(inverse)
-        return scaled.mul_(weight).to(x.dtype) if weight.dtype != x.dtype else scaled.to(x.dtype).mul_(weight)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
+        if kernels.serve(x):
+            return kernels.norm_backward(outer[0], x, weight, inverse), None, None
         gradient, wide = (outer[0] * weight).float(), x.float()
         along = torch.linalg.vecdot(gradient, wide)[..., None] * inverse.square() / x.shape[-1]
         return gradient.addcmul_(wide, along, value=-1).mul_(inverse).to(x.dtype), None, None
+
+
+def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm, and 1 / rms(x) (..., 1) in fp32."""
+    wide = x.float()
+    size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    inverse = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))
+    scaled = wide * inverse if wide is x else wide.mul_(inverse)
+    return scaled.mul_(weight).to(x.dtype) if weight.dtype != x.dtype else scaled.to(x.dtype).mul_(weight), inverse
 
 
 class Gated(torch.autograd.Function):
@@ -47,12 +61,16 @@ class Gated(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act = act
+        if isinstance(act, SILU) and kernels.serve(gate):
+            return kernels.silu_gate(gate, up)
         acted = act(gate)
         return acted * up if acted is gate else acted.mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
+        if isinstance(ctx.act, SILU) and kernels.serve(gate):
+            return *kernels.silu_gate_backward(outer[0], gate, up), None
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
             acted = ctx.act(gate)
@@ -105,13 +123,14 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        count, words = min(CHUNK, len(hidden)), len(head)
+        most_rows = CHUNK[hidden.device.type]
+        count, words = min(most_rows, len(hidden)), len(head)
         logits = hidden.new_empty(count, words)  # the same two buffers for every chunk: fresh pages are not free
         wide = logits if logits.dtype == torch.float32 else hidden.new_empty(count, words, dtype=torch.float32)
         gradient = torch.empty_like(hidden) if hidden.requires_grad else None
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), CHUNK):
-            span = slice(start, start + CHUNK)
+        for start in range(0, len(hidden), most_rows):
+            span = slice(start, start + most_rows)
             part, label = hidden[span], labels[span, None]
             narrow, chunk = logits[: len(part)], wide[: len(part)]
             torch.mm(part, head.T, out=narrow)

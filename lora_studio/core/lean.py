@@ -9,6 +9,7 @@ the logits of a step are never in memory together. Both give the loss of the pla
 A model that chooses a label instead of writing text gets its rows padded on the right: `class_logits`.
 """
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -51,6 +52,26 @@ class Tokens:
         return sum(self.supervised[1:]) if self.label is None else 1
 
 
+class Lengths(tuple[int, ...]):
+    """Tokens of each of some sequences that lie end to end.
+
+    On a GPU also `ends` (sequences + 1,): where they end, so that all layers share one tensor. With `ends` given they
+    are where that says at the time, of at most `longest` tokens, and the tuple itself says no more than their sum.
+    """
+
+    def __new__(cls, lengths: Sequence[int], *, ends: torch.Tensor | None = None, longest: int = 0) -> "Lengths":
+        return super().__new__(cls, lengths)
+
+    def __init__(self, lengths: Sequence[int], *, ends: torch.Tensor | None = None, longest: int = 0) -> None:
+        self._ends, self.known = ends, ends is None
+        self.longest = longest or max(lengths)
+
+    def ends(self, device: torch.device) -> torch.Tensor:
+        if self._ends is None:
+            self._ends = torch.tensor((0, *itertools.accumulate(self)), dtype=torch.int32, device=device)
+        return self._ends
+
+
 @dataclass(frozen=True)
 class Packed:
     """Sequences end to end: ids, positions and next-token labels (1, T), and the length of each."""
@@ -58,7 +79,7 @@ class Packed:
     ids: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
-    lengths: tuple[int, ...]
+    lengths: Lengths
 
 
 def pack(batch: Sequence[Tokens], device: torch.device | str = "cpu") -> Packed:
@@ -67,7 +88,7 @@ def pack(batch: Sequence[Tokens], device: torch.device | str = "cpu") -> Packed:
     positions = [position for tokens in batch for position in range(len(tokens.ids))]
     labels = [label for tokens in batch for label in _labels(tokens)]
     ids_t, positions_t, labels_t = (torch.tensor([row], device=device) for row in (ids, positions, labels))
-    return Packed(ids_t, positions_t, labels_t, tuple(len(tokens.ids) for tokens in batch))
+    return Packed(ids_t, positions_t, labels_t, Lengths([len(tokens.ids) for tokens in batch]))
 
 
 def _labels(tokens: Tokens) -> list[int]:
@@ -237,7 +258,7 @@ def packed_losses(model: nn.Module, batch: Packed) -> torch.Tensor:
     wanted = batch.labels[0] != IGNORED
     labels = batch.labels[0][wanted]
     call = {"input_ids": batch.ids, "position_ids": batch.positions, "use_cache": False}
-    if not _plain_head(model):  # scaled or capped logits: let the model make them, at these positions only
+    if not plain_head(model):  # scaled or capped logits: let the model make them, at these positions only
         kept = wanted.nonzero()[:, 0]
         logits = model(**call, logits_to_keep=kept, sequence_lengths=batch.lengths).logits
         return F.cross_entropy(logits[0].float(), labels, reduction="none")
@@ -288,7 +309,7 @@ def _positions(ids: torch.Tensor) -> torch.Tensor:
     return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
 
-def _plain_head(model: nn.Module) -> bool:
+def plain_head(model: nn.Module) -> bool:
     """Whether the logits are just hidden @ headᵀ, nothing added, scaled, capped or hooked, and the head not trained."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     config: Any = model.config
@@ -307,7 +328,7 @@ def _attend(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    sequence_lengths: tuple[int, ...],
+    sequence_lengths: Lengths,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -315,12 +336,14 @@ def _attend(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each packed sequence; query (1, heads, T, head_dim) -> (1, T, heads, head_dim)."""
     assert query.shape[2] == sum(sequence_lengths), "the forward was called without its sequence lengths"
-    plain = sliding_window is None or max(sequence_lengths) <= sliding_window
+    plain = sliding_window is None or sequence_lengths.longest <= sliding_window
     plain = plain and not dropout and query.shape[-1] == value.shape[-1]
     if plain and query.device.type == "cpu":
         return functions.CausalAttention.apply(query, key, value, sequence_lengths, scaling), None  # type: ignore
     if plain and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
         return _variable_length(query, key, value, sequence_lengths, scaling), None
+    if not sequence_lengths.known:
+        raise RuntimeError("its attention goes by the lengths of the sequences")
     grouped = query.shape[1] != key.shape[1]  # fewer key and value heads than query heads
     outputs = []
     for q, k, v in zip(*(tensor.split(sequence_lengths, dim=2) for tensor in (query, key, value)), strict=True):
@@ -359,15 +382,16 @@ _BIASES = ("softcap", "position_bias", "cache")  # what else an attention may be
 
 
 def _variable_length(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...], scaling: float | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths, scaling: float | None
 ) -> torch.Tensor:
     """torch's own kernel for sequences end to end, on a CUDA GPU: one call for all of them."""
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = torch.tensor((0, *itertools.accumulate(lengths)), dtype=torch.int32, device=query.device)
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, heads, head_dim)
-    most, grouped = max(lengths), q.shape[1] != k.shape[1]
-    attended = varlen_attn(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), enable_gqa=grouped)
+    ends, most = lengths.ends(query.device), lengths.longest
+    # older torch takes fewer key heads without being told
+    grouped: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    attended = varlen_attn(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), **grouped)
     assert isinstance(attended, torch.Tensor)
     return attended[None]
 

@@ -1,0 +1,131 @@
+"""The elementwise work of a block on a GPU, one kernel a formula, in Triton, which comes with torch for CUDA.
+
+Such work waits for memory, not for arithmetic: written as torch operations, each of them reads and writes the whole
+tensor again. `functions` holds the same formulas in torch, for every other device and where Triton cannot be used.
+
+Tensors are (..., width) and contiguous; arithmetic is in fp32, and rounded where torch's operations round.
+"""
+
+import functools
+import logging
+
+import torch
+
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false, reportIndexIssue=false
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # torch for a CPU has none, nor has torch for Windows
+    triton = None
+
+log = logging.getLogger(__name__)
+SPAN = 1024  # elements that one program of an elementwise kernel takes
+WIDEST = 65_536  # a row that one program still holds
+
+
+def serve(x: torch.Tensor) -> bool:
+    """Whether these kernels do the work for x."""
+    return x.device.type == "cuda" and x.shape[-1] <= WIDEST and _work()
+
+
+@functools.cache
+def _work() -> bool:
+    """Whether Triton makes kernels here; it also needs a C compiler."""
+    if triton is None:
+        return False
+    try:
+        norm(torch.ones(1, 8, device="cuda"), torch.ones(8, device="cuda"), 1e-6)
+    except Exception as error:  # whatever is wrong with it, torch's own operations do the same
+        log.warning("The GPU works without fused kernels: %s", error)
+        return False
+    return True
+
+
+def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / rms(x) · weight, and 1 / rms(x) (..., 1) in fp32."""
+    x, width = x.contiguous(), x.shape[-1]
+    y, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
+    _norm[(inverse.numel(),)](x, weight, y, inverse, width, eps, **_row(width))
+    return y, inverse
+
+
+def norm_backward(outer: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """The gradient of x from that of the norm."""
+    outer, x, width = outer.contiguous(), x.contiguous(), x.shape[-1]
+    made = torch.empty_like(x)
+    _norm_backward[(inverse.numel(),)](outer, x, weight, inverse, made, width, **_row(width))
+    return made
+
+
+def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) · up"""
+    gate, up = gate.contiguous(), up.contiguous()
+    y = torch.empty_like(gate)
+    _silu_gate[(triton.cdiv(y.numel(), SPAN),)](gate, up, y, y.numel(), SPAN=SPAN)
+    return y
+
+
+def silu_gate_backward(outer: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up from that of their product."""
+    outer, gate, up = outer.contiguous(), gate.contiguous(), up.contiguous()
+    for_gate, for_up = torch.empty_like(gate), torch.empty_like(up)
+    grid = (triton.cdiv(gate.numel(), SPAN),)
+    _silu_gate_backward[grid](outer, gate, up, for_gate, for_up, gate.numel(), SPAN=SPAN)
+    return for_gate, for_up
+
+
+def _row(width: int) -> dict[str, int]:
+    """How a program takes a row as a whole."""
+    span = triton.next_power_of_2(width)
+    return {"SPAN": span, "num_warps": min(16, max(1, span // 512))}
+
+
+if triton is not None:
+
+    @triton.jit
+    def _norm(x, weight, y, inverse, width, eps, SPAN: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, SPAN)
+        inside = at < width
+        taken = tl.load(x + row * width + at, mask=inside, other=0.0)
+        wide = taken.to(tl.float32)
+        over_rms = tl.rsqrt(tl.sum(wide * wide) / width + eps)
+        scale = tl.load(weight + at, mask=inside, other=0.0)
+        scaled = (wide * over_rms).to(scale.dtype).to(tl.float32)
+        tl.store(y + row * width + at, (scaled * scale.to(tl.float32)).to(taken.dtype), mask=inside)
+        tl.store(inverse + row, over_rms)
+
+    @triton.jit
+    def _norm_backward(outer, x, weight, inverse, made, width, SPAN: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, SPAN)
+        inside = at < width
+        taken = tl.load(x + row * width + at, mask=inside, other=0.0)
+        wide, over_rms = taken.to(tl.float32), tl.load(inverse + row)
+        scale = tl.load(weight + at, mask=inside, other=0.0)
+        gradient = tl.load(outer + row * width + at, mask=inside, other=0.0).to(tl.float32) * scale.to(tl.float32)
+        gradient = gradient.to(scale.dtype).to(tl.float32)
+        along = tl.sum(gradient * wide) * over_rms * over_rms / width
+        tl.store(made + row * width + at, ((gradient - wide * along) * over_rms).to(taken.dtype), mask=inside)
+
+    @triton.jit
+    def _silu_gate(gate, up, y, count, SPAN: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
+        inside = at < count
+        taken = tl.load(gate + at, mask=inside, other=0.0)
+        wide = taken.to(tl.float32)
+        acted = (wide * tl.sigmoid(wide)).to(taken.dtype).to(tl.float32)
+        tl.store(y + at, (acted * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)).to(taken.dtype), mask=inside)
+
+    @triton.jit
+    def _silu_gate_backward(outer, gate, up, for_gate, for_up, count, SPAN: tl.constexpr):
+        at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
+        inside = at < count
+        taken = tl.load(gate + at, mask=inside, other=0.0)
+        wide = taken.to(tl.float32)
+        come = tl.load(outer + at, mask=inside, other=0.0).to(tl.float32)
+        part = tl.sigmoid(wide)
+        acted = (wide * part).to(taken.dtype).to(tl.float32)
+        for_acted = (come * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)).to(taken.dtype).to(tl.float32)
+        tl.store(for_up + at, (acted * come).to(taken.dtype), mask=inside)
+        tl.store(for_gate + at, (for_acted * part * (1 + wide * (1 - part))).to(taken.dtype), mask=inside)

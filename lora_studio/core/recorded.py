@@ -1,0 +1,169 @@
+"""A pass of training as two CUDA graphs: the blocks forward, and the blocks backward.
+
+On a GPU a pass of a small model waits for Python, which launches its thousands of kernels one by one. A recording
+launches them at once. It is made for a size; a pass is filled up to it with sequences of no consequence, because
+nothing of theirs is supervised and no sequence sees another. Head and loss lie between the two graphs, so that
+nothing is computed where nothing is supervised.
+
+What a recording would freeze must not change from pass to pass: random numbers, decisions by values, attention that
+goes by the lengths themselves. A model that needs such things is not recorded, and trains as it does elsewhere.
+"""
+
+import itertools
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lora_studio.core import functions, lean
+
+log = logging.getLogger(__name__)
+GROWTH = 1.1  # from one size to the next
+GRAIN = 64  # tokens; sizes are multiples of it
+MOST = 12  # sizes that are recorded
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a recording: tokens in all, sequences, those that fill up included, and a power of two that none exceeds."""
+
+    tokens: int
+    sequences: int
+    longest: int
+
+    @property
+    def filling(self) -> int:
+        """Tokens of a sequence that fills up: no more than the longest real one has."""
+        return max(1, self.longest // 2)
+
+
+def size_for(lengths: Sequence[int]) -> Size:
+    """The smallest size that takes sequences of these lengths, whatever has to be filled up."""
+    total = sum(lengths)
+    tokens = GRAIN * math.ceil(GROWTH ** math.ceil(math.log(total, GROWTH)) / GRAIN)
+    longest = 1 << (max(lengths) - 1).bit_length()
+    most = tokens - math.floor(tokens / GROWTH) + 2 * GRAIN  # tokens to fill up
+    return Size(tokens, len(lengths) + math.ceil(most / max(1, longest // 2)), longest)
+
+
+def filled(batch: lean.Packed, size: Size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ids and positions (1, size.tokens), and ends (size.sequences + 1,) of a batch on the CPU that is filled up.
+
+    Sequences that are left over at the end are empty.
+    """
+    missing = size.tokens - sum(batch.lengths)
+    more = [min(size.filling, missing - start) for start in range(0, missing, size.filling)]
+    assert len(batch.lengths) + len(more) <= size.sequences, "the size does not take this batch"
+    places = [place for length in more for place in range(length)]
+    ids = torch.cat([batch.ids, batch.ids.new_zeros(1, missing)], dim=1)
+    positions = torch.cat([batch.positions, torch.tensor([places], dtype=batch.positions.dtype)], dim=1)
+    empty = [0] * (size.sequences - len(batch.lengths) - len(more))
+    ends = list(itertools.accumulate((0, *batch.lengths, *more, *empty)))
+    return ids, positions, torch.tensor(ends, dtype=torch.int32)
+
+
+class Recordings:
+    """Of one adapter's passes, by size. Use it while the adapter is in use and the model runs leanly, in training.
+
+    No graph of an earlier pass may be alive: its leaves would draw the recording into the stream that it ran on.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+        self._model, self._parameters = model, list(parameters)
+        self._made: dict[Size, _Recording] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self.why_not = ""  # nothing is recorded
+        self._works = lean.plain_head(model) and all(one.is_floating_point() for one in model.parameters())
+
+    def backward(self, batch: Sequence[lean.Tokens], count: int) -> torch.Tensor | None:
+        """Add to the gradients those of the sum of the batch's losses over `count`; that loss.
+
+        None, with nothing added, where passes of this size or model are not recorded.
+        """
+        packed = lean.pack(batch)
+        recording = self._recording(packed)
+        if recording is None:
+            return None
+        labels = packed.labels[0]
+        places = (labels != lean.IGNORED).nonzero()[:, 0]
+        loss, gradients = recording.replay(packed, places, labels[places], count)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            if gradient is not None:  # the next replay writes into the same tensor
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+        return loss
+
+    def _recording(self, packed: lean.Packed) -> "_Recording | None":
+        size = size_for(packed.lengths)
+        if self._works and size not in self._made and len(self._made) < MOST:
+            here = torch.cuda.current_stream()
+            try:
+                self._made[size] = _Recording(self._model, self._parameters, packed, size, self._pool)
+            except Exception as error:  # a model with something of its own, or no memory: the plain way shows which
+                self.why_not, self._works = f"{type(error).__name__}: {error}", False
+                log.info("Passes are not recorded: %s", self.why_not)
+                self._made.clear()
+                torch.cuda.set_stream(here)  # one that breaks off stays on its own
+                torch.cuda.empty_cache()
+        return self._made.get(size)
+
+
+class _Recording:
+    """Passes of one size."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Sequence[nn.Parameter],
+        packed: lean.Packed,
+        size: Size,
+        pool: Any,
+    ) -> None:
+        device = next(model.parameters()).device
+        self._size = size
+        self._head: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
+        self._inputs = [tensor.to(device) for tensor in filled(packed, size)]
+        ids, positions, ends = self._inputs
+        lengths = lean.Lengths((size.tokens,), ends=ends, longest=size.longest)
+
+        def forward() -> torch.Tensor:
+            call = {"input_ids": ids, "position_ids": positions, "use_cache": False, "sequence_lengths": lengths}
+            return model.base_model(**call)[0]  # type: ignore[operator]
+
+        drawn, aside = torch.cuda.get_rng_state(device), torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(aside):  # once, so that everything that is made at the first use is there
+                hidden = forward()
+                self._outer = torch.zeros_like(hidden)
+                torch.autograd.grad(hidden, parameters, self._outer, allow_unused=True)
+                del hidden
+            if not torch.equal(drawn, torch.cuda.get_rng_state(device)):
+                raise RuntimeError("it draws random numbers")
+        finally:
+            torch.cuda.set_rng_state(drawn, device)
+            torch.cuda.current_stream().wait_stream(aside)
+        self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._forward, pool=pool):
+            hidden = forward()
+        with torch.cuda.graph(self._backward, pool=pool):
+            self._gradients = torch.autograd.grad(hidden, parameters, self._outer, allow_unused=True)
+        self._hidden = hidden.detach()
+
+    def replay(
+        self, packed: lean.Packed, places: torch.Tensor, labels: torch.Tensor, count: int
+    ) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        """The loss of the labels at `places`, and the gradient of each parameter, until the next replay."""
+        for held, tensor in zip(self._inputs, filled(packed, self._size), strict=True):
+            held.copy_(tensor)
+        self._forward.replay()
+        places, labels = places.to(self._hidden.device), labels.to(self._hidden.device)
+        rows = self._hidden[0].index_select(0, places).requires_grad_()
+        loss = functions.CrossEntropy.apply(rows, self._head, labels).sum() / count  # type: ignore[union-attr]
+        (gradient,) = torch.autograd.grad(loss, rows)
+        self._outer.zero_()[0].index_copy_(0, places, gradient)
+        self._backward.replay()
+        return loss.detach(), self._gradients
