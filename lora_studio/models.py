@@ -632,7 +632,7 @@ def _revision(folder: Path) -> str:
 
 def _changed(name: str) -> StudioError:
     message = f"{quote(name)} is no longer the model that this run was planned with."
-    return StudioError("E_CHANGED", message, "Start a new run with it as it is now.")
+    return StudioError("E_CHANGED", message, "Put it back as it was, or start a new run with it as it is now.")
 
 
 def _whole(folder: Path) -> bool:
