@@ -51,7 +51,7 @@ LARGE = {
     },
 }
 
-ROWS = {"1.5 B": 24, "8 B": 16}  # a step: as many as the other ways take in 80 GB
+ROWS = {"1.5 B": 20, "8 B": 16}  # a step: as many as the other ways take in 80 GB
 
 
 def run(options: argparse.Namespace) -> int:

@@ -300,7 +300,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", type=_names, default=USUAL, help=f"ways to compare, of {', '.join(WAYS)}")
     parser.add_argument("--batch", type=int, help="rows a step; 8, on CUDA by the size of the model")
     parser.add_argument("--steps", type=int, help="timed steps; 2, on CUDA 8")
-    parser.add_argument("--warmup", type=int, help="steps before them; 1, on CUDA 5")
+    parser.add_argument("--warmup", type=int, help="steps before them; 1, on CUDA 9, in which passes are recorded")
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes of each way")
     parser.add_argument("--shortest", type=int, default=60, help="tokens of the shortest row")
     parser.add_argument("--longest", type=int, default=330, help="tokens of the longest row")
@@ -311,7 +311,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one repetition and few steps")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args(arguments)
-    usual = (None, 8, 5) if options.device == "cuda" else (8, 2, 1)
+    usual = (None, 8, 9) if options.device == "cuda" and not options.parity else (8, 2, 1)
     options.batch, options.steps, options.warmup = (
         given or one for given, one in zip((options.batch, options.steps, options.warmup), usual, strict=True)
     )

@@ -15,7 +15,6 @@ import torch
 
 from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
-from lora_studio.core.recorded import Recordings
 from lora_studio.measure import (
     forget_peak,
     free_memory,
@@ -27,6 +26,7 @@ from lora_studio.measure import (
     peak_memory,
     shortage,
 )
+from lora_studio.recorded import Recordings, forget, recordable
 
 HALVINGS = 3
 MARGIN = 0.9  # of the free memory may be used
@@ -42,12 +42,12 @@ class Share:
     checkpointing: str = "auto"
     room: int  # tokens in a pass
     recompute: bool = field(init=False)  # activations, in the backward
-    records: bool = field(init=False, default=False)  # passes, where the GPU can replay them
+    may_record: bool = field(init=False, default=False)  # its passes, on a GPU
     halvings: int = field(init=False, default=0)
     alone: bool = field(init=False, default=False)  # it shares no pass with others any more
     notes: list[str] = field(init=False, default_factory=list)
     _may_join: bool | None = field(init=False, default=None)  # once it was asked
-    _recordings: Recordings | None = field(init=False, default=None)
+    recordings: Recordings | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self.recompute = self.checkpointing == "on"
@@ -69,21 +69,18 @@ class Share:
             self._may_join = packs(lora, [self.adapter]) and lora.shares(self.adapter)
         return self._may_join
 
-    def recorded(self, lora: LoRA, part: Batch, count: int) -> torch.Tensor | None:
+    def run_recorded(self, lora: LoRA, part: Batch, count: int) -> torch.Tensor | None:
         """The loss of a pass whose gradients were added by a recording; None where there is none of it."""
-        if not self.records or self.recompute or part[0].label is not None or not packs(lora, [self.adapter]):
+        if self.may_record and self.recordings is None:
+            self.may_record = part[0].label is None and recordable(lora, self.adapter)
+        if not self.may_record or self.recompute:
             return None
-        if self._recordings is None:
-            self._recordings = Recordings(lora.model, lora.parameters(self.adapter))
-        return self._recordings.backward(part, count)
-
-    def forget_recordings(self) -> None:
-        """Give back the memory that they hold."""
-        self._recordings = None
+        if self.recordings is None:
+            self.recordings = Recordings(lora.model, lora.parameters(self.adapter))
+        return self.recordings.run(part, count)
 
     def give_way(self, lora: LoRA, batch: Batch) -> None:
         """Take less memory from here on. Raises E_MEMORY when nothing is left to try."""
-        self.forget_recordings()  # of passes that were too large
         parts = self.passes(batch)
         if max(map(len, parts)) > 1 and self.halvings < HALVINGS:
             self.halvings += 1
@@ -118,9 +115,12 @@ def careful(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
         for share, _ in work:
             for tensor in lora.parameters(share.adapter):
                 tensor.grad = None
+        held = forget(lora.model)
         if device.type == "cuda":
             torch.cuda.empty_cache()
         restore_random(device, before)
+        if held:  # what the recordings held may be enough
+            continue
         if len(work) > 1:
             for share, _ in work:
                 share.alone = True
@@ -141,7 +141,7 @@ class Found:
 
 
 def probe(lora: LoRA, share: Share, batch: Batch) -> Found:
-    """Measure one forward and backward of `batch`, and cut it smaller where it would not fit.
+    """Measure one forward and backward of `batch`, not recorded, and cut it smaller where it would not fit.
 
     The longest row goes first, alone: memory grows with the tokens of a pass, so it tells what the batch will take
     before it is tried. Weights and random states stay as they were.
@@ -211,7 +211,7 @@ def _alone(lora: LoRA, share: Share, batch: Batch) -> float:
     count, total = sum(tokens.count for tokens in batch), 0.0
     with lora.use(share.adapter), leanly(lora, batch), lean.recomputing(lora.model, share.recompute):
         for part in share.passes(batch):
-            loss = share.recorded(lora, part, count)
+            loss = share.run_recorded(lora, part, count)
             if loss is None:
                 loss = losses(lora, part).sum() / count
                 loss.backward()

@@ -36,6 +36,7 @@ from lora_studio.measure import (
     within,
 )
 from lora_studio.models import parameter_count
+from lora_studio.recorded import forget
 from lora_studio.settings import QUANTISED, TrainConfig
 from lora_studio.step import Crowded, Share, careful, probe, random_states, restore_random
 
@@ -107,7 +108,8 @@ class Job:
     def leave(self) -> None:
         """Take no further part: the rows vanish, the other jobs go on."""
         self.over = True
-        self.share.forget_recordings()
+        if self.share.recordings is not None:
+            self.share.recordings.stop()
 
     def state(self) -> State:
         """All that `restore` needs to go on bit for bit (CPU, one thread); call it between two events."""
@@ -389,7 +391,7 @@ def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]
             ),
         )
     for course in courses:
-        course.job.share.records = course.job.device.type == "cuda"
+        course.job.share.may_record = course.job.device.type == "cuda"
         course.clock = time.monotonic()
 
 
@@ -402,7 +404,7 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
         job = course.job
         key = None if job.step else tuple(id(one) for one in (*job.heldout, *job.general))
         try:
-            found = base[key] if key in base else evaluation(job, base=not job.step)
+            found = base[key] if key in base else _evaluation(job)
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
@@ -428,6 +430,16 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
         course.clock += time.monotonic() - paused  # measuring is not training
     for course, event in events:
         yield course.number, event
+
+
+def _evaluation(job: Job) -> dict[str, float]:
+    """What is measured now, if need be with the memory that recordings held."""
+    try:
+        return evaluation(job, base=not job.step)
+    except (RuntimeError, MemoryError) as error:
+        if not (is_shortage(error) and forget(job.lora.model)):
+            raise
+    return evaluation(job, base=not job.step)
 
 
 def _sampled(jobs: Sequence[Job]) -> Iterator[list[str]]:

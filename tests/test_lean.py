@@ -7,13 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 from torch.autograd.graph import saved_tensors_hooks
 
 from lora_studio.core import functions, lean
 from lora_studio.core.lora import LoRA
-from lora_studio.core.recorded import filled, size_for
 from lora_studio.core.spec import LoraSpec
 from tests.tiny import CAUSAL, CLASSIFIERS, PLAIN_TOO, causal, classifier
 
@@ -385,36 +382,6 @@ def test_heads_of_another_size_for_values_take_the_plain_attention() -> None:
     torch.testing.assert_close(ours, plain)
     ours.sum().backward()
     assert v.grad is not None
-
-
-# ---- filled up to a size ---------------------------------------------------------------------------------------------
-
-
-@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=40))
-def test_a_size_takes_every_batch_that_it_is_for(lengths: list[int]) -> None:
-    """Filled up by a tenth and a little, with sequences no longer than the longest, and always by one shape."""
-    size = size_for(lengths)
-    ids, positions, ends = filled(lean.pack(_rows(lengths)), size)
-    assert ids.shape == positions.shape == (1, size.tokens) and ends.shape == (size.sequences + 1,)
-    sizes = ends.diff().tolist()
-    assert sizes[: len(lengths)] == lengths and sum(sizes) == size.tokens and min(sizes) >= 0
-    assert max(sizes[len(lengths) :]) <= max(lengths) <= size.longest < 2 * max(lengths)
-    assert size.tokens < 1.1 * sum(lengths) + 2 * 64
-    assert positions[0].tolist() == [place for length in sizes for place in range(length)]
-
-
-def test_what_fills_up_changes_nothing_for_the_sequences() -> None:
-    model, batch_ = causal("llama"), lean.pack(_rows(LENGTHS))
-    ids, positions, ends = filled(batch_, size_for(batch_.lengths))
-    hidden = []
-    with lean.packed_attention(model), torch.no_grad():
-        for ids_, positions_, lengths in (
-            (batch_.ids, batch_.positions, batch_.lengths),
-            (ids, positions, lean.Lengths([one for one in ends.diff().tolist() if one])),
-        ):
-            call = {"input_ids": ids_, "position_ids": positions_, "sequence_lengths": lengths}
-            hidden.append(model.base_model(**call, use_cache=False)[0][:, : sum(LENGTHS)])
-    torch.testing.assert_close(*hidden, rtol=1e-5, atol=1e-6)
 
 
 def test_attention_that_goes_by_the_lengths_says_that_it_cannot_be_recorded() -> None:

@@ -29,14 +29,14 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        normed, inverse = kernels.norm(x, weight, eps) if kernels.serve(x) else _norm(x, weight, eps)
+        normed, inverse = kernels.norm(x, weight, eps) if kernels.usable(x) else _norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return normed
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        if kernels.serve(x):
+        if kernels.usable(x):
             return kernels.norm_backward(outer[0], x, weight, inverse), None, None
         gradient, wide = (outer[0] * weight).float(), x.float()
         along = torch.linalg.vecdot(gradient, wide)[..., None] * inverse.square() / x.shape[-1]
@@ -61,7 +61,7 @@ class Gated(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act = act
-        if isinstance(act, SILU) and kernels.serve(gate):
+        if isinstance(act, SILU) and kernels.usable(gate):
             return kernels.silu_gate(gate, up)
         acted = act(gate)
         return acted * up if acted is gate else acted.mul_(up)
@@ -69,7 +69,7 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
-        if isinstance(ctx.act, SILU) and kernels.serve(gate):
+        if isinstance(ctx.act, SILU) and kernels.usable(gate):
             return *kernels.silu_gate_backward(outer[0], gate, up), None
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()

@@ -3,7 +3,7 @@
 Such work waits for memory, not for arithmetic: written as torch operations, each of them reads and writes the whole
 tensor again. `functions` holds the same formulas in torch, for every other device and where Triton cannot be used.
 
-Tensors are (..., width) and contiguous; arithmetic is in fp32, and rounded where torch's operations round.
+Tensors are (..., width); arithmetic is in fp32, and rounded where torch's operations round.
 """
 
 import functools
@@ -23,8 +23,8 @@ SPAN = 1024  # elements that one program of an elementwise kernel takes
 WIDEST = 65_536  # a row that one program still holds
 
 
-def serve(x: torch.Tensor) -> bool:
-    """Whether these kernels do the work for x."""
+def usable(x: torch.Tensor) -> bool:
+    """Whether these kernels can be used on x."""
     return x.device.type == "cuda" and x.shape[-1] <= WIDEST and _work()
 
 
@@ -34,7 +34,10 @@ def _work() -> bool:
     if triton is None:
         return False
     try:
-        norm(torch.ones(1, 8, device="cuda"), torch.ones(8, device="cuda"), 1e-6)
+        row = torch.ones(1, 8, device="cuda")
+        y, inverse = norm(row, row[0], 1e-6)
+        norm_backward(y, row, row[0], inverse)
+        silu_gate_backward(silu_gate(row, y), row, y)
     except Exception as error:  # whatever is wrong with it, torch's own operations do the same
         log.warning("The GPU works without fused kernels: %s", error)
         return False

@@ -9,6 +9,7 @@ the logits of a step are never in memory together. Both give the loss of the pla
 A model that chooses a label instead of writing text gets its rows padded on the right: `class_logits`.
 """
 
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -340,7 +341,7 @@ def _attend(
     plain = plain and not dropout and query.shape[-1] == value.shape[-1]
     if plain and query.device.type == "cpu":
         return functions.CausalAttention.apply(query, key, value, sequence_lengths, scaling), None  # type: ignore
-    if plain and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16):
+    if plain and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and _takes("scale"):
         return _variable_length(query, key, value, sequence_lengths, scaling), None
     if not sequence_lengths.known:
         raise RuntimeError("its attention goes by the lengths of the sequences")
@@ -389,11 +390,18 @@ def _variable_length(
 
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, heads, head_dim)
     ends, most = lengths.ends(query.device), lengths.longest
-    # older torch takes fewer key heads without being told
-    grouped: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    grouped: Any = {"enable_gqa": True} if _takes("enable_gqa") else {}  # older torch need not be told
     attended = varlen_attn(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), **grouped)
     assert isinstance(attended, torch.Tensor)
     return attended[None]
+
+
+@functools.cache
+def _takes(option: str) -> bool:
+    """Whether torch's attention for variable lengths has this option; 2.10 has neither scale nor window."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return option in inspect.signature(varlen_attn).parameters
 
 
 def _window(length: int, window: int, like: torch.Tensor) -> torch.Tensor:

@@ -5,26 +5,52 @@ launches them at once. It is made for a size; a pass is filled up to it with seq
 nothing of theirs is supervised and no sequence sees another. Head and loss lie between the two graphs, so that
 nothing is computed where nothing is supervised.
 
-What a recording would freeze must not change from pass to pass: random numbers, decisions by values, attention that
-goes by the lengths themselves. A model that needs such things is not recorded, and trains as it does elsewhere.
+A recording freezes whatever is not a tensor that stays in its place: random numbers, decisions by values, attention
+that goes by the lengths themselves, weights that are cast anew for each pass. `recordable` says where there is none of
+these; everything else trains as it does elsewhere.
 """
 
 import itertools
 import logging
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import nn
 
 from lora_studio.core import functions, lean
+from lora_studio.core.lora import LoRA
+from lora_studio.core.slot import LowRank
+from lora_studio.measure import is_shortage
 
 log = logging.getLogger(__name__)
+KNOWN = ("llama", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "olmo2")  # tests/test_cuda.py shows it of these
+BY_VALUES = ("dynamic", "longrope")  # rotations that look at how long the text is
 GROWTH = 1.1  # from one size to the next
 GRAIN = 64  # tokens; sizes are multiples of it
-MOST = 12  # sizes that are recorded
+SEATS = 8  # sequences; the same
+MOST = 6  # sizes that are recorded
+WORTH = 3  # a recording takes the time of some passes, so it is made when its size comes for so many times
+
+
+def recordable(lora: LoRA, name: str) -> bool:
+    """Whether passes under this adapter can be recorded: an architecture that was tried, low-rank factors alone."""
+    config: Any = lora.model.config
+    text, tensors = config.get_text_config(), list(lora.model.parameters())
+    rotations = str(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None))
+    return (
+        text.model_type in KNOWN
+        and not any(kind in rotations for kind in BY_VALUES)
+        and tensors[0].dtype in (torch.bfloat16, torch.float16)
+        and all(one.is_floating_point() for one in tensors)
+        and all(isinstance(part, LowRank) for _, part in lora.parts(name))
+        and lora.shares(name)
+        and lean.plain_head(lora.model)
+    )
 
 
 @dataclass(frozen=True)
@@ -47,7 +73,8 @@ def size_for(lengths: Sequence[int]) -> Size:
     tokens = GRAIN * math.ceil(GROWTH ** math.ceil(math.log(total, GROWTH)) / GRAIN)
     longest = 1 << (max(lengths) - 1).bit_length()
     most = tokens - math.floor(tokens / GROWTH) + 2 * GRAIN  # tokens to fill up
-    return Size(tokens, len(lengths) + math.ceil(most / max(1, longest // 2)), longest)
+    sequences = SEATS * math.ceil((len(lengths) + math.ceil(most / max(1, longest // 2))) / SEATS)
+    return Size(tokens, sequences, longest)
 
 
 def filled(batch: lean.Packed, size: Size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -69,46 +96,75 @@ def filled(batch: lean.Packed, size: Size) -> tuple[torch.Tensor, torch.Tensor, 
 class Recordings:
     """Of one adapter's passes, by size. Use it while the adapter is in use and the model runs leanly, in training.
 
-    No graph of an earlier pass may be alive: its leaves would draw the recording into the stream that it ran on.
+    No graph of an earlier pass may be alive: its leaves would draw the recording into the stream that it ran on. All
+    recordings of a model share their memory, because their passes come one after another.
     """
 
     def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
         self._model, self._parameters = model, list(parameters)
+        self._seen: Counter[Size] = Counter()
         self._made: dict[Size, _Recording] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self.why_not = ""  # nothing is recorded
-        self._works = lean.plain_head(model) and all(one.is_floating_point() for one in model.parameters())
+        self.why_not = ""  # anything more is recorded
+        self._pool, others = _OF.setdefault(model, (torch.cuda.graph_pool_handle(), WeakSet()))
+        others.add(self)
 
-    def backward(self, batch: Sequence[lean.Tokens], count: int) -> torch.Tensor | None:
+    def __len__(self) -> int:
+        """Sizes that are recorded."""
+        return len(self._made)
+
+    def run(self, batch: Sequence[lean.Tokens], count: int) -> torch.Tensor | None:
         """Add to the gradients those of the sum of the batch's losses over `count`; that loss.
 
-        None, with nothing added, where passes of this size or model are not recorded.
+        None, with nothing added, where a pass of this size is not recorded.
         """
+        size = size_for([len(tokens.ids) for tokens in batch])
+        self._seen[size] += 1
+        if size not in self._made and (self.why_not or len(self) == MOST or self._seen[size] < WORTH):
+            return None
         packed = lean.pack(batch)
-        recording = self._recording(packed)
-        if recording is None:
+        if size not in self._made and not self._record(packed, size):
             return None
         labels = packed.labels[0]
         places = (labels != lean.IGNORED).nonzero()[:, 0]
-        loss, gradients = recording.replay(packed, places, labels[places], count)
+        loss, gradients = self._made[size].replay(packed, places, labels[places], count)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if gradient is not None:  # the next replay writes into the same tensor
                 parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
         return loss
 
-    def _recording(self, packed: lean.Packed) -> "_Recording | None":
-        size = size_for(packed.lengths)
-        if self._works and size not in self._made and len(self._made) < MOST:
-            here = torch.cuda.current_stream()
-            try:
-                self._made[size] = _Recording(self._model, self._parameters, packed, size, self._pool)
-            except Exception as error:  # a model with something of its own, or no memory: the plain way shows which
-                self.why_not, self._works = f"{type(error).__name__}: {error}", False
-                log.info("Passes are not recorded: %s", self.why_not)
-                self._made.clear()
-                torch.cuda.set_stream(here)  # one that breaks off stays on its own
-                torch.cuda.empty_cache()
-        return self._made.get(size)
+    def _record(self, packed: lean.Packed, size: Size) -> bool:
+        here = torch.cuda.current_stream()
+        try:
+            self._made[size] = _Recording(self._model, self._parameters, packed, size, self._pool)
+        except Exception as error:  # the plain way shows whether anything is wrong
+            self.why_not = f"{type(error).__name__}: {error}"
+            short = is_shortage(error)
+        if self.why_not:  # out of the handler, whose traceback would keep the tensors of the recording
+            log.info("No more passes are recorded: %s", self.why_not)
+            torch.cuda.set_stream(here)  # one that breaks off stays on its own
+            torch.cuda.empty_cache()
+            if short:
+                forget(self._model)
+        return not self.why_not
+
+    def stop(self) -> bool:
+        """Give back the memory and record no more; whether there was anything to give back."""
+        held = bool(self._made)
+        self._made.clear()
+        self.why_not = self.why_not or "stopped"
+        return held
+
+
+_OF: WeakKeyDictionary[nn.Module, tuple[Any, WeakSet[Recordings]]] = WeakKeyDictionary()
+
+
+def forget(model: nn.Module) -> bool:
+    """Memory ran short: stop all recordings of the model's passes. False where none held anything."""
+    _, recordings = _OF.get(model, (None, ()))
+    held = [one.stop() for one in recordings]
+    if any(held):
+        torch.cuda.empty_cache()
+    return any(held)
 
 
 class _Recording:
@@ -133,19 +189,14 @@ class _Recording:
             call = {"input_ids": ids, "position_ids": positions, "use_cache": False, "sequence_lengths": lengths}
             return model.base_model(**call)[0]  # type: ignore[operator]
 
-        drawn, aside = torch.cuda.get_rng_state(device), torch.cuda.Stream()
+        aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(aside):  # once, so that everything that is made at the first use is there
-                hidden = forward()
-                self._outer = torch.zeros_like(hidden)
-                torch.autograd.grad(hidden, parameters, self._outer, allow_unused=True)
-                del hidden
-            if not torch.equal(drawn, torch.cuda.get_rng_state(device)):
-                raise RuntimeError("it draws random numbers")
-        finally:
-            torch.cuda.set_rng_state(drawn, device)
-            torch.cuda.current_stream().wait_stream(aside)
+        with torch.cuda.stream(aside):  # once, so that everything that is made at the first use is there
+            hidden = forward()
+            self._outer = torch.zeros_like(hidden)
+            torch.autograd.grad(hidden, parameters, self._outer, allow_unused=True)
+            del hidden
+        torch.cuda.current_stream().wait_stream(aside)
         self._forward, self._backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._forward, pool=pool):
             hidden = forward()
