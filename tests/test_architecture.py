@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "lora_studio"
 HOUSE = [
     ["errors", "fields", "events", "hub", "limits", "owners", "sandbox"],
     ["core.spec", "core.layout", "core.slot", "core.lora"],
-    ["core.baselines", "core.analysis", "core.merge", "core.functions", "core.lean"],
+    ["core.baselines", "core.analysis", "core.merge", "core.kernels", "core.functions", "core.lean"],
     ["settings"],
     ["data.readers", "data.hub_rows", "data.formats", "data.library", "data.words", "data.batches", "data.health"],
     [
@@ -24,6 +24,7 @@ HOUSE = [
         "generate",
         "general",
         "measure",
+        "recorded",
         "step",
         "train",
         "doctor",
@@ -100,8 +101,11 @@ def test_a_module_imports_only_from_above(path: Path) -> None:
 def test_the_core_knows_tensors_only() -> None:
     allowed = {
         "torch",
+        "triton",
         "transformers",
         "lora_studio",
+        "inspect",
+        "logging",
         "math",
         "functools",
         "itertools",
