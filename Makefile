@@ -1,21 +1,26 @@
 # make run    environment, starter model, app on http://127.0.0.1:7860
-# make test   environment, all tests
+# make test   environment, tests: a quarter of an hour
+# make nightly  all tests, the slow ones and every screen in Chromium too: half an hour
 # make faults workers and the app are killed, checkpoints damaged, disks filled: some minutes
 PYTHON ?= python3
 BIN := .venv/bin
+SPREAD := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: run test test-fast faults lint browser screenshots clean
+.PHONY: run test test-fast nightly faults lint browser screenshots clean
 
 run: .venv/ready
 	-$(BIN)/python -m lora_studio fetch starter
 	$(BIN)/python app.py
 
-test: .venv/ready-tests browser lint
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not browser and not starter"
-	$(BIN)/python -m pytest -m "browser or starter"
+test: .venv/ready-tests browser lint test-fast
+	$(BIN)/python -m pytest -m "(browser or starter) and not nightly"
 
 test-fast: .venv/ready-tests
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not browser and not starter"
+	$(BIN)/python -m pytest $(SPREAD) -m "not browser and not starter and not nightly"
+
+nightly: .venv/ready-tests browser lint
+	$(BIN)/python -m pytest $(SPREAD) -m "not browser and not starter"
+	$(BIN)/python -m pytest -m "browser or starter"
 
 faults: .venv/ready-tests
 	$(BIN)/python -m benchmarks.faults --quick

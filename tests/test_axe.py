@@ -14,6 +14,8 @@ from tests.browser import Watch, overflow, served
 from tests.tiny import tiny_model
 from tests.visits import rows, trained
 
+pytestmark = pytest.mark.nightly
+
 AXE = (files("axe_playwright_python") / "axe.min.js").read_text(encoding="utf-8")
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
 OF_COLOURS = {"runOnly": {"type": "rule", "values": ["color-contrast"]}, "resultTypes": ["violations"]}

@@ -13,6 +13,8 @@ from tests.browser import Watch, choose, overflow, served_alone
 from tests.tiny import tiny_model
 from tests.visits import rows, trained
 
+pytestmark = pytest.mark.nightly
+
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:

@@ -42,6 +42,7 @@ def opened(browser: Browser, url: str, width: int = 1280) -> tuple[Page, Watch]:
     return page, watch
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("tab", [*TABS[1:], "Prompt set", "Chat", "Blind"])
 def test_a_tab_with_nothing_in_it_offers_the_example(url: str, browser: Browser, tab: str) -> None:
     page, watch = opened(browser, url)
@@ -86,6 +87,7 @@ def _from_nothing_to_two_answers(page: Page, watch: Watch) -> None:
     assert watch.wrong == []
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("width", [1280, 390])
 def test_words_explain_themselves_to_pointer_and_keys(url: str, browser: Browser, width: int) -> None:
     page, watch = opened(browser, url, width)
@@ -121,6 +123,7 @@ def test_words_explain_themselves_to_pointer_and_keys(url: str, browser: Browser
     assert overflow(page) <= 0 and watch.wrong == []
 
 
+@pytest.mark.nightly
 def test_every_stop_of_the_tab_key_can_be_seen(url: str, browser: Browser) -> None:
     page, watch = opened(browser, url)
     page.get_by_role("button", name="Café orders").click()

@@ -4,6 +4,7 @@ import os
 import re
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from lora_studio.studio import Studio
@@ -21,6 +22,7 @@ def shoot(page: Page, name: str) -> None:
         page.screenshot(path=Path(SHOTS) / f"{name}.png", full_page=True)
 
 
+@pytest.mark.nightly
 def test_an_adapter_is_downloaded_with_its_proof_and_pushed_without_leaving_the_token(
     browser: Browser, tmp_path: Path
 ) -> None:

@@ -9,6 +9,8 @@ from playwright.sync_api import Browser, Page, expect
 
 from tests.browser import Watch, overflow, served_alone
 
+pytestmark = pytest.mark.nightly
+
 ROWS = [{"text": f"message {number}", "label": "short" if number % 2 else "long " + "x" * 300} for number in range(40)]
 ROWS[4]["label"] = ""
 

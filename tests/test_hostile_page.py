@@ -28,6 +28,8 @@ from tests.browser import served
 from tests.tiny import tiny_model, tokenizer
 from tests.visits import trained
 
+pytestmark = pytest.mark.nightly
+
 SHAPES = r"""<script>hit(N)</script>
 <img src=/beacon onerror=hit(N)>
 <img src="https://evil.example/N.png">

@@ -165,6 +165,7 @@ def span(page: Page) -> list:
                          "(document.querySelector('#live .plot').layout)")  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_a_long_curve_grows_under_a_zoom_that_stays_and_everybody_sees_the_same(
     url: str, root: Path, browser: Browser
 ) -> None:
@@ -210,6 +211,7 @@ def test_a_long_curve_grows_under_a_zoom_that_stays_and_everybody_sees_the_same(
         assert watch.wrong == []
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(("width", "theme"), [(1280, "light"), (390, "dark")])
 def test_the_card_says_what_was_learnt_and_marks_what_changed(
     url: str, root: Path, browser: Browser, width: int, theme: str

@@ -188,6 +188,7 @@ def test_of_what_the_machine_has_fetched_strangers_see_the_open_models_of_the_ca
     assert [strict.present(name) for name in asked] == [True, False, False]
 
 
+@pytest.mark.nightly
 def test_what_is_too_large_is_found_out_before_its_weights_are_asked_for(tiny: Path, tmp_path: Path) -> None:
     with FakeHub(models={"some/tiny": tiny}) as hub:
         environment = hub.environment(tmp_path / "home") | {"LIMITS": '{"parameters": 1000}'}
@@ -234,6 +235,7 @@ for name, revision in zip(sys.argv[2::2], sys.argv[3::2]):
 """
 
 
+@pytest.mark.nightly
 def test_a_run_gets_the_revision_that_it_was_planned_with_or_is_told(tiny: Path, tmp_path: Path) -> None:
     moving = tmp_path / "moving"
     shutil.copytree(tiny, moving)
@@ -335,6 +337,7 @@ def test_a_guarded_tokenizer_is_the_same_one_but_reads_in_the_sandbox(tiny: Path
         guarded("text")
 
 
+@pytest.mark.nightly
 def test_a_download_that_was_cut_off_goes_on_where_it_was(tiny: Path, tmp_path: Path) -> None:
     sharded = tmp_path / "sharded"
     model = ModelLibrary(tmp_path).load(str(tiny), precision="float32", on="cpu")
@@ -349,6 +352,7 @@ def test_a_download_that_was_cut_off_goes_on_where_it_was(tiny: Path, tmp_path: 
         assert fetch(tmp_path, environment, "some/sharded") == first and first[0].endswith("True")
 
 
+@pytest.mark.nightly
 def test_a_hub_that_never_answers_is_given_up(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
         environment = {"HF_ENDPOINT": f"http://127.0.0.1:{silent.getsockname()[1]}", "HF_HOME": str(tmp_path / "home")}

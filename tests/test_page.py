@@ -31,6 +31,7 @@ def wait_for_points(page: Page, count: int) -> None:
     )
 
 
+@pytest.mark.nightly
 def test_from_a_sample_to_two_different_answers(url: str, browser: Browser, tmp_path: Path) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     watch = Watch(page, url)
@@ -82,6 +83,7 @@ def test_from_a_sample_to_two_different_answers(url: str, browser: Browser, tmp_
     assert watch.wrong == []
 
 
+@pytest.mark.nightly
 def test_another_method_learns_labels(url: str, browser: Browser, tmp_path: Path) -> None:
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     watch = Watch(page, url)
@@ -121,6 +123,7 @@ def test_another_method_learns_labels(url: str, browser: Browser, tmp_path: Path
     assert watch.wrong == []
 
 
+@pytest.mark.nightly
 def test_the_doctor_starts_again_and_that_run_is_paused_and_resumed(url: str, browser: Browser, tmp_path: Path) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 844})
     watch, steps = Watch(page, url), 2 * STEPS
@@ -156,6 +159,7 @@ def test_the_doctor_starts_again_and_that_run_is_paused_and_resumed(url: str, br
     assert points(page) == steps and watch.wrong == []
 
 
+@pytest.mark.nightly
 def test_a_study_races_drops_and_ends_in_a_table(url: str, browser: Browser) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 844})
     watch = Watch(page, url)

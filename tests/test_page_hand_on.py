@@ -14,6 +14,8 @@ from tests.test_adoption import made_by_peft
 from tests.tiny import tiny_model
 from tests.visits import rows, trained
 
+pytestmark = pytest.mark.nightly
+
 SLOWLY = 60_000  # ms
 
 

@@ -85,6 +85,7 @@ def test_a_run_goes_from_queued_to_done_in_a_process_of_its_own(studio: Studio, 
     assert studio.runs.get(second.id).status == "stopped"
 
 
+@pytest.mark.nightly
 def test_the_same_config_gives_the_same_losses_in_another_process(studio: Studio, tiny: Path) -> None:
     losses = []
     for _ in range(2):
@@ -108,6 +109,7 @@ def test_stop_keeps_an_adapter_and_a_second_studio_may_ask_for_it(studio: Studio
     assert stopped.has_adapter and stopped.summary["best_step"] == stopped.step
 
 
+@pytest.mark.nightly
 def test_a_killed_worker_is_lost_with_a_reason_and_the_next_run_starts(studio: Studio, tiny: Path) -> None:
     run = studio.start(config(studio, tiny, steps=100_000))
     waiting = studio.start(config(studio, tiny, seed=1))
@@ -120,6 +122,7 @@ def test_a_killed_worker_is_lost_with_a_reason_and_the_next_run_starts(studio: S
     assert all(record["type"] for record in RunStore(studio.root).events(run.id))
 
 
+@pytest.mark.nightly
 def test_a_worker_that_the_system_ends_saves_and_leaves_a_run_that_goes_on(studio: Studio, tiny: Path) -> None:
     run = studio.start(config(studio, tiny, steps=100_000, evaluations=1))
     until(studio, run.id, "Metric", step=3)
@@ -169,12 +172,14 @@ def test_a_stop_before_the_first_step_ends_the_run_as_stopped(studio: Studio, ti
     assert studio.runs.get(run.id).status == "stopped" and not studio.runs.get(run.id).error
 
 
+@pytest.mark.nightly
 def test_without_held_out_rows_each_planned_evaluation_keeps_the_adapter(studio: Studio, tiny: Path) -> None:
     run = studio.start(config(studio, tiny, holdout=0.0, samples=0))
     records = list(studio.follow(run.id, interval_s=0.02))
     assert [r["step"] for r in records if r["type"] == "Saved"] == [2, 4]
 
 
+@pytest.mark.nightly
 def test_each_evaluation_is_made_once_also_when_the_last_is_not_the_best(studio: Studio, tiny: Path) -> None:
     run = studio.start(config(studio, tiny, learning_rate=1.0, steps=6, evaluations=3, schedule="constant"))
     records = list(studio.follow(run.id, interval_s=0.02))
@@ -368,6 +373,7 @@ def unbroken(studio: Studio, tiny: Path) -> tuple:
     return found
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("written", [True, False], ids=["behind", "before"])
 def test_killed_at_any_event_and_resumed_ends_bit_for_bit_as_if_it_had_not_been(
     studio: Studio, tiny: Path, unbroken: tuple, written: bool

@@ -13,6 +13,8 @@ from tests.browser import Watch, live, overflow, served_alone
 from tests.tiny import tiny_model
 from tests.visits import rows, trained
 
+pytestmark = pytest.mark.nightly
+
 HOSTILE = "<img src=x onerror=alert(1)> & co"
 
 

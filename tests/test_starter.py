@@ -99,6 +99,7 @@ def test_the_small_encoder_knows_what_is_alike(encoder: Path) -> None:
     assert means[0] @ means[1] > 0.5 > 0.2 > means[0] @ means[2]
 
 
+@pytest.mark.nightly
 def test_the_small_encoder_learns_the_departments_of_tickets(encoder: Path, tmp_path: Path) -> None:
     data, models = DataLibrary(tmp_path), ModelLibrary(default_root())
     examples, _ = data.examples(data.add_sample("tickets").id)

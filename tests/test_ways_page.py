@@ -16,6 +16,8 @@ from tests.browser import Watch, overflow, served_alone
 from tests.tiny import tiny_model
 from tests.visits import trained
 
+pytestmark = pytest.mark.nightly
+
 NAME = "<img src=/beacon onerror=alert(1)>"
 
 
