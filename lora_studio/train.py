@@ -12,9 +12,10 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -41,6 +42,7 @@ from lora_studio.settings import QUANTISED, TrainConfig
 from lora_studio.step import Crowded, Share, careful, probe, random_states, restore_random
 
 PROBED = 1_000  # steps ahead among which the longest batch is looked for
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -404,7 +406,7 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
         job = course.job
         key = None if job.step else tuple(id(one) for one in (*job.heldout, *job.general))
         try:
-            found = base[key] if key in base else _evaluation(job)
+            found = base[key] if key in base else _with_room(job.lora, partial(evaluation, job, base=not job.step))
         except (RuntimeError, MemoryError) as error:
             if not is_shortage(error):
                 raise
@@ -421,7 +423,9 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
         course.judge(found.get("heldout_loss"))
         job.measured = job.step
     courses = [course for course in courses if not course.job.over]
-    for course, texts in zip(courses, _sampled([course.job for course in courses]), strict=True):
+    jobs = [course.job for course in courses]
+    written = _with_room(jobs[0].lora, lambda: list(_sampled(jobs))) if jobs else []
+    for course, texts in zip(courses, written, strict=True):
         for index, (example, text) in enumerate(zip(course.job.samples, texts, strict=True)):
             prompt = example.prompt[-1].content
             step = course.job.step
@@ -432,14 +436,14 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
         yield course.number, event
 
 
-def _evaluation(job: Job) -> dict[str, float]:
-    """What is measured now, if need be with the memory that recordings held."""
+def _with_room(lora: LoRA, work: Callable[[], Found]) -> Found:
+    """What `work` gives, if need be with the memory that recordings held."""
     try:
-        return evaluation(job, base=not job.step)
+        return work()
     except (RuntimeError, MemoryError) as error:
-        if not (is_shortage(error) and forget(job.lora.model)):
+        if not (is_shortage(error) and forget(lora.model)):
             raise
-    return evaluation(job, base=not job.step)
+    return work()
 
 
 def _sampled(jobs: Sequence[Job]) -> Iterator[list[str]]:

@@ -191,3 +191,18 @@ def test_a_shortage_takes_the_recordings_before_it_cuts_the_step(played: type[Pl
     assert losses == pytest.approx(
         values(list(train(job(dataclasses.replace(CONFIG, steps=12)))), "train_loss"), rel=1e-4
     )
+
+
+def test_a_shortage_while_measuring_takes_the_recordings_too(played: type[Played]) -> None:
+    config = dataclasses.replace(CONFIG, steps=12, evaluations=2)
+    work, broken = job(config, samples=1), []
+
+    def check(*_: object) -> None:
+        if not torch.is_grad_enabled() and len(work.share.recordings or ()):
+            broken.append(work.step)
+            raise BROKEN
+
+    work.lora.model.base_model.register_forward_pre_hook(check)
+    losses, made = run(work)
+    assert {*broken} == {6} and made and not len(work.share.recordings or ()) and work.error is None
+    assert losses == pytest.approx(values(list(train(job(config, samples=1))), "train_loss"), rel=1e-4)
