@@ -77,10 +77,9 @@ def _moment(event: dict[str, Any]) -> str:
 
 
 def _wait_until_idle() -> None:
-    """Until the spare worker, our only child, uses no processor any more: it has imported all and waits."""
-    (child,) = psutil.Process().children()
-    used = -1.0
-    while (now := sum(child.cpu_times()[:2])) != used or now < 1.0:
+    """Until our children, the spare worker among them, use no processor any more: it has imported all and waits."""
+    children, used = psutil.Process().children(), -1.0
+    while (now := sum(sum(child.cpu_times()[:2]) for child in children)) != used or now < 1.0:
         used = now
         time.sleep(1.0)
 
