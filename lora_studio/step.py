@@ -208,15 +208,18 @@ def _gradients(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
 
 
 def _alone(lora: LoRA, share: Share, batch: Batch) -> float:
-    count, total = sum(tokens.count for tokens in batch), 0.0
+    count = sum(tokens.count for tokens in batch)
     with lora.use(share.adapter), leanly(lora, batch), lean.recomputing(lora.model, share.recompute):
-        for part in share.passes(batch):
-            loss = share.run_recorded(lora, part, count)
-            if loss is None:
-                loss = losses(lora, part).sum() / count
-                loss.backward()
-            total += loss.item()
-    return total
+        return math.fsum(_pass(lora, share, part, count) for part in share.passes(batch))
+
+
+def _pass(lora: LoRA, share: Share, part: Batch, count: int) -> float:
+    """One pass's share of the loss, its gradients added; nothing of its graph outlives it, as a recording asks."""
+    loss = share.run_recorded(lora, part, count)
+    if loss is None:
+        loss = losses(lora, part).sum() / count
+        loss.backward()
+    return loss.item()
 
 
 def random_states(device: torch.device) -> list[torch.Tensor]:
