@@ -9,7 +9,6 @@ import gc
 import itertools
 import json
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from lora_studio.data.batches import Encoded
 from lora_studio.events import Metric, Probed, Warned
 from lora_studio.generate import Sampling, answers, compare
 from lora_studio.measure import leanly, losses
-from lora_studio.runs.config import DataChoice, Run, RunConfig
+from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
 from lora_studio.train import Job, train, train_together
@@ -328,20 +327,15 @@ def test_a_run_of_the_app_trains_on_the_gpu_is_stopped_and_goes_on(tmp_path: Pat
     studio.supervisor.start()
     try:
         run = studio.start(config)
-
-        def until(true: Callable[[Run], object]) -> None:
-            deadline = time.monotonic() + 90
-            while not true(studio.runs.get(run.id)):
-                assert time.monotonic() < deadline, studio.runs.get(run.id).status
-                time.sleep(0.05)
-
-        until(lambda view: view.step >= 60)
-        studio.supervisor.kill(run.path, "local")
-        until(lambda view: view.status in ("done", "failed"))
+        killed = False
+        for event in studio.follow(run.id, interval_s=0.02):  # it goes on by itself
+            if event["step"] >= 60 and not killed:
+                studio.supervisor.kill(run.path, "local")
+                killed = True
     finally:
         studio.supervisor.close()
     ended = studio.runs.get(run.id)
-    assert ended.status == "done", ended.error
+    assert killed and ended.status == "done", ended.error
     events = studio.runs.curve(run.id)
     steps = [one["step"] for one in events if one["type"] == "Metric" and "train_loss" in one["values"]]
     assert steps == list(range(1, 401))
