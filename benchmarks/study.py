@@ -109,8 +109,8 @@ def stepped(spec: Mapping[str, Any]) -> dict[str, Any]:
     for tokens in spec["tokens"]:
         one: dict[str, Any] = {"tokens": tokens, "alone": [], "together": []}
         told = {**spec, "steps": min(spec["steps"], max(FEWEST, ENOUGH // tokens))}
-        for _ in range(spec["repeats"]):
-            for way in ("alone", "together"):
+        for number in range(spec["repeats"]):
+            for way in ("alone", "together")[:: 1 if number % 2 else -1]:  # no side is always the later
                 one[way].append(_race(lora, _random_rows(tokens, spec), way == "together", told)["step_s"])
         curve.append(one)
     return {"curve": curve}
@@ -132,7 +132,7 @@ def _random_rows(tokens: int, spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def whole(options: argparse.Namespace) -> tuple[list[Goal], dict[str, Any]]:
     """One process for all ranks against one for each, on the real model, start-up included."""
-    from lora_studio.models import ModelLibrary
+    from lora_studio.models import ModelLibrary, training_precision
     from lora_studio.studio import default_root
 
     tokenizer = ModelLibrary(default_root()).tokenizer(options.model)
@@ -141,7 +141,8 @@ def whole(options: argparse.Namespace) -> tuple[list[Goal], dict[str, Any]]:
     tokens = options.batch * sum(len(ids) for ids, _ in rows) / len(rows)
     spec = {"model": options.model, "rows": rows, "batch": options.batch, "steps": options.steps, "seed": options.seed}
     asked, figures, lines = [], {}, []
-    for precision in ("float32", "bfloat16"):
+    fast = training_precision("cpu")
+    for precision in dict.fromkeys(("float32", fast)):
         together, alone = [], []
         for _ in range(options.repeats):
             told = {**spec, "precision": precision}
@@ -176,7 +177,7 @@ def whole(options: argparse.Namespace) -> tuple[list[Goal], dict[str, Any]]:
         f"Model {options.model}, ranks {', '.join(map(str, RANKS))} on q and v, {options.steps} steps of "
         f"{options.batch} rows of {options.shortest} to {options.longest} tokens: {tokens:.0f} tokens per adapter and "
         f"pass; {options.repeats} repetitions, 2 threads, median (least–most). Losses apart: the largest difference of "
-        "any step.\n"
+        f"any step.{'' if fast == 'bfloat16' else ' bfloat16 was left out: this processor has no products of it.'}\n"
     )
     return asked, figures
 

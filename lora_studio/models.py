@@ -46,6 +46,7 @@ REMEMBERED = 8  # structures and tokenizers that are kept in memory
 PATIENCE_S = 4  # how long the Hub may take to answer at all
 IN_USE_S = 3600  # after its last use a fetched model stays, whoever needs the room
 SMALL_BYTES = 128 * MIB  # of all files but the weights
+CROWDED = 1 / 3  # of the machine's memory: float32 weights that would take more are held in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,21 +197,26 @@ def device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def training_precision(on: str) -> str:
-    """bfloat16 where this machine multiplies it fast (by its instruction set), else float32."""
+def training_precision(on: str, parameters: int = 0) -> str:
+    """bfloat16 where this machine multiplies it fast, and where float32 weights would crowd a CPU's memory.
+
+    By what never changes on a machine, so that a run goes on in the precision that it began in.
+    """
     import torch
+
+    from lora_studio.core.upcast import multiplies_bfloat16
 
     if on == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    features = torch.cpu.get_capabilities() if on == "cpu" else {}
-    return "bfloat16" if features.get("avx512_bf16") or features.get("amx_bf16") else "float32"
+    crowds = 4 * parameters > CROWDED * psutil.virtual_memory().total
+    return "bfloat16" if on == "cpu" and (crowds or multiplies_bfloat16()) else "float32"
 
 
 def inference_precision(on: str, parameters: int) -> str:
     """float32 on a CPU while the model is small, because bfloat16 logits tie and then greedy text is arbitrary."""
     if on != "cpu":
-        return training_precision(on)
-    return "float32" if parameters < 400_000_000 else training_precision(on)
+        return training_precision(on, parameters)
+    return "float32" if parameters < 400_000_000 else "bfloat16"
 
 
 def memory() -> tuple[int, int]:
@@ -236,7 +242,7 @@ def hardware() -> str:
 
 def fit(parameters: int) -> str:
     """fits, tight or too big: LoRA training in bfloat16 or float32 against the memory that is free now."""
-    size = 2 if training_precision(device()) == "bfloat16" else 4
+    size = 2 if training_precision(device(), parameters) == "bfloat16" else 4
     need = parameters * size * 1.25 + 1.2e9  # weights and buffers, plus runtime and a small batch's activations
     available, _ = memory()
     return "fits" if need < 0.6 * available else "tight" if need < 0.95 * available else "too big"
@@ -349,6 +355,8 @@ class ModelLibrary:
         """
         import torch
 
+        from lora_studio.core import upcast
+
         skeleton = self.skeleton(name, labels)  # first, so that what is too large is never fetched
         folder = self._folder(name, weights=True, say=say)
         check_weights(folder)
@@ -386,7 +394,9 @@ class ModelLibrary:
             _pad_right(model, self.tokenizer(name))
         if precision in QUANTISED:
             quantise(model, precision)
-        return model.to(on).eval()
+        model = model.to(on).eval()
+        upcast.apply(model)
+        return model
 
     def fetch(self, name: str, say: Callable[[str], None] = log.info) -> Path:
         """The model's folder with weights, downloaded when it is not there yet."""

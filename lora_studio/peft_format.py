@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lora_studio.core.layout import dimensions, heads, is_adaptable, matrices
 from lora_studio.core.lora import Factors, LoRA, check_finite
@@ -228,7 +229,7 @@ def _config(
         "bias": "none",
         "target_modules": _suffixes(lora, set(ranks)),
         "modules_to_save": list(spec.modules_to_save) or None,
-        "fan_in_fan_out": any(type(lora.model.get_submodule(layer)).__name__ == "Conv1D" for layer in ranks),
+        "fan_in_fan_out": any(isinstance(lora.model.get_submodule(layer), Conv1D) for layer in ranks),
         "init_lora_weights": True,
         "use_rslora": spec.variant == "rslora",
         "use_dora": spec.variant == "dora",

@@ -226,7 +226,7 @@ class Studio:
         from lora_studio.core.baselines import plan
         from lora_studio.core.layout import heads
         from lora_studio.estimate import estimate
-        from lora_studio.models import check_quantising, context, device
+        from lora_studio.models import check_quantising, context, device, parameter_count
 
         check(config)
         labels = () if task == "causal" else self.labels(choice) if choice else ("0", "1")
@@ -246,7 +246,7 @@ class Studio:
             hint = "Raise the length limit, or check which column holds the answer."
             raise StudioError("E_NO_TARGET", message, hint)
         on = device()
-        precision = base_precision(method, config.precision, on)
+        precision = base_precision(method, config.precision, on, parameter_count(skeleton))
         if precision in QUANTISED:
             check_quantising(skeleton, precision, on)
         forecast = estimate(

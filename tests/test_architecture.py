@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "lora_studio"
 # Each row may import the rows above it, and the lines above it in its own row.
 HOUSE = [
     ["errors", "fields", "events", "hub", "limits", "owners", "sandbox"],
-    ["core.spec", "core.layout", "core.slot", "core.lora"],
+    ["core.spec", "core.layout", "core.upcast", "core.slot", "core.lora"],
     ["core.baselines", "core.analysis", "core.merge", "core.kernels", "core.functions", "core.lean"],
     ["settings"],
     ["data.readers", "data.hub_rows", "data.formats", "data.library", "data.words", "data.batches", "data.health"],
@@ -107,6 +107,7 @@ def test_the_core_knows_tensors_only() -> None:
         "inspect",
         "logging",
         "math",
+        "threading",
         "functools",
         "itertools",
         "weakref",

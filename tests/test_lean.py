@@ -2,14 +2,16 @@
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_studio.core import functions, lean
+from lora_studio.core import functions, lean, upcast
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import LoraSpec
 from tests.tiny import CAUSAL, CLASSIFIERS, PLAIN_TOO, causal, classifier
@@ -110,13 +112,31 @@ def test_a_few_rows_as_columns_are_the_same_product(rows: int, bias: bool) -> No
     assert "forward" not in vars(layer)
 
 
+@pytest.mark.parametrize("count", [1, 5, functions.CHUNK["cpu"] + 1])
+def test_products_with_the_head_have_as_many_rows_as_sum_alike(count: int) -> None:
+    """A loss must not go by how many positions share its pass, and a product of few rows is summed in another order."""
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ == "mm":
+                rows.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    rows: list[int] = []
+    hidden = torch.randn(count, 16, requires_grad=True)
+    with Products():
+        functions.CrossEntropy.apply(hidden, torch.randn(97, 16), torch.zeros(count, dtype=torch.long)).sum().backward()
+    assert rows and not any(one % functions.ROWS for one in rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_chunked_cross_entropy_is_cross_entropy(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     count = 2 * functions.CHUNK["cpu"] + 3  # a last chunk that is not full
     head, labels = torch.randn(97, 16, dtype=dtype), torch.randint(0, 97, (count,))
     hidden = torch.randn(count, 16, dtype=dtype, requires_grad=True)
-    plain = torch.nn.functional.cross_entropy((hidden @ head.T).float(), labels, reduction="none")
+    logits = (upcast.widened(hidden) @ upcast.widened(head).T).float()
+    plain = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     weights = torch.rand(count)  # each position's loss may count differently from outside
     (wanted,) = torch.autograd.grad((plain * weights).sum(), hidden)
     ours = functions.CrossEntropy.apply(hidden, head, labels)

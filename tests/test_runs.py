@@ -242,10 +242,10 @@ def test_another_method_trains_saves_and_answers_unlike_its_base(
 
 
 def test_a_base_that_trains_itself_is_held_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lora_studio.models.training_precision", lambda _: "bfloat16")
+    monkeypatch.setattr("lora_studio.models.training_precision", lambda *_: "bfloat16")
 
     def held(method: Method, asked: str = "auto") -> str:
-        return base_precision(method, asked, "cpu")
+        return base_precision(method, asked, "cpu", 0)
 
     assert held(LoraSpec()) == held(BaselineSpec(kind="bitfit")) == "bfloat16"
     assert held(BaselineSpec(kind="full")) == held(BaselineSpec(kind="top")) == "float32"

@@ -13,13 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 
-from lora_studio.core import kernels
+from lora_studio.core import kernels, upcast
 
 # Positions whose logits are in memory together: as many as keep the products with the head busy.
 CHUNK = {"cpu": 128, "mps": 128, "cuda": 512}
+ROWS = (
+    16  # of such a product, or a multiple: few are summed in another order, so a loss would go by who shares its pass
+)
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 aten = torch.ops.aten
 
@@ -123,27 +127,33 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        most_rows = CHUNK[hidden.device.type]
-        count, words = min(most_rows, len(hidden)), len(head)
-        logits = hidden.new_empty(count, words)  # the same two buffers for every chunk: fresh pages are not free
-        wide = logits if logits.dtype == torch.float32 else hidden.new_empty(count, words, dtype=torch.float32)
-        gradient = torch.empty_like(hidden) if hidden.requires_grad else None
+        most_rows, real = CHUNK[hidden.device.type], len(hidden)
+        hidden, labels = F.pad(hidden, (0, 0, 0, -real % ROWS)), F.pad(labels, (0, -real % ROWS))
+        count, words, upcasts = min(most_rows, len(hidden)), len(head), upcast.needed(hidden)
+        # the same buffers for every chunk: fresh pages are not free
+        wide = hidden.new_empty(count, words, dtype=torch.float32)
+        logits = wide if upcasts or hidden.dtype == torch.float32 else hidden.new_empty(count, words)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), most_rows):
             span = slice(start, start + most_rows)
             part, label = hidden[span], labels[span, None]
             narrow, chunk = logits[: len(part)], wide[: len(part)]
-            torch.mm(part, head.T, out=narrow)
-            chunk.copy_(narrow)
+            if upcasts:
+                upcast.times_transposed(part, head, out=chunk)
+            else:
+                torch.mm(part, head.T, out=narrow)
+                chunk.copy_(narrow)
             most = chunk.amax(-1, keepdim=True)
             picked = chunk.gather(1, label)
             total = chunk.sub_(most).exp_().sum(-1, keepdim=True)  # softmax · total from here on
             losses[span] = (total.log() + most - picked)[:, 0]
             if gradient is not None:
                 chunk.scatter_add_(1, label, -total)
-                gradient[span] = (narrow.copy_(chunk) @ head).div_(total)
-        ctx.save_for_backward(gradient)
-        return losses
+                made = upcast.times(chunk, head) if upcasts else narrow.copy_(chunk) @ head
+                gradient[span] = made.div_(total)
+        ctx.save_for_backward(None if gradient is None else gradient[:real])
+        return losses[:real]
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:

@@ -28,7 +28,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_studio.core import functions
+from lora_studio.core import functions, upcast
 from lora_studio.core.layout import ENCODERS
 
 IGNORED = -100  # label of a position that is not supervised
@@ -347,14 +347,15 @@ def _attend(
         raise RuntimeError("its attention goes by the lengths of the sequences")
     grouped = query.shape[1] != key.shape[1]  # fewer key and value heads than query heads
     outputs = []
-    for q, k, v in zip(*(tensor.split(sequence_lengths, dim=2) for tensor in (query, key, value)), strict=True):
+    apart = (upcast.widened(tensor).split(sequence_lengths, dim=2) for tensor in (query, key, value))
+    for q, k, v in zip(*apart, strict=True):
         length = q.shape[2]
         window = None if sliding_window is None or length <= sliding_window else _window(length, sliding_window, q)
         attended = F.scaled_dot_product_attention(
             q, k, v, window, dropout, is_causal=window is None, scale=scaling, enable_gqa=grouped
         )
         outputs.append(attended)
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).to(query.dtype).contiguous(), None
 
 
 def _attend_stepwise(

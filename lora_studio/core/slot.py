@@ -26,6 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
+from lora_studio.core import upcast
 from lora_studio.core.layout import Target, embedding_scale
 from lora_studio.errors import StudioError
 
@@ -218,7 +219,7 @@ class LowRank(Part):
         if self._norm and self._norm[0] == version and not layer.training:
             return self._norm[1]
         with torch.no_grad():
-            W, A, B, s = self._weight(layer), self.A, self.B, self.scale
+            W, A, B, s = upcast.widened(self._weight(layer)), self.A, self.B, self.scale
             cross = (F.linear(W, A.to(W.dtype)).to(B.dtype) * B).sum(1)
             norm = (self.squares + 2 * s * cross + s * s * ((B @ (A @ A.T)) * B).sum(1)).clamp_min(0).sqrt()
         self._norm = version, norm
@@ -243,12 +244,13 @@ class LowRank(Part):
     def _product(self, layer: nn.Module, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
         """scale · B A x. A dropped x is made again in the backward rather than kept for every layer."""
         if self.dropout and layer.training and not isinstance(layer, nn.Embedding):
-            hidden = checkpoint(self._dropped, x, A, use_reentrant=False)
-            return F.linear(hidden * self.scale, B.to(x.dtype))  # type: ignore[operator]
+            return checkpoint(self._dropped, x, A, B, use_reentrant=False)  # type: ignore[return-value]
         return _product(layer, x, A, B, self.scale)
 
-    def _dropped(self, x: torch.Tensor, A: torch.Tensor) -> torch.Tensor:
-        return F.linear(F.dropout(x, self.dropout), A.to(x.dtype))
+    def _dropped(self, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+        wide = F.dropout(upcast.widened(x), self.dropout)
+        hidden = F.linear(wide, A.to(wide.dtype)) * self.scale
+        return F.linear(hidden, B.to(wide.dtype)).to(x.dtype)
 
     def _weight(self, layer: nn.Module) -> torch.Tensor:
         """(rows, in): the base weight's rows that this part adapts."""
@@ -372,7 +374,8 @@ class Ready:
         if columns is not None and len(columns) == 1:
             B, columns = columns.flatten()[:, None].to(B.dtype) * B, None
         self._columns, self._batch = columns, None if columns is None else (output.shape[0], output.dim())
-        self._few = FEW * len(A) if output.device.type == "cpu" else 0
+        self._few = FEW * len(A) if output.device.type == "cpu" else 0  # numbers in x
+        self._few = math.inf if upcast.needed(output) else self._few
         self._wide, self._dtype = (A, B.contiguous()), output.dtype
         self._cast: tuple[torch.Tensor, ...] | None = None
 
@@ -521,7 +524,8 @@ def _product(
     if not isinstance(layer, nn.Embedding):
         return Product.apply(x, A, B, scale, gates, None)  # type: ignore[return-value]
     hidden = F.embedding(x, A.T.to(layer.weight.dtype)) * (scale * embedding_scale(layer))
-    return F.linear(hidden if gates is None else hidden * gates, B.to(hidden.dtype))
+    wide = upcast.widened(hidden if gates is None else hidden * gates)
+    return F.linear(wide, B.to(wide.dtype)).to(hidden.dtype)
 
 
 class Product(torch.autograd.Function):
@@ -542,20 +546,20 @@ class Product(torch.autograd.Function):
         gates: torch.Tensor | None,
         y: torch.Tensor | None,
     ) -> torch.Tensor:
-        hidden = _hidden(x, A, scale, gates)  # (batch, ..., R)
+        hidden = _hidden(upcast.widened(x), A, scale, gates)  # (batch, ..., R)
         ctx.scale, ctx.trains_A = scale, ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if ctx.trains_A else hidden, A, B, gates)
-        B = B.to(x.dtype)
+        ctx.save_for_backward(x if ctx.trains_A else hidden.to(x.dtype), A, B, gates)
+        B = B.to(hidden.dtype)
         if y is None:
-            return F.linear(hidden, B)
-        changed = y.clone(memory_format=torch.contiguous_format)  # no view: some blocks add to it in place
+            return F.linear(hidden, B).to(x.dtype)
+        changed = _copied(y, hidden.dtype)  # no view: some blocks add to it in place
         changed.flatten(0, -2).addmm_(hidden.flatten(0, -2), B.T)
-        return changed
+        return changed.to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         kept, A, B, gates = ctx.saved_tensors
-        (gradient,) = outer  # (batch, ..., out)
+        kept, gradient = upcast.widened(kept), upcast.widened(outer[0])  # (batch, ..., out)
         hidden = _hidden(kept, A, ctx.scale, gates) if ctx.trains_A else kept
         for_x = for_A = for_B = None
         if ctx.needs_input_grad[2]:
@@ -565,8 +569,8 @@ class Product(torch.autograd.Function):
         if ctx.trains_A:
             for_A = (inner.flatten(0, -2).T @ kept.flatten(0, -2)).to(A.dtype)
         if ctx.needs_input_grad[0]:
-            for_x = inner @ A.to(inner.dtype)
-        return for_x, for_A, for_B, None, None, gradient if ctx.needs_input_grad[5] else None
+            for_x = (inner @ A.to(inner.dtype)).to(outer[0].dtype)
+        return for_x, for_A, for_B, None, None, outer[0] if ctx.needs_input_grad[5] else None
 
 
 class Products(torch.autograd.Function):
@@ -585,17 +589,18 @@ class Products(torch.autograd.Function):
         scales: Sequence[float],
         *factors: torch.Tensor | None,
     ) -> torch.Tensor:
-        changed = y.clone()
-        for span, scale, A, B in _with_factors(spans, scales, factors):
-            changed[0, span].addmm_(_hidden(x[0, span], A, scale, None), B.to(x.dtype).T)
         ctx.spans, ctx.scales = spans, scales
         ctx.save_for_backward(x, *factors)
-        return changed
+        x = upcast.widened(x)
+        changed = _copied(y, x.dtype)
+        for span, scale, A, B in _with_factors(spans, scales, factors):
+            changed[0, span].addmm_(_hidden(x[0, span], A, scale, None), B.to(x.dtype).T)
+        return changed.to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, *factors = ctx.saved_tensors
-        gradient = outer[0][0]  # (T, out)
+        x, gradient = upcast.widened(x), upcast.widened(outer[0][0])  # (T, out)
         for_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
         for_factors: list[torch.Tensor | None] = []
         for span, scale, A, B in _with_factors(ctx.spans, ctx.scales, factors, gaps=True):
@@ -609,6 +614,7 @@ class Products(torch.autograd.Function):
             for_factors += [for_A, (gradient[span].T @ hidden).to(B.dtype)]
             if for_x is not None:
                 torch.mm(inner, A.to(inner.dtype), out=for_x[0, span])
+        for_x = None if for_x is None else for_x.to(outer[0].dtype)
         return for_x, outer[0] if ctx.needs_input_grad[1] else None, None, None, *for_factors
 
 
@@ -627,6 +633,11 @@ def _with_factors(
 def _hidden(x: torch.Tensor, A: torch.Tensor, scale: float, gates: torch.Tensor | None) -> torch.Tensor:
     hidden = F.linear(x, A.to(x.dtype)) * scale
     return hidden if gates is None else hidden * gates
+
+
+def _copied(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of y in this dtype, contiguous."""
+    return y.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _squares(weight: torch.Tensor) -> torch.Tensor:

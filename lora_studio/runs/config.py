@@ -177,8 +177,10 @@ def _in_words(value: Any) -> str:
     return f"{value:g}" if type(value) is float else str(value)
 
 
-def base_precision(method: Method, asked: str, on: str) -> str:
-    """How the base is held while it trains. auto: what fits the device, but float32 where its own weights learn.
+def base_precision(method: Method, asked: str, on: str, parameters: int) -> str:
+    """How a base of so many parameters is held while it trains.
+
+    auto: what suits the device, but float32 where its own weights learn.
 
     Raises E_METHOD for weights that are packed and are to be trained.
     """
@@ -190,4 +192,4 @@ def base_precision(method: Method, asked: str, on: str) -> str:
     if isinstance(method, LoraSpec) and method.variant in ("dora", "pissa") and asked in QUANTISED:
         message = f"Variant {method.variant} needs the weights that {asked} packs."
         raise StudioError("E_QUANTISED", message, "Take variant lora, or precision auto.")
-    return asked if asked != "auto" else "float32" if whole else training_precision(on)
+    return asked if asked != "auto" else "float32" if whole else training_precision(on, parameters)

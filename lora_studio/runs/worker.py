@@ -95,7 +95,7 @@ def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
     from lora_studio.core.lora import LoRA
     from lora_studio.data.library import DataLibrary, split
     from lora_studio.general import passages
-    from lora_studio.models import ModelLibrary, device
+    from lora_studio.models import ModelLibrary, device, parameter_count
 
     first = attempts[0]
     config, labels = first.config, first.labels
@@ -110,7 +110,6 @@ def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
             attempt.append(Warned(step=0, code="W_DATA", message=warning))
     train, heldout = split(examples, config.train.holdout, config.train.seed)
     models, on = ModelLibrary(root, limits_here()).at(config.model, first.revision), device()
-    precision = base_precision(config.method, config.train.precision, on)
 
     def say(message: str) -> None:
         """What is going on before the first step, for the page and the log; a place to stop."""
@@ -126,6 +125,8 @@ def _jobs(attempts: Sequence[Attempt]) -> dict[Attempt, Any]:
             raise _Asked
 
     say(f"Loading {config.model}")
+    parameters = parameter_count(models.skeleton(config.model, labels=len(labels)))
+    precision = base_precision(config.method, config.train.precision, on, parameters)
     lora = LoRA(models.load(config.model, precision=precision, on=on, labels=len(labels), say=say))
     tokenizer = models.tokenizer(config.model)
     rows = [_encoded(tokenizer, part, labels, config.train.max_length, say) for part in (train, heldout)]
