@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 PIECE = 2**20  # elements of a weight that are in fp32 together: 4 MB
-FEW = 32  # rows up to which they are multiplied as columns, which is quicker
+SINGLE, FEW = 3, 32  # rows up to which they are quicker multiplied one by one, and as columns
 _buffers = threading.local()  # a backward has a thread of its own
 
 
@@ -67,10 +67,12 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     if weight.requires_grad:  # trained whole
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) == 1:  # for one vector torch's own loop is the quickest
-        return F.linear(x, weight, bias)
-    y: Any = FrozenProduct.apply(rows, weight)
-    return (y if bias is None else y + bias).view(*x.shape[:-1], -1)
+    if len(rows) <= SINGLE:  # torch has a quick loop for a single vector
+        y: Any = torch.cat([F.linear(row, weight, bias) for row in rows.split(1)])
+    else:
+        y = FrozenProduct.apply(rows, weight)
+        y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], -1)
 
 
 class FrozenProduct(torch.autograd.Function):
