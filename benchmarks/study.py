@@ -132,7 +132,7 @@ def _random_rows(tokens: int, spec: Mapping[str, Any]) -> dict[str, Any]:
 
 def whole(options: argparse.Namespace) -> tuple[list[Goal], dict[str, Any]]:
     """One process for all ranks against one for each, on the real model, start-up included."""
-    from lora_studio.models import ModelLibrary, training_precision
+    from lora_studio.models import ModelLibrary
     from lora_studio.studio import default_root
 
     tokenizer = ModelLibrary(default_root()).tokenizer(options.model)
@@ -141,8 +141,7 @@ def whole(options: argparse.Namespace) -> tuple[list[Goal], dict[str, Any]]:
     tokens = options.batch * sum(len(ids) for ids, _ in rows) / len(rows)
     spec = {"model": options.model, "rows": rows, "batch": options.batch, "steps": options.steps, "seed": options.seed}
     asked, figures, lines = [], {}, []
-    fast = training_precision("cpu")
-    for precision in dict.fromkeys(("float32", fast)):
+    for precision in ("float32", "bfloat16"):
         together, alone = [], []
         for _ in range(options.repeats):
             told = {**spec, "precision": precision}
@@ -177,7 +176,7 @@ def whole(options: argparse.Namespace) -> tuple[list[Goal], dict[str, Any]]:
         f"Model {options.model}, ranks {', '.join(map(str, RANKS))} on q and v, {options.steps} steps of "
         f"{options.batch} rows of {options.shortest} to {options.longest} tokens: {tokens:.0f} tokens per adapter and "
         f"pass; {options.repeats} repetitions, 2 threads, median (least–most). Losses apart: the largest difference of "
-        f"any step.{'' if fast == 'bfloat16' else ' bfloat16 was left out: this processor has no products of it.'}\n"
+        "any step.\n"
     )
     return asked, figures
 

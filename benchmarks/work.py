@@ -60,11 +60,15 @@ def shapes_of(model: Any, tokens: int, supervised: int, device: str = "cpu") -> 
 def matrix_rate(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Operations per second over all shapes as often as they come: per CPU second, or on CUDA per second.
 
-    spec: "shapes" ((tokens, in, out, count), ...), "precision", "device". The median of a few rounds.
+    spec: "shapes" ((tokens, in, out, count), ...), "precision", "device". The median of a few rounds. A CPU without
+    bfloat16 products is measured in fp32 for them, as they are made there.
     """
     import torch
 
-    dtype, device = getattr(torch, spec["precision"]), spec["device"]
+    from lora_studio.core import upcast
+
+    device = spec["device"]
+    dtype = upcast.widened(torch.empty(0, dtype=getattr(torch, spec["precision"]), device=device)).dtype
 
     def clock() -> float:
         if device == "cuda":

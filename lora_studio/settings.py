@@ -58,7 +58,7 @@ class TrainConfig:
         "auto",
         choices=("auto", "float32", "bfloat16", *QUANTISED),
         label="Precision",
-        help="Of the frozen base; auto fits the machine, int8 and nf4 need a CUDA GPU and bitsandbytes",
+        help="Of the frozen base; auto fits the machine, bfloat16 halves the memory, int8 and nf4 need a CUDA GPU",
     )
     checkpointing: str = knob(
         "auto",
