@@ -321,11 +321,15 @@ def base(spec: Spec, precision: str, device: str) -> Any:
         return ModelLibrary(default_root()).load(spec["model"], precision=precision, on=device)
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from lora_studio.core import upcast
+
     torch.manual_seed(spec["seed"])
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, precision))
     try:
         with torch.device(device):
-            return LlamaForCausalLM(LlamaConfig(**spec["shape"])).eval()
+            model = LlamaForCausalLM(LlamaConfig(**spec["shape"])).eval()
     finally:
         torch.set_default_dtype(before)
+    upcast.apply(model)  # as at loading
+    return model

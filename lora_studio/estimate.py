@@ -26,11 +26,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lora_studio.core import upcast
 from lora_studio.core.baselines import Piece
 from lora_studio.core.functions import CHUNK
 from lora_studio.core.layout import blocks, heads, matrices
 from lora_studio.core.lean import PASS
-from lora_studio.core.upcast import multiplies_bfloat16
 from lora_studio.data.batches import Lengths
 from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_TOKENS
 from lora_studio.settings import TrainConfig
@@ -175,7 +175,7 @@ def _seconds(
     operations = 2 * (body + backward) * tokens + 4 * head * supervised + 2 * body * measured * rounds
     written = SAMPLE_TOKENS if head and config.samples else 0  # a classifier writes nothing
     decoding = rounds * written * total_bytes(model, precision) / _READ_RATE[device]
-    upcasts = device == "cpu" and not multiplies_bfloat16()
+    upcasts = device == "cpu" and upcast.lacks_bfloat16()
     rate = EFFICIENCY * matrix_rate("float32" if upcasts or precision == "float32" else "bfloat16", device)
     return START_S + STEP_S * steps + operations / rate + decoding
 

@@ -16,6 +16,7 @@ import torch
 
 from lora_studio import adapters, peft_format
 from lora_studio.card import TAG, Background, base_of, combined_card, model_card, modelfile_source, smaller_card
+from lora_studio.core import upcast
 from lora_studio.core.lean import Tokens
 from lora_studio.core.lora import LoRA
 from lora_studio.core.merge import combine, merged_state, rounding, unties
@@ -154,7 +155,9 @@ def _read_again(kind: type, folder: Path, like: Any) -> Any:
         local_files_only=True,
         attn_implementation=_attention(like),
     )
-    return again.to(like.device).eval()
+    again = again.to(like.device).eval()
+    upcast.apply(again)
+    return again
 
 
 def export_smaller(run: Run, lora: LoRA, rank: int, to: Path) -> list[Path]:

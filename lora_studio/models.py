@@ -27,8 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from lora_studio import ram
 from lora_studio.errors import StudioError, quote
 from lora_studio.hub import is_hub_id
 from lora_studio.limits import LAPTOP, MIB, Limits
@@ -197,10 +196,10 @@ def device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def training_precision(on: str, parameters: int = 0) -> str:
+def training_precision(on: str, parameters: int) -> str:
     """bfloat16 where this machine multiplies it fast, and where float32 weights would crowd a CPU's memory.
 
-    By what never changes on a machine, so that a run goes on in the precision that it began in.
+    By the whole memory, not by what is free, so that a run goes on in the precision that it began in.
     """
     import torch
 
@@ -208,7 +207,7 @@ def training_precision(on: str, parameters: int = 0) -> str:
 
     if on == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    crowds = 4 * parameters > CROWDED * psutil.virtual_memory().total
+    crowds = 4 * parameters > CROWDED * ram.total()
     return "bfloat16" if on == "cpu" and (crowds or multiplies_bfloat16()) else "float32"
 
 
@@ -216,7 +215,7 @@ def inference_precision(on: str, parameters: int) -> str:
     """float32 on a CPU while the model is small, because bfloat16 logits tie and then greedy text is arbitrary."""
     if on != "cpu":
         return training_precision(on, parameters)
-    return "float32" if parameters < 400_000_000 else "bfloat16"
+    return "float32" if parameters < 400_000_000 else training_precision(on, parameters)
 
 
 def memory() -> tuple[int, int]:
@@ -225,8 +224,7 @@ def memory() -> tuple[int, int]:
 
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()
-    virtual = psutil.virtual_memory()
-    return virtual.available, virtual.total
+    return ram.available(), ram.total()
 
 
 def hardware() -> str:

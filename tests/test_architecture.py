@@ -11,7 +11,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lora_studio"
 # Each row may import the rows above it, and the lines above it in its own row.
 HOUSE = [
-    ["errors", "fields", "events", "hub", "limits", "owners", "sandbox"],
+    ["errors", "fields", "events", "hub", "limits", "owners", "sandbox", "ram"],
     ["core.spec", "core.layout", "core.upcast", "core.slot", "core.lora"],
     ["core.baselines", "core.analysis", "core.merge", "core.kernels", "core.functions", "core.lean"],
     ["settings"],

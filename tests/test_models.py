@@ -360,7 +360,7 @@ def test_a_hub_that_never_answers_is_given_up(tmp_path: Path) -> None:
 
 
 def test_precision_and_fit_follow_the_machine() -> None:
-    assert training_precision("cpu") in ("float32", "bfloat16")
+    assert training_precision("cpu", 0) in ("float32", "bfloat16")
     assert inference_precision("cpu", 134_515_008) == "float32"
     assert fit(1_000) == "fits" and fit(10**13) == "too big"
     assert len(CATALOGUE) >= 10 and all(entry.licence and entry.parameters for entry in CATALOGUE.values())

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from lora_studio import ram
 from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError
 from lora_studio.events import Ended, Metric, Started, Warned, to_line
@@ -475,7 +476,7 @@ def test_a_kill_for_memory_is_told_by_its_signs_and_halves_the_passes(
     queue: Queue, clock: Clock, monkeypatch: pytest.MonkeyPatch, code: int | None, kills: int, peak: float, blamed: bool
 ) -> None:
     monkeypatch.setattr(memory, "oom_kills", lambda: 7 + kills)
-    monkeypatch.setattr(memory, "limit_bytes", lambda: 1000)
+    monkeypatch.setattr(ram, "total", lambda: 1000)
     run = queue.put()
     queue.supervisor.tick()
     write_json(run.path / "worker.json", {"pid": 0, "oom_kills": 7})

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import DynamicCache
 
+from lora_studio.core import upcast
 from lora_studio.core.layout import blocks, dimensions, heads, is_linear, matrices
 from lora_studio.core.lora import LoRA, Parts, copied, low_rank
 from lora_studio.core.lora import plan as plan_lora
@@ -137,11 +138,11 @@ class Bottleneck(Part):
                 tensor.zero_()
 
     def delta(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
-        o = output
+        o = upcast.widened(output)
         if self.norm is not None:
             o = F.layer_norm(o, o.shape[-1:], self.norm.weight.to(o.dtype), self.norm.bias.to(o.dtype))
         hidden = self.activation(F.linear(o, self.down.weight.to(o.dtype), self.down.bias.to(o.dtype)))
-        return F.linear(hidden, self.up.weight.to(o.dtype), self.up.bias.to(o.dtype))
+        return F.linear(hidden, self.up.weight.to(o.dtype), self.up.bias.to(o.dtype)).to(output.dtype)
 
     def changed(self, layer: nn.Module) -> bool:
         return bool(self.up.weight.any() or self.up.bias.any())

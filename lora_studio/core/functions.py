@@ -21,9 +21,8 @@ from lora_studio.core import kernels, upcast
 
 # Positions whose logits are in memory together: as many as keep the products with the head busy.
 CHUNK = {"cpu": 128, "mps": 128, "cuda": 512}
-ROWS = (
-    16  # of such a product, or a multiple: few are summed in another order, so a loss would go by who shares its pass
-)
+# Such a product has on a CPU, or a multiple: few are summed in another order, and a loss went by who shared its pass.
+ROWS = 16
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 aten = torch.ops.aten
 
@@ -128,7 +127,8 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         most_rows, real = CHUNK[hidden.device.type], len(hidden)
-        hidden, labels = F.pad(hidden, (0, 0, 0, -real % ROWS)), F.pad(labels, (0, -real % ROWS))
+        if hidden.device.type == "cpu" and (more := -real % ROWS):
+            hidden, labels = F.pad(hidden, (0, 0, 0, more)), F.pad(labels, (0, more))
         count, words, upcasts = min(most_rows, len(hidden)), len(head), upcast.needed(hidden)
         # the same buffers for every chunk: fresh pages are not free
         wide = hidden.new_empty(count, words, dtype=torch.float32)

@@ -9,8 +9,8 @@ carry different adapters or blends, and a strength slider is a write into a tens
 What one adapter does to one layer is a Part: LowRank here, Copied here for modules that are trained whole, and
 those of the paper's other methods in baselines. A part answers with what it adds to the layer's output.
 
-Masters are fp32; they are cast down to the dtype of x, never x up (casting inputs up costs a fifth of the
-peak memory and changes no gradient).
+Masters are fp32; they are cast down to the dtype of x, never x up (casting inputs up and keeping them costs a fifth of
+the peak memory and changes no gradient), but for the moment of a product that core.upcast says is better made in fp32.
 """
 
 import math
@@ -219,8 +219,9 @@ class LowRank(Part):
         if self._norm and self._norm[0] == version and not layer.training:
             return self._norm[1]
         with torch.no_grad():
-            W, A, B, s = upcast.widened(self._weight(layer)), self.A, self.B, self.scale
-            cross = (F.linear(W, A.to(W.dtype)).to(B.dtype) * B).sum(1)
+            W, A, B, s = self._weight(layer), self.A, self.B, self.scale
+            along = upcast.times_transposed(A, W).T if upcast.needed(W) else F.linear(W, A.to(W.dtype))  # (rows, r)
+            cross = (along.to(B.dtype) * B).sum(1)
             norm = (self.squares + 2 * s * cross + s * s * ((B @ (A @ A.T)) * B).sum(1)).clamp_min(0).sqrt()
         self._norm = version, norm
         return norm
@@ -362,7 +363,8 @@ class Ready:
     """What a slot adds while its model answers, made once and used until the route or a factor changes.
 
     A (in, R) and B (R, out) of all parts, with the scale in B, and the weights, too, where all rows have the same;
-    else columns (rows, 1, R) holds them. In the dtype of the layer, and in fp32 for a pass of few tokens on a CPU.
+    else columns (rows, 1, R) holds them. In the dtype of the layer, and in fp32 for few tokens on a CPU, or for any
+    number where core.upcast says so.
     """
 
     def __init__(self, parts: Sequence[tuple[int, LowRank]], gates: Gates | None, output: torch.Tensor) -> None:
@@ -374,8 +376,8 @@ class Ready:
         if columns is not None and len(columns) == 1:
             B, columns = columns.flatten()[:, None].to(B.dtype) * B, None
         self._columns, self._batch = columns, None if columns is None else (output.shape[0], output.dim())
-        self._few = FEW * len(A) if output.device.type == "cpu" else 0  # numbers in x
-        self._few = math.inf if upcast.needed(output) else self._few
+        few = FEW * len(A) if output.device.type == "cpu" else 0
+        self._few = math.inf if upcast.needed(output) else few  # numbers in x
         self._wide, self._dtype = (A, B.contiguous()), output.dtype
         self._cast: tuple[torch.Tensor, ...] | None = None
 
@@ -532,7 +534,7 @@ class Product(torch.autograd.Function):
     """y + scale · ((x Aᵀ) ⊙ g) Bᵀ that keeps x alone for its backward: x Aᵀ and the casts of A and B are made again.
 
     With a frozen A it keeps (x Aᵀ) ⊙ g instead, which is narrow, and x is free to go (LoRA-FA's saving).
-    x (batch, ..., in); A (R, in) and B (out, R) fp32 masters, cast down to the dtype of x; g (1 or batch, 1, ..., R);
+    x (batch, ..., in); A (R, in) and B (out, R) fp32 masters; g (1 or batch, 1, ..., R);
     y (batch, ..., out), the layer's own output, to which one matrix product adds; None for 0.
     """
 

@@ -2,8 +2,8 @@
 
 Most laptops' processors have none, and torch's own loops take 7 to 40 times as long as a product in fp32. Here a
 weight rests in bfloat16, in half the memory, and is cast a piece at a time into a buffer that stays in the cache;
-results are rounded to bfloat16, as where the processor does it all. `apply` makes a model's layers do so; who
-multiplies by other tensors asks `needed`.
+results are rounded to bfloat16, as where the processor does it all. `apply` makes a model's linear layers do so; who
+multiplies by other tensors asks `needed`. Attention outside the packed path is left to torch.
 """
 
 import functools
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 PIECE = 2**20  # elements of a weight that are in fp32 together: 4 MB
 SINGLE, FEW = 3, 32  # rows up to which they are quicker multiplied one by one, and as columns
-_buffers = threading.local()  # a backward has a thread of its own
+_buffers = threading.local()
 
 
 @functools.cache
@@ -28,9 +28,16 @@ def multiplies_bfloat16() -> bool:
     return bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
+@functools.cache
+def lacks_bfloat16() -> bool:
+    """Whether it has no instructions for that at all; with ARM's nothing was tried, so torch does what it does."""
+    features = torch.cpu.get_capabilities()
+    return not (multiplies_bfloat16() or features.get("bf16") or features.get("sve_bf16"))
+
+
 def needed(x: torch.Tensor) -> bool:
     """Whether x is better multiplied in fp32."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not multiplies_bfloat16()
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and lacks_bfloat16()
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
@@ -64,29 +71,31 @@ _FORMS: dict[type, type] = {nn.Linear: UpcastLinear, Conv1D: UpcastConv1D}
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """x (..., in), weight (out, in) -> (..., out)"""
-    if weight.requires_grad:  # trained whole
+    if weight.requires_grad and torch.is_grad_enabled():  # it is trained itself
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
     rows = x.reshape(-1, x.shape[-1])
-    if len(rows) <= SINGLE:  # torch has a quick loop for a single vector
+    if 0 < len(rows) <= SINGLE and weight.is_contiguous():  # torch has a quick loop for a single vector
         y: Any = torch.cat([F.linear(row, weight, bias) for row in rows.split(1)])
     else:
-        y = FrozenProduct.apply(rows, weight)
-        y = y if bias is None else y + bias
-    return y.view(*x.shape[:-1], -1)
+        y = FrozenProduct.apply(rows, weight, bias)
+    return y.view(*x.shape[:-1], len(weight))
 
 
 class FrozenProduct(torch.autograd.Function):
-    """x Wᵀ; the weight is all it keeps: x (rows, in), W (out, in) -> (rows, out), in bfloat16."""
+    """x Wᵀ + b; W is all it keeps: x (rows, in), W (out, in), b (out,) -> (rows, out), in bfloat16."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         ctx.save_for_backward(weight)
-        return times_transposed(x, weight).to(x.dtype)
+        y = times_transposed(x, weight)
+        return (y if bias is None else y.add_(bias)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return times(outer[0], weight).to(outer[0].dtype), None
+        (gradient,) = outer
+        for_x = times(gradient, weight).to(gradient.dtype) if ctx.needs_input_grad[0] else None
+        return for_x, None, gradient.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def times_transposed(x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -57,7 +57,7 @@ def warm_up() -> None:
         PreTrainedTokenizerFast(tokenizer_object=letters, eos_token="a", pad_token="b").save_pretrained(folder)
         library = ModelLibrary(Path(folder))
         library.tokenizer(folder)("abc", return_offsets_mapping=True)
-        lora = LoRA(library.load(folder, precision=training_precision("cpu"), on="cpu"))
+        lora = LoRA(library.load(folder, precision=training_precision("cpu", 0), on="cpu"))
     add(lora, "warm", LoraSpec())
     row = Tokens(tuple(range(16)), (True,) * 16)
     with lora.use("warm"):

@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 
 import psutil
 
+from lora_studio import ram
 from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError
 from lora_studio.events import Warned
@@ -254,7 +255,7 @@ class Supervisor:
     def _loop(self) -> None:
         while not self._ending.wait(INTERVAL_S):
             try:
-                if self.tick() and psutil.virtual_memory().available >= SPARE_BYTES:
+                if self.tick() and ram.available() >= SPARE_BYTES:
                     self.executors["local"].prepare()
             except Exception:  # a full disk, a vanished folder, a damaged file: none of them may end the queue
                 log.exception("the queue could not be read")
@@ -347,7 +348,7 @@ def _held_bytes(run: Run, store: RunStore) -> float:
 def _crashed(run: Run, times: int, finding: Warned, held_bytes: float) -> dict[str, str]:
     """Why a run is given up."""
     what = "was ended for its memory" if finding.code == OUT_OF_MEMORY else "crashed"
-    words = disk.megabytes(held_bytes), disk.megabytes(memory.limit_bytes())
+    words = disk.megabytes(held_bytes), disk.megabytes(ram.total())
     held = f"; it held {words[0]} of {words[1]}" if held_bytes else ""
     return {
         "code": "E_CRASHED",
