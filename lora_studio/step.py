@@ -10,8 +10,10 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 
 from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
@@ -30,6 +32,7 @@ from lora_studio.recorded import Recordings, forget, recordable
 
 HALVINGS = 3
 MARGIN = 0.9  # of the free memory may be used
+BUSY = 256  # tokens, or tokens times width over this, that keep a CPU busy
 Batch = Sequence[lean.Tokens]
 
 
@@ -62,8 +65,10 @@ class Share:
         return list(parts.values())
 
     def joins(self, lora: LoRA, batch: Batch) -> bool:
-        """Whether it may share a pass with other adapters: sequences that can be laid end to end, in one piece."""
+        """Whether it shares a pass with other adapters: sequences to lay end to end, few, and in one piece."""
         if self.accumulate > 1 or self.recompute or self.alone or batch[0].label is not None:
+            return False
+        if sum(len(tokens.ids) for tokens in batch) > _gaining(lora.model):
             return False
         if self._may_join is None:  # the model is asked once, not at every step
             self._may_join = packs(lora, [self.adapter]) and lora.shares(self.adapter)
@@ -92,6 +97,17 @@ class Share:
         else:
             tokens = max(sum(len(one.ids) for one in part) for part in parts)
             raise shortage(next(lora.model.parameters()).device, tokens)
+
+
+def _gaining(model: nn.Module) -> float:
+    """Tokens of a batch up to which a CPU gains by adding another adapter's to the pass.
+
+    With more its products are busy as it is, and a larger pass leaves its caches; narrow models are busy later.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        return math.inf
+    config: Any = model.config
+    return max(BUSY, BUSY**2 / config.get_text_config().hidden_size)
 
 
 class Crowded(Exception):

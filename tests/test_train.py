@@ -361,8 +361,10 @@ def test_a_shortage_while_measuring_takes_smaller_passes_or_ends_that_job_alone(
 
 
 def test_small_passes_are_shared_and_large_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    for room, passes in ((10_000, 6), (70, 6 + 6 + 4 + 6 + 3)):  # tokens: all jobs, one job
+    one_by_one = 6 + 6 + 4 + 6 + 3
+    for room, busy, passes in ((10_000, 256, 6), (70, 256, one_by_one), (10_000, 30, one_by_one)):  # tokens
         monkeypatch.setitem(lean.PASS, "cpu", room)
+        monkeypatch.setattr(step, "BUSY", busy)
         forwards, lora = [], base("llama")
         jobs = cell_jobs(lora, samples=0)
         for job in jobs:
