@@ -35,8 +35,8 @@ from lora_studio.data.batches import Lengths
 from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_TOKENS
 from lora_studio.settings import TrainConfig
 
-# Chosen by least squares on the 14 settings of four architectures in benchmarks.forecast.FITTED; float32's SPARE on four
-# of these, on a processor without bfloat16 products, where runs are held in it.
+# Chosen by least squares on 14 settings of four architectures: benchmarks.forecast.FITTED; float32's SPARE on four of
+# these, on a processor without bfloat16 products, where runs are held in it.
 RUNTIME_BYTES = 430 * 2**20
 SPARE = {2: 1.85, 4: 1.6}  # by bytes of an element
 SPARE_CUDA = 1.1  # there tensors alone count; two bf16 settings on an H100 took 1.0 and 1.1, float32 was not measured
