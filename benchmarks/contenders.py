@@ -120,8 +120,10 @@ def _ours(spec: Spec, clock: _Clock) -> None:
     rows = [Encoded(Tokens(ids, marks), 0) for ids, marks in spec["rows"]]
     job = Job(lora=lora, adapter="run", tokenizer=None, train=rows, heldout=(), config=config)
     for batch in spec["batches"]:
-        real = sum(len(ids) for ids, _ in batch)
-        clock.feed(sum(sum(marks[1:]) for _, marks in batch), real, real)
+        tokens = [Tokens(ids, marks) for ids, marks in batch]
+        real = sum(len(one.ids) for one in tokens)
+        processed = sum(map(job.share.size, job.share.passes(tokens)))
+        clock.feed(sum(one.count for one in tokens), real, processed)
     clock.peak = clock.most_held()  # training may reset the system's own note of it
     for values in metrics(job):
         clock.losses.append(values["train_loss"])

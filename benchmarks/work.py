@@ -2,14 +2,16 @@
 
 The useful work of a step is what no implementation can leave out: the blocks forward and backward to the input of
 every layer (4 per weight and token), the head at supervised positions (4), causal attention (6 · width · Σ length²
-a layer) and the trained factors (6 per parameter and token). What is padded, recomputed or materialised besides is
-not useful.
+a layer) and the trained factors (6 per parameter and token). What is padded, recomputed, materialised or, of a prefix
+that all rows share, computed more than once a step is not useful.
 """
 
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from lora_studio.core.lean import Tokens, shared_prefix
 
 ROUNDS = 5
 Shape = tuple[int, int, int]  # tokens, in, out
@@ -18,9 +20,10 @@ Shape = tuple[int, int, int]  # tokens, in, out
 def useful(sizes: Mapping[str, int], batch: Sequence[Any]) -> float:
     """Floating-point operations of one step on these rows; sizes as `sizes_of` gives them."""
     lengths = [len(ids) for ids, _ in batch]
+    tokens = sum(lengths) - (len(batch) - 1) * shared_prefix([Tokens(ids, marks) for ids, marks in batch])
     supervised = sum(sum(marks[1:]) for _, marks in batch)
     attention = 6 * sizes["width"] * sizes["layers"] * sum(length**2 for length in lengths)
-    return (4 * sizes["body"] + 6 * sizes["trained"]) * sum(lengths) + 4 * sizes["head"] * supervised + attention
+    return (4 * sizes["body"] + 6 * sizes["trained"]) * tokens + 4 * sizes["head"] * supervised + attention
 
 
 def sizes_of(model: Any, trained: int) -> dict[str, int]:

@@ -73,7 +73,10 @@ def estimate(
     lengths: Lengths | None = None,
     rows: int = 100,
 ) -> Estimate:
-    """Forecast for a model skeleton, what is to be trained and a dataset's length statistics (or 100 assumed rows)."""
+    """Forecast for a model skeleton, what is to be trained and a dataset's length statistics (or 100 assumed rows).
+
+    The lengths have a shared prefix only where passes will have it, too: core.lean.pack_groups.
+    """
     text = model.config.get_text_config()
     size = 4 if precision == "float32" else 2
     data = lengths or ASSUMED
@@ -114,10 +117,20 @@ def _vocabulary(model: Any) -> int:
 def _pass_tokens(config: TrainConfig, data: Lengths, rows: int, device: str) -> int:
     """Tokens in memory together in a long step: a batch of long rows, cut into passes."""
     mean, long = data.total / rows, _long(config, data, rows)
-    together = min(config.batch_size, rows)
-    step = min(config.batch_tokens, rows * mean) if config.batch_tokens else together * long
-    passes = max(config.accumulate, math.ceil(step / PASS[device]))
-    return int(max(long, step / passes + (long / 2 if passes > 1 else 0)))  # rows are whole
+    together = min(config.batch_tokens / mean if config.batch_tokens else config.batch_size, rows)
+    count, tokens = _passes(config, data, together, mean if config.batch_tokens else long, device)
+    return int(max(long, tokens + ((long - data.shared_prefix) / 2 if count > 1 else 0)))  # rows are whole
+
+
+def _passes(config: TrainConfig, data: Lengths, rows: float, row: float, device: str) -> tuple[int, float]:
+    """Passes of a step on so many rows of so many tokens, and tokens of each, as step.Share cuts it.
+
+    The prefix that all rows share comes once in each.
+    """
+    shared = data.shared_prefix
+    own = rows * (row - shared)
+    count = max(1, min(round(rows), max(config.accumulate, math.ceil(own / max(1, PASS[device] - shared)))))
+    return count, shared + own / count
 
 
 def _long(config: TrainConfig, data: Lengths, rows: int) -> float:
@@ -168,9 +181,12 @@ def _seconds(
     kept = max(1, round(rows * (1 - config.holdout)))
     mean = data.total / rows
     steps = config.total_steps(kept, int(kept * mean))
-    tokens = steps * (config.batch_tokens or min(config.batch_size, kept) * mean)
-    supervised = tokens * data.supervised / data.total
-    measured = min(HELDOUT_TOKENS, rows * config.holdout * data.total / rows)
+    together = config.batch_tokens / mean if config.batch_tokens else min(config.batch_size, kept)
+    count, size = _passes(config, data, together, mean, device)
+    tokens = steps * count * size
+    supervised = steps * together * data.supervised / rows
+    measured = min(HELDOUT_TOKENS, config.holdout * data.total)
+    measured -= max(0.0, measured / mean - 1) * data.shared_prefix
     rounds = config.evaluations + 1
     backward = body * passed / text.num_hidden_layers + min(trainable, body)
     operations = 2 * (body + backward) * tokens + 4 * head * supervised + 2 * body * measured * rounds

@@ -4,7 +4,7 @@ It knows models and rows, and nothing of steps: training, evaluating and looking
 """
 
 import resource
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -65,12 +65,37 @@ def losses(lora: LoRA, batch: Sequence[lean.Tokens]) -> torch.Tensor:
     By labels, else packed where model and adapters allow it, else padded.
     """
     model = lora.model
-    if batch[0].label is not None:
-        with leanly(lora, batch):
-            return lean.label_losses(lean.class_logits(model, batch), batch)
-    packed = lean.pack(batch, next(model.parameters()).device)
     with leanly(lora, batch):
-        return (lean.packed_losses if packs(lora, lora.in_use) else lean.padded_losses)(model, packed)
+        if batch[0].label is not None:
+            return lean.label_losses(lean.class_logits(model, batch), batch)
+        if not packs(lora, lora.in_use):
+            return lean.padded_losses(model, lean.pack(batch, _device(lora)))
+        return lean.packed_losses(model, _laid(lora, lora.in_use, [batch]))
+
+
+def losses_together(lora: LoRA, work: Mapping[str, Sequence[lean.Tokens]]) -> tuple[torch.Tensor, ...]:
+    """The same for adapters that train in one pass, each with its own rows; all must be such that `lora.shares`."""
+    packed = _laid(lora, tuple(work), list(work.values()))
+    counts = [sum(tokens.count for tokens in batch) for batch in work.values()]
+    with lora.use_spans(dict(zip(work, packed.spans, strict=True))), leanly(lora, next(iter(work.values()))):
+        return lean.packed_losses(lora.model, packed).split(counts)
+
+
+def _laid(lora: LoRA, names: Sequence[str], groups: Sequence[Sequence[lean.Tokens]]) -> lean.Packed:
+    return lean.pack_groups(groups, _device(lora), share=shares_prefix(lora, names))
+
+
+def shares_prefix(lora: LoRA, names: Sequence[str]) -> bool:
+    """Whether the prefix that the rows of a pass share is computed once, under these adapters.
+
+    It has to be the same for each row, so nothing may be drawn at random. On a CPU alone: a GPU's attention for
+    variable lengths has no words for it.
+    """
+    return _device(lora).type == "cpu" and packs(lora, names) and not any(map(lora.draws, names))
+
+
+def _device(lora: LoRA) -> torch.device:
+    return next(lora.model.parameters()).device
 
 
 @contextmanager

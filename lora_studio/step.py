@@ -23,6 +23,7 @@ from lora_studio.measure import (
     is_shortage,
     leanly,
     losses,
+    losses_together,
     memory_in_use,
     packs,
     peak_memory,
@@ -44,6 +45,7 @@ class Share:
     accumulate: int = 1  # passes at least
     checkpointing: str = "auto"
     room: int  # tokens in a pass
+    shares: bool = False  # the prefix that the rows of a pass share is computed once
     recompute: bool = field(init=False)  # activations, in the backward
     may_record: bool = field(init=False, default=False)  # its passes, on a GPU
     halvings: int = field(init=False, default=0)
@@ -57,18 +59,27 @@ class Share:
 
     def passes(self, batch: Batch) -> list[Batch]:
         """The batch in parts of about equally many tokens: at least `accumulate`, and as many as `room` asks for."""
-        ends = list(itertools.accumulate(len(tokens.ids) for tokens in batch))
-        count = min(len(batch), max(self.accumulate, math.ceil(ends[-1] / self.room)))
+        shared = lean.shared_prefix(batch) if self._shares(batch) else 0
+        sizes = [len(tokens.ids) - shared for tokens in batch]
+        ends = list(itertools.accumulate(sizes))
+        count = min(len(batch), max(self.accumulate, math.ceil(ends[-1] / max(1, self.room - shared))))
         parts: dict[int, list[lean.Tokens]] = {}
-        for tokens, end in zip(batch, ends, strict=True):  # a row belongs where its middle lies
-            parts.setdefault(int((end - len(tokens.ids) / 2) * count / ends[-1]), []).append(tokens)
+        for tokens, size, end in zip(batch, sizes, ends, strict=True):  # a row belongs where its middle lies
+            parts.setdefault(int((end - size / 2) * count / ends[-1]), []).append(tokens)
         return list(parts.values())
+
+    def size(self, part: Batch) -> int:
+        """Tokens that a pass of these rows computes."""
+        return lean.laid(part, share=self._shares(part))
+
+    def _shares(self, part: Batch) -> bool:
+        return self.shares and part[0].label is None
 
     def joins(self, lora: LoRA, batch: Batch) -> bool:
         """Whether it shares a pass with other adapters: sequences to lay end to end, few, and in one piece."""
         if self.accumulate > 1 or self.recompute or self.alone or batch[0].label is not None:
             return False
-        if sum(len(tokens.ids) for tokens in batch) > _gaining(lora.model):
+        if self.size(batch) > _gaining(lora.model):
             return False
         if self._may_join is None:  # the model is asked once, not at every step
             self._may_join = packs(lora, [self.adapter]) and lora.shares(self.adapter)
@@ -194,7 +205,7 @@ def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, de
     per_token = took / len(longest.ids)
 
     def needs() -> float:
-        return per_token * max(sum(len(one.ids) for one in part) for part in share.passes(batch))
+        return per_token * max(map(share.size, share.passes(batch)))
 
     if needs() <= free:
         return None
@@ -212,12 +223,9 @@ def _gradients(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
     try:
         if len(work) == 1:
             return [_alone(lora, *work[0])]
-        spans = {share.adapter: sum(len(tokens.ids) for tokens in batch) for share, batch in work}
-        counts = [sum(tokens.count for tokens in batch) for _, batch in work]
-        with lora.use_spans(spans):
-            each = losses(lora, [tokens for _, batch in work for tokens in batch]).split(counts)
-            means = torch.stack([part.sum() / count for part, count in zip(each, counts, strict=True)])
-            means.sum().backward()
+        each = losses_together(lora, {share.adapter: batch for share, batch in work})
+        means = torch.stack([one.sum() / len(one) for one in each])
+        means.sum().backward()
         return means.tolist()
     finally:
         model.eval()

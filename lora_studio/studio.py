@@ -249,13 +249,16 @@ class Studio:
         precision = base_precision(method, config.precision, on, parameter_count(skeleton))
         if precision in QUANTISED:
             check_quantising(skeleton, precision, on)
+        lengths = seen.lengths if seen else None
+        if lengths and not (on == "cpu" and _lays_prefix_once(skeleton, method)):
+            lengths = replace(lengths, shared_prefix=0)
         forecast = estimate(
             skeleton,
             pieces,
             config,
             precision=precision,
             device=on,
-            lengths=seen.lengths if seen else None,
+            lengths=lengths,
             rows=seen.health.rows if seen else 100,
         )
         return Plan(pieces=pieces, method=method, labels=labels, estimate=forecast)
@@ -975,6 +978,15 @@ class Studio:
         if view.labels:
             return [one.tokens for one in encode_labels(tokenizer, examples, view.labels, most)]
         return [one.tokens for one in encode_all(tokenizer, examples, most)]
+
+
+def _lays_prefix_once(skeleton: Any, method: Method) -> bool:
+    """Whether a training's passes will, on a CPU: what measure.losses finds of an adapter that is there."""
+    from lora_studio.core.layout import drops
+    from lora_studio.core.lean import packable
+
+    virtual = isinstance(method, BaselineSpec) and method.kind in VIRTUAL
+    return packable(skeleton) and not (virtual or drops(skeleton) or getattr(method, "dropout", 0))
 
 
 def _check_strength(view: Run, strength: float) -> None:

@@ -33,6 +33,7 @@ from lora_studio.measure import (
     mean_loss,
     peak_memory,
     sampled,
+    shares_prefix,
     shortage,
     within,
 )
@@ -93,6 +94,7 @@ class Job:
             accumulate=config.accumulate,
             checkpointing=config.checkpointing,
             room=lean.PASS[self.device.type],
+            shares=shares_prefix(self.lora, [self.adapter]),
         )
         kept = random_states(self.device)
         torch.manual_seed(config.seed)  # dropout's
@@ -317,7 +319,7 @@ def _groups(lora: LoRA, live: Sequence[_Course]) -> list[list[_Course]]:
     room = 0
     for course in live:
         course.batch = next(course.batches)
-        size = sum(len(tokens.ids) for tokens in course.batch)
+        size = course.job.share.size(course.batch)
         joins = course.job.share.joins(lora, course.batch)
         if joins and size <= room:
             groups[-1].append(course)

@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as some
 from tokenizers.processors import TemplateProcessing
 
+from lora_studio.core.lean import shared_prefix
 from lora_studio.data import words as reading
 from lora_studio.data.batches import encode, encode_all, encode_label, encode_labels, measure, measure_labels, preview
 from lora_studio.data.formats import Example, Message
@@ -242,3 +243,16 @@ def test_a_label_that_training_did_not_know_is_named() -> None:
     with pytest.raises(StudioError, match=r"Row 7 .*'ugly'.*bad, good") as caught:
         encode_label(tokenizer(), labelled("x", "ugly"), ["bad", "good"], 99)
     assert caught.value.code == "E_LABELS"
+
+
+def test_the_prefix_that_all_rows_share_ends_before_anything_is_learnt() -> None:
+    """As core.lean counts it of the rows as they are trained on, at every length limit."""
+    words = tokenizer()
+    rows = [Example(messages=(Message("user", f"say {n}"), Message("assistant", "ab")), row=n) for n in (1, 12, 2)]
+    measured = measure(words, rows)
+    for limit in (64, 12, 6, 2, 1):
+        tokens = [one.tokens for one in encode_all(words, rows, limit)]
+        assert measured.at(limit).shared_prefix == shared_prefix(tokens), limit
+    assert measured.at(64).shared_prefix > 4
+    assert measure(words, rows[:1]).at(64).shared_prefix == 0
+    assert measure(words, [Example(text="Once.")] * 2).at(64).shared_prefix == 0

@@ -12,6 +12,7 @@ import torch
 from benchmarks import contenders, cuda, forecast, fresh, generation, goals, pairs, parity, study, training, work
 from benchmarks.goals import Goal, paired
 from lora_studio.core.functions import CHUNK
+from lora_studio.core.lean import Tokens, shared_prefix
 from lora_studio.core.lora import LoRA
 from lora_studio.errors import StudioError
 from lora_studio.models import ModelLibrary
@@ -115,6 +116,9 @@ def test_useful_work_is_that_of_the_products_attention_and_factors(family: str) 
     attention = 6 * sizes["width"] * sizes["layers"] * (7**2 + 5**2)
     assert {t for t, _, _ in work.shapes_of(net, tokens, 1000)} == {tokens, CHUNK["cpu"]}  # the head goes by chunks
     assert work.useful(sizes, batch) == products + attention + 6 * trained * tokens
+    learnt = [(ids, [False] * 4 + marks[4:]) for ids, marks in batch]  # both begin with 0, 1, 2
+    fewer = 4 * sizes["head"] * 2 * 3 + (4 * sizes["body"] + 6 * trained) * 3
+    assert work.useful(sizes, learnt) == work.useful(sizes, batch) - fewer
 
 
 def test_the_matrix_rate_is_a_positive_number_of_a_fresh_process() -> None:
@@ -141,7 +145,8 @@ def test_ours_trainer_and_a_plain_loop_do_the_same_work(spec: dict[str, Any]) ->
     ours = found["ours"]
     assert len(ours) == len(spec["batches"]) - spec["warmup"]
     for step, batch in zip(ours, spec["batches"][1:], strict=True):
-        assert step["real"] == step["processed"] == sum(len(ids) for ids, _ in batch)
+        spared = (len(batch) - 1) * shared_prefix([Tokens(*row) for row in batch])  # a prefix comes once a pass
+        assert step["processed"] + spared == step["real"] == sum(len(ids) for ids, _ in batch)
         assert step["supervised"] == sum(sum(marks[1:]) for _, marks in batch) > 0
     for way in ("peft", "naive"):
         for one, other in zip(ours, found[way], strict=True):

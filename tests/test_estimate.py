@@ -7,7 +7,8 @@ import pytest
 
 from lora_studio.core.baselines import plan
 from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
-from lora_studio.estimate import Estimate, estimate
+from lora_studio.data.batches import Lengths
+from lora_studio.estimate import ASSUMED, Estimate, estimate
 from lora_studio.settings import TrainConfig
 from tests.tiny import causal, classifier
 
@@ -48,6 +49,20 @@ def test_every_control_moves_the_forecast_the_right_way() -> None:
     assert every.memory_bytes["activations"] > base.memory_bytes["activations"]
     assert more(batch_tokens=40).memory_bytes["peak"] < base.memory_bytes["peak"]
     assert forecast(precision="bfloat16").memory_bytes["weights"] * 2 == base.memory_bytes["weights"]
+
+
+def test_a_prefix_that_the_rows_share_is_counted_once_a_pass() -> None:
+    plain, model = dataclasses.replace(ASSUMED, shared_prefix=0), causal("llama")
+    shared = dataclasses.replace(plain, shared_prefix=100)
+
+    def of(config: TrainConfig, lengths: Lengths) -> Estimate:
+        return estimate(model, plan(model, LoraSpec()), config, precision="float32", device="cpu", lengths=lengths)
+
+    alone = dataclasses.replace(CONFIG, batch_size=1)
+    assert of(alone, shared).memory_bytes == of(alone, plain).memory_bytes
+    fewer = of(CONFIG, shared)
+    assert fewer.memory_bytes["activations"] < of(CONFIG, plain).memory_bytes["activations"]
+    assert fewer.seconds < of(CONFIG, plain).seconds
 
 
 @pytest.mark.parametrize("kind", ["full", "top", "bitfit", "adapter_h", "adapter_p", "adapter_l", "prefix", "prompt"])

@@ -83,6 +83,55 @@ def test_packed_sequences_do_not_see_each_other() -> None:
     torch.testing.assert_close(together, apart, rtol=1e-5, atol=0)
 
 
+def with_prefix(shared: int, supervised: int = 10) -> list[lean.Tokens]:
+    """Rows of the usual lengths, and one of them alone longer, that begin with the same `shared` tokens."""
+    draws = torch.Generator().manual_seed(3)
+    prefix = torch.randint(2, 97, (shared,), generator=draws).tolist()
+    rows = [[*prefix, 2 + number, *range(9, 9 + length)] for number, length in enumerate(LENGTHS)]
+    return [lean.Tokens(row, [place >= supervised for place in range(len(row))]) for row in rows]
+
+
+@pytest.mark.parametrize("family", sorted(set(CAUSAL) - PLAIN))
+def test_a_shared_prefix_is_laid_once_and_changes_neither_loss_nor_gradients(family: str) -> None:
+    lora, groups, results = with_adapter(family), [with_prefix(7), with_prefix(4)[:3], with_prefix(3)[:1]], []
+    rows = [tokens for group in groups for tokens in group]
+    lora.model.train()
+    laid = lean.pack_groups(groups, share=True)
+    assert laid.ids.shape[1] == sum(laid.spans) == sum(len(one.ids) for one in rows) - 3 * 7 - 2 * 4
+    for packed in (lean.pack(rows), laid):
+        with lora.use("x"), lean.packed_attention(lora.model):
+            losses = lean.packed_losses(lora.model, packed)
+            (losses * torch.linspace(0.5, 1.5, len(losses))).sum().backward()
+        results.append((losses.detach(), [tensor.grad.clone() for tensor in lora.parameters("x")]))
+        for tensor in lora.parameters("x"):
+            tensor.grad = None
+    (plain, gradients), (ours, made) = results
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    for one, other in zip(made, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("rows", "shared"),
+    [
+        ([([5, 6, 7, 8], 3), ([5, 6, 7, 9], 3)], 2),  # what predicts a supervised token stays each row's own
+        ([([5, 6, 7, 8], 4), ([5, 6, 7, 8], 4)], 3),  # equal rows with nothing to learn: a token is left
+        ([([5, 6, 7, 8], 0), ([5, 6, 7, 8], 0)], 0),  # documents, supervised throughout
+        ([([5, 6, 7], 3), ([5], 1), ([5, 6, 8], 3)], 0),  # a row of one token
+        ([([5, 6, 7, 8], 3)], 0),  # alone
+        ([([4, 6, 7, 8], 3), ([5, 6, 7, 8], 3)], 0),
+        ([([5, 6, 7, 8, 9], 4), ([5, 6, 3, 8, 9], 4), ([5, 6, 7, 8, 1], 4)], 2),
+    ],
+)
+def test_the_shared_prefix_ends_before_anything_is_learnt(rows: list[tuple[list[int], int]], shared: int) -> None:
+    batch = [lean.Tokens(ids, [place >= first for place in range(len(ids))]) for ids, first in rows]
+    assert lean.shared_prefix(batch) == shared
+    laid, plain = lean.pack_groups([batch], share=True), lean.pack(batch)
+    wanted = [labels[labels != lean.IGNORED].tolist() for labels in (laid.labels, plain.labels)]
+    assert wanted[0] == wanted[1]
+    assert laid.lengths.longest == plain.lengths.longest == max(len(ids) for ids, _ in rows)
+
+
 def _rows(lengths: Sequence[int] = LENGTHS) -> list[lean.Tokens]:
     return [lean.Tokens(list(range(2, 2 + length)), [True] * length) for length in lengths]
 
@@ -376,16 +425,21 @@ def test_a_norm_that_is_trained_gets_its_gradient() -> None:
     assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in model.parameters())
 
 
-@pytest.mark.parametrize("lengths", [(7,), (5, 3, 5, 5), (1, 4)])
+@pytest.mark.parametrize("lengths", [(7,), (5, 3, 5, 5), (2, 4)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
-def test_attention_by_sequence_is_attention_with_a_block_mask(lengths: tuple[int, ...], heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shared", [0, 2])  # tokens that every sequence begins with, and that lie with the first
+def test_attention_by_sequence_is_attention_with_a_block_mask(
+    lengths: tuple[int, ...], heads: tuple[int, int], shared: int
+) -> None:
     torch.manual_seed(0)
+    ahead = [None, *[slice(0, shared) if shared else None] * (len(lengths) - 1)]
     total = sum(lengths)
     q, k, v = (torch.randn(1, number, total, 8, requires_grad=True) for number in (heads[0], heads[1], heads[1]))
     number = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    mask = (number[:, None] == number) & torch.ones(total, total, dtype=torch.bool).tril()
+    seen = (number[:, None] == number) | (torch.arange(total) < shared)
+    mask = seen & torch.ones(total, total, dtype=torch.bool).tril()
     plain = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True).transpose(1, 2)
-    ours = functions.CausalAttention.apply(q, k, v, lengths, 0.3)
+    ours = functions.CausalAttention.apply(q, k, v, lean.Lengths(lengths, ahead=ahead).places, 0.3)
     outer = torch.randn_like(plain)
     torch.testing.assert_close(ours, plain)
     for mine, theirs in zip(

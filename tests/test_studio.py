@@ -57,6 +57,13 @@ def test_a_plan_knows_the_dataset(studio: Studio, rows: DataChoice, tiny: Path) 
     assert short.estimate.memory_bytes["activations"] < long.estimate.memory_bytes["activations"]
 
 
+def test_a_plan_counts_a_shared_prefix_once_unless_each_row_drops_its_own(
+    studio: Studio, rows: DataChoice, tiny: Path
+) -> None:
+    once, apart = (studio.plan(str(tiny), LoraSpec(dropout=dropout), choice=rows) for dropout in (0.0, 0.1))
+    assert once.estimate.memory_bytes["activations"] < apart.estimate.memory_bytes["activations"]
+
+
 def test_a_task_suits_model_and_data_and_a_plan_for_labels_trains_the_head(
     studio: Studio, rows: DataChoice, tiny: Path, tmp_path: Path
 ) -> None:

@@ -20,7 +20,7 @@ from lora_studio.data.formats import Example, Message
 from lora_studio.errors import StudioError
 from lora_studio.events import Metric, Probed, Sample, Started, Warned
 from lora_studio.generate import classify
-from lora_studio.measure import figures
+from lora_studio.measure import figures, losses, losses_together
 from lora_studio.settings import TrainConfig
 from lora_studio.train import Job, _batches, heldout_figures, heldout_loss, schedule, train, train_together
 from tests.tiny import EXPERTS, FAMILIES, causal, classifier, tokenizer
@@ -323,6 +323,27 @@ def test_so_they_do_with_dropout_and_with_a_head_of_their_own(specs: Mapping[str
     ends_as_alone("llama", [CELLS[0], DROPPED, CELLS[4]], specs)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_all_rows_of_an_adapter_begin_with_is_computed_once_a_pass(dropout: float) -> None:
+    """Unless random numbers are drawn, which every row has its own of."""
+    lora, words = base("llama"), tokenizer()
+    for name in "xy":
+        lora.add(name, LoraSpec(rank=2, dropout=dropout), seed=0)
+    rows = [encode(words, row, 512).tokens for row in examples(5)]
+    sizes: list[int] = []
+    lora.model.base_model.register_forward_pre_hook(
+        lambda _, inputs, kwargs: sizes.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    with lora.use("x"):
+        losses(lora, rows)
+    every, spared = sum(len(one.ids) for one in rows), lean.shared_prefix(rows)
+    assert spared > 3 and sizes == [every if dropout else every - 4 * spared]
+    if not dropout:
+        losses_together(lora, {"x": rows[:2], "y": rows[2:]})
+        first, second = lean.shared_prefix(rows[:2]), lean.shared_prefix(rows[2:])
+        assert sizes[1:] == [every - first - 2 * second]
+
+
 def test_a_shortage_in_a_shared_pass_ends_sharing_and_no_job() -> None:
     lora = base("llama")
     jobs = cell_jobs(lora)
@@ -546,15 +567,18 @@ def test_a_budget_of_tokens_fills_batches_and_counts_epochs() -> None:
     assert max(sizes) <= 60 < min(sizes) + max(len(tokens.ids) for tokens in rows)
 
 
+@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("room", [30, 60, 1000])
 @pytest.mark.parametrize("accumulate", [1, 2, 8])
-def test_a_step_is_cut_into_even_passes_of_whole_rows_in_order(room: int, accumulate: int) -> None:
+def test_a_step_is_cut_into_even_passes_of_whole_rows_in_order(room: int, accumulate: int, shares: bool) -> None:
+    """By what each row adds to a pass, which of a prefix that they share is nothing."""
     rows = [encode(tokenizer(), row, 512).tokens for row in examples(8)]
-    share = step.Share(adapter="x", accumulate=accumulate, room=room)
-    parts = share.passes(rows)
+    share = step.Share(adapter="x", accumulate=accumulate, room=room, shares=shares)
+    parts, shared = share.passes(rows), lean.shared_prefix(rows) if shares else 0
     assert [tokens for part in parts for tokens in part] == rows
-    sizes = [sum(len(tokens.ids) for tokens in part) for part in parts]
-    longest = max(len(tokens.ids) for tokens in rows)
-    wanted = max(accumulate, math.ceil(sum(sizes) / room))
+    sizes = [sum(len(tokens.ids) - shared for tokens in part) for part in parts]
+    assert all(share.size(part) <= shared + size for part, size in zip(parts, sizes, strict=True))
+    longest = max(len(tokens.ids) for tokens in rows) - shared
+    wanted = max(accumulate, math.ceil(sum(sizes) / (room - shared)))
     assert len(parts) == min(wanted, len(rows)) or len(parts) >= wanted - 1
     assert max(sizes) - longest < sum(sizes) / min(wanted, len(rows))

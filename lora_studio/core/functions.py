@@ -23,6 +23,7 @@ from lora_studio.core import kernels, upcast
 CHUNK = {"cpu": 128, "mps": 128, "cuda": 512}
 # Such a product has on a CPU, or a multiple: few are summed in another order, and a loss went by who shared its pass.
 ROWS = 16
+Place = tuple[slice, ...]  # of a sequence's tokens in a row: those it begins with, where they lie with another, its own
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 aten = torch.ops.aten
 
@@ -85,36 +86,45 @@ class CausalAttention(torch.autograd.Function):
     """Causal softmax attention on the CPU within each of several sequences that lie end to end.
 
     q (1, heads, T, d), k and v (1, kv_heads, T, d) -> (1, T, heads, d); sequences of one length are computed
-    together. In fp32 whatever the dtype: the CPU's bfloat16 backward takes twice the time.
+    together. In fp32 whatever the dtype: the CPU's bfloat16 backward takes twice the time. A sequence that begins
+    with tokens of another attends to them as to its own.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Sequence[int], scale: float | None
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: Sequence[Place], scale: float | None
     ) -> torch.Tensor:
         output = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])  # (1, T, heads, d)
         logsums = []
-        for spans in _alike(lengths):
+        for alike in _alike(places):
             made, logsum = aten._scaled_dot_product_flash_attention_for_cpu(
-                _gather(q, spans), _gather(k, spans), _gather(v, spans), 0.0, True, scale=scale
+                _gather(q, alike), _gather(k, alike), _gather(v, alike), 0.0, True, scale=scale
             )
-            _scatter(made, spans, output.transpose(1, 2))
+            for number, (*_, own) in enumerate(alike):
+                output[0, own] = made[number, :, -_size(own) :].transpose(0, 1)
             logsums.append(logsum)
         ctx.save_for_backward(q, k, v, output, *logsums)
-        ctx.lengths, ctx.scale = lengths, scale
+        ctx.places, ctx.scale = places, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, output, *logsums = ctx.saved_tensors
         for_output, output = outer[0].transpose(1, 2), output.transpose(1, 2)
-        gradients = [torch.empty_like(tensor.transpose(1, 2)).transpose(1, 2) for tensor in (q, k, v)]
-        for spans, logsum in zip(_alike(ctx.lengths), logsums, strict=True):
-            parts = [_gather(tensor, spans) for tensor in (for_output, q, k, v, output)]
+        gradients = [torch.zeros_like(tensor.transpose(1, 2), dtype=torch.float32) for tensor in (q, k, v)]
+        for alike, logsum in zip(_alike(ctx.places), logsums, strict=True):
+            wanted = _gather(for_output, alike)
+            for number, (*ahead, _) in enumerate(alike):
+                for span in ahead:  # what these tokens attended to is another sequence's affair
+                    wanted[number, :, : _size(span)] = 0
+            parts = [wanted, *(_gather(tensor, alike) for tensor in (q, k, v, output))]
             made = aten._scaled_dot_product_flash_attention_for_cpu_backward(*parts, logsum, 0.0, True, scale=ctx.scale)
             for part, whole in zip(made, gradients, strict=True):
-                _scatter(part, spans, whole)
-        return *gradients, None, None
+                for number, place in enumerate(alike):
+                    pieces = part[number].transpose(0, 1).split([_size(span) for span in place])
+                    for span, piece in zip(place, pieces, strict=True):
+                        whole[0, span] += piece
+        return *(whole.transpose(1, 2).to(q.dtype) for whole in gradients), None, None
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -161,23 +171,25 @@ class CrossEntropy(torch.autograd.Function):
         return gradient * outer[0][:, None].to(gradient.dtype), None, None
 
 
-def _alike(lengths: Sequence[int]) -> Iterator[list[slice]]:
-    """The places of the sequences, those of one length together."""
-    found: dict[int, list[slice]] = {}
-    start = 0
-    for length in lengths:
-        found.setdefault(length, []).append(slice(start, start + length))
-        start += length
+def _alike(places: Sequence[Place]) -> Iterator[list[Place]]:
+    """The sequences, those of one length together."""
+    found: dict[int, list[Place]] = {}
+    for place in places:
+        found.setdefault(sum(map(_size, place)), []).append(place)
     yield from found.values()
 
 
-def _gather(tensor: torch.Tensor, spans: Sequence[slice]) -> torch.Tensor:
-    """(1, heads, T, d) -> (spans, heads, length, d) in fp32."""
-    parts = [tensor[:, :, span] for span in spans]
+def _gather(tensor: torch.Tensor, places: Sequence[Place]) -> torch.Tensor:
+    """(1, heads, T, d) -> (places, heads, length, d) in fp32."""
+    parts = [cut(tensor, place) for place in places]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
 
 
-def _scatter(made: torch.Tensor, spans: Sequence[slice], whole: torch.Tensor) -> None:
-    """Write (spans, heads, length, d) to its places in `whole` (1, heads, T, d)."""
-    for number, span in enumerate(spans):
-        whole[0, :, span] = made[number]
+def cut(tensor: torch.Tensor, place: Place) -> torch.Tensor:
+    """(1, heads, T, d) -> (1, heads, length, d): the tokens of one sequence."""
+    parts = [tensor[:, :, span] for span in place]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+
+def _size(span: slice) -> int:
+    return span.stop - span.start

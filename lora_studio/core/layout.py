@@ -301,6 +301,13 @@ def heads(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, child in others if next(child.parameters(), None) is not None)
 
 
+def drops(model: nn.Module) -> bool:
+    """Whether the model itself drops something at random in training."""
+    config = getattr(model, "config", None)
+    in_attention = getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0)
+    return bool(in_attention) or any(isinstance(module, nn.Dropout) and module.p for module in model.modules())
+
+
 def _embedding_layer(model: Any) -> nn.Module | None:
     layer = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     return layer if isinstance(layer, nn.Embedding) and is_adaptable(layer) else None

@@ -56,16 +56,40 @@ class Tokens:
 class Lengths(tuple[int, ...]):
     """Tokens of each of some sequences that lie end to end.
 
+    A sequence may begin with tokens that lie with another: `ahead` says where, for each; the tuple counts what lies in
+    its own place, `longest` all of it.
+
     On a GPU also `ends` (sequences + 1,): where they end, so that all layers share one tensor. With `ends` given they
     are where that says at the time, of at most `longest` tokens, and the tuple itself says no more than their sum.
     """
 
-    def __new__(cls, lengths: Sequence[int], *, ends: torch.Tensor | None = None, longest: int = 0) -> "Lengths":
+    def __new__(
+        cls,
+        lengths: Sequence[int],
+        *,
+        ahead: Sequence[slice | None] = (),
+        ends: torch.Tensor | None = None,
+        longest: int = 0,
+    ) -> "Lengths":
         return super().__new__(cls, lengths)
 
-    def __init__(self, lengths: Sequence[int], *, ends: torch.Tensor | None = None, longest: int = 0) -> None:
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        *,
+        ahead: Sequence[slice | None] = (),
+        ends: torch.Tensor | None = None,
+        longest: int = 0,
+    ) -> None:
+        self._ahead = ahead or [None] * len(lengths)
         self._ends, self.known = ends, ends is None
         self.longest = longest or max(lengths)
+
+    @functools.cached_property
+    def places(self) -> list[functions.Place]:
+        """Where the tokens of each lie."""
+        own = [slice(end - length, end) for length, end in zip(self, itertools.accumulate(self), strict=True)]
+        return [(one,) if ahead is None else (ahead, one) for ahead, one in zip(self._ahead, own, strict=True)]
 
     def ends(self, device: torch.device) -> torch.Tensor:
         if self._ends is None:
@@ -75,21 +99,74 @@ class Lengths(tuple[int, ...]):
 
 @dataclass(frozen=True)
 class Packed:
-    """Sequences end to end: ids, positions and next-token labels (1, T), and the length of each."""
+    """Sequences end to end: ids, positions and next-token labels (1, T), the length of each, tokens of each group."""
 
     ids: torch.Tensor
     positions: torch.Tensor
     labels: torch.Tensor
     lengths: Lengths
+    spans: tuple[int, ...]
 
 
 def pack(batch: Sequence[Tokens], device: torch.device | str = "cpu") -> Packed:
     """Lay sequences end to end; labels are shifted so that position t predicts token t + 1."""
-    ids = [token for tokens in batch for token in tokens.ids]
-    positions = [position for tokens in batch for position in range(len(tokens.ids))]
-    labels = [label for tokens in batch for label in _labels(tokens)]
+    return pack_groups([batch], device)
+
+
+def pack_groups(
+    groups: Sequence[Sequence[Tokens]], device: torch.device | str = "cpu", *, share: bool = False
+) -> Packed:
+    """Lay groups of sequences end to end; with `share` the prefix that all of a group have lies there once.
+
+    It lies with the first of them. The same weights make the same of it in every sequence, so it is computed once, and
+    its gradient is the sum over them all.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    labels: list[int] = []
+    lengths: list[int] = []
+    ahead: list[slice | None] = []
+    ends = [0]
+    for group in groups:
+        shared = shared_prefix(group) if share else 0
+        prefix = slice(len(ids), len(ids) + shared)
+        for number, tokens in enumerate(group):
+            start = shared if number else 0
+            ids += tokens.ids[start:]
+            positions += range(start, len(tokens.ids))
+            labels += _labels(tokens)[start:]
+            lengths.append(len(tokens.ids) - start)
+            ahead.append(prefix if start else None)
+        ends.append(len(ids))
     ids_t, positions_t, labels_t = (torch.tensor([row], device=device) for row in (ids, positions, labels))
-    return Packed(ids_t, positions_t, labels_t, Lengths([len(tokens.ids) for tokens in batch]))
+    longest = max(len(tokens.ids) for group in groups for tokens in group)
+    spans = tuple(after - before for before, after in itertools.pairwise(ends))
+    return Packed(ids_t, positions_t, labels_t, Lengths(lengths, ahead=ahead, longest=longest), spans)
+
+
+def shared_prefix(batch: Sequence[Tokens]) -> int:
+    """Tokens that all of these sequences begin with, so far as none of them has to predict a supervised one."""
+    if len(batch) == 1:
+        return 0
+    unsupervised = min(_first_supervised(tokens) for tokens in batch) - 1
+    return max(0, min(len(common_prefix([tuple(tokens.ids) for tokens in batch])), unsupervised))
+
+
+def laid(batch: Sequence[Tokens], *, share: bool) -> int:
+    """Tokens that `pack_groups` lays for one group."""
+    return sum(len(tokens.ids) for tokens in batch) - (len(batch) - 1) * (shared_prefix(batch) if share else 0)
+
+
+def common_prefix(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What all of these begin with."""
+    first, last = min(rows), max(rows)  # all others lie between them
+    different = (place for place, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1])
+    return first[: next(different, len(first))]
+
+
+def _first_supervised(tokens: Tokens) -> int:
+    """Its place; behind the last token where there is none. The very first has nothing before it to be told from."""
+    return next((place for place, kept in enumerate(tokens.supervised) if kept and place), len(tokens.ids))
 
 
 def _labels(tokens: Tokens) -> list[int]:
@@ -340,21 +417,22 @@ def _attend(
     plain = sliding_window is None or sequence_lengths.longest <= sliding_window
     plain = plain and not dropout and query.shape[-1] == value.shape[-1]
     if plain and query.device.type == "cpu":
-        return functions.CausalAttention.apply(query, key, value, sequence_lengths, scaling), None  # type: ignore
+        return functions.CausalAttention.apply(query, key, value, sequence_lengths.places, scaling), None  # type: ignore
     if plain and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and _takes("scale"):
         return _variable_length(query, key, value, sequence_lengths, scaling), None
     if not sequence_lengths.known:
         raise RuntimeError("its attention goes by the lengths of the sequences")
     grouped = query.shape[1] != key.shape[1]  # fewer key and value heads than query heads
     outputs = []
-    apart = (upcast.widened(tensor).split(sequence_lengths, dim=2) for tensor in (query, key, value))
-    for q, k, v in zip(*apart, strict=True):
+    wide = [upcast.widened(tensor) for tensor in (query, key, value)]
+    for place, own in zip(sequence_lengths.places, sequence_lengths, strict=True):
+        q, k, v = (functions.cut(tensor, place) for tensor in wide)
         length = q.shape[2]
         window = None if sliding_window is None or length <= sliding_window else _window(length, sliding_window, q)
         attended = F.scaled_dot_product_attention(
             q, k, v, window, dropout, is_causal=window is None, scale=scaling, enable_gqa=grouped
         )
-        outputs.append(attended)
+        outputs.append(attended[:, :, length - own :])
     return torch.cat(outputs, dim=2).transpose(1, 2).to(query.dtype).contiguous(), None
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_studio.core.layout import Target, dimensions, experts, is_adaptable, matrices
+from lora_studio.core.layout import Target, dimensions, drops, experts, is_adaptable, matrices
 from lora_studio.core.slot import Before, Copied, InputSlot, LowRank, Part, Route, Slot, base_weight
 from lora_studio.core.spec import LoraSpec, Method
 from lora_studio.errors import StudioError, quote
@@ -138,17 +138,17 @@ class LoRA:
         """Whether sequences may be laid end to end under it; virtual tokens want a row per sequence."""
         return not any(isinstance(part, Before) for _, part in self.parts(name))
 
+    def draws(self, name: str) -> bool:
+        """Whether training it draws random numbers, in the adapter or in the model."""
+        return drops(self.model) or any(isinstance(part, LowRank) and part.dropout for _, part in self.parts(name))
+
     def shares(self, name: str) -> bool:
         """Whether it may train on a span of a row (`use_spans`) and end as if alone: it packs, each of its layers sees
         every token, and nothing in it or in the model draws random numbers.
         """
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
-        draws = any(isinstance(module, nn.Dropout) and module.p for module in self.model.modules())
-        config = getattr(self.model, "config", None)
-        draws = draws or bool(getattr(config, "attention_dropout", 0) or getattr(config, "attn_pdrop", 0))
-        parts = [(self.model.get_submodule(layer), part) for layer, part in self.parts(name)]
-        dropped = any(isinstance(part, LowRank) and part.dropout for _, part in parts)
-        return self.packs(name) and not draws and not dropped and not any(layer is head for layer, _ in parts)
+        on_head = any(self.model.get_submodule(layer) is head for layer, _ in self.parts(name))
+        return self.packs(name) and not self.draws(name) and not on_head
 
     # ---- adding and removing -------------------------------------------------------------------------------------
 

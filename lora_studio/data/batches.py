@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
-from lora_studio.core.lean import Tokens
+from lora_studio.core.lean import Tokens, common_prefix
 from lora_studio.data.formats import Example
 from lora_studio.data.words import Reading, read_rows, read_texts
 from lora_studio.errors import StudioError, quote
@@ -54,6 +54,7 @@ class Lengths:
     lost: int = 0  # tokens cut off
     supervised: int
     lost_supervised: int = 0
+    shared_prefix: int = 0  # tokens that all examples begin with, as core.lean.shared_prefix counts them
     histogram: tuple[int, ...]  # 20 equal bins from 0 to `max`
     quoted: int = 0  # examples with control tokens of the model in their words
 
@@ -69,6 +70,7 @@ class Measured:
     end: array  # position behind the last supervised token, of the same
     at_position: array  # not by example: how many have a supervised token at position 0, 1, 2, ...
     quoted: int
+    alike: int = 0  # tokens that all of them begin with
 
     def at(self, limit: int) -> Lengths:
         """What a length limit keeps and loses; no row is read for it."""
@@ -87,9 +89,16 @@ class Measured:
             lost=lost,
             supervised=supervised,
             lost_supervised=sum(self.learnt) - supervised,
+            shared_prefix=self._shared_prefix(limit),
             histogram=tuple(after - before for before, after in pairwise(edges)),
             quoted=self.quoted,
         )
+
+    def _shared_prefix(self, limit: int) -> int:
+        if len(self.tokens) == 1:
+            return 0
+        before = min((*self.first[:1], self.tokens[0], limit)) - 1  # what follows may predict a supervised token
+        return max(0, min(self.alike, before))
 
 
 def encode(tokenizer: Any, example: Example, max_length: int) -> Encoded:
@@ -150,8 +159,15 @@ def preview_label(tokenizer: Any, example: Example, max_length: int) -> list[Pie
 
 def measure(tokenizer: Any, examples: Sequence[Example]) -> Measured:
     """The lengths of all rows as `encode` reads them."""
-    readings = (one for some in _groups(examples) for one in read_rows(tokenizer, some))
-    return _measured((len(one.ids), list(_spans(one.supervised)), one.quoted) for one in readings)
+    alike: tuple[int, ...] | None = None
+
+    def counted() -> Iterator[tuple[int, list[tuple[int, int]], int]]:
+        nonlocal alike
+        for one in (one for some in _groups(examples) for one in read_rows(tokenizer, some)):
+            alike = one.ids if alike is None else common_prefix((alike, one.ids))
+            yield len(one.ids), list(_spans(one.supervised)), one.quoted
+
+    return replace(_measured(counted()), alike=len(alike or ()))
 
 
 def measure_labels(tokenizer: Any, examples: Sequence[Example]) -> Measured:
