@@ -17,6 +17,7 @@ from tests.browser import chromium, live, served, study, train
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 THEMES = ("light", "dark")
+PICTURES = 6  # taken at most, until two are the same: a chart may be half drawn
 
 
 def shoot(page: Page, folder: Path, name: str) -> None:
@@ -25,7 +26,12 @@ def shoot(page: Page, folder: Path, name: str) -> None:
     overflow = page.evaluate("document.documentElement.scrollWidth - innerWidth")
     if overflow > 0:
         print(f"{name}: {overflow} pixels wider than the window", file=sys.stderr)
-    page.screenshot(path=folder / f"{name}.png", full_page=True, animations="disabled")
+    picture = b""
+    for _ in range(PICTURES):
+        before, picture = picture, page.screenshot(full_page=True, animations="disabled")
+        if picture == before:
+            break
+    (folder / f"{name}.png").write_bytes(picture)
     print(folder / f"{name}.png")
 
 

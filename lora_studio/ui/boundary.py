@@ -20,7 +20,8 @@ from lora_studio.errors import StudioError, redacted
 log = logging.getLogger(__name__)
 
 TRY = "<button type='button' class='try-example'>Try the example</button>"  # header.js knows what it does
-OFFER = f"<span class='no-run'>No run to choose? {TRY}</span>"
+NONE = "no-runs"  # the class of a list of runs that is empty; only beside one the offer is seen
+OFFER = f"<span class='no-run'>There is no run to choose yet. {TRY}</span>"
 CURES = {"E_NO_DATA": TRY, "E_NO_RUN": TRY}  # one button, where one is enough
 UNEXPECTED = StudioError(
     "E_UNEXPECTED", "Something went wrong inside the app.", "Try again; the app's own output has the details."

@@ -22,7 +22,7 @@ from lora_studio.results import Comparison, Wanted
 from lora_studio.runs.config import Run
 from lora_studio.settings import Sampling
 from lora_studio.ui import figure, form, panes, tokens
-from lora_studio.ui.boundary import OFFER, problem_last
+from lora_studio.ui.boundary import NONE, OFFER, problem_last
 from lora_studio.ui.desk import Desk
 from lora_studio.ui.live import run_label
 
@@ -239,7 +239,11 @@ def list_runs(desk: Desk, chosen: str | None) -> Any:
     runs = [run for run in desk.studio.runs.list() if run.has_adapter]
     ids = [run.id for run in runs]
     value = chosen if chosen in ids else next(iter(ids), None)
-    return gr.Dropdown(choices=[(run_label(run), run.id) for run in runs], value=value)
+    return gr.Dropdown(
+        choices=[(run_label(run), run.id) for run in runs],
+        value=value,
+        elem_classes=[] if runs else NONE,
+    )
 
 
 def list_others(desk: Desk, run: str | None, others: list[str] | None) -> tuple[Any, str]:
