@@ -32,7 +32,7 @@ from lora_studio.core.functions import CHUNK
 from lora_studio.core.layout import blocks, heads, matrices
 from lora_studio.core.lean import PASS
 from lora_studio.data.batches import Lengths
-from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_TOKENS
+from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_SPARE, SAMPLE_TOKENS
 from lora_studio.settings import TrainConfig
 
 # Chosen by least squares on 14 settings of four architectures: benchmarks.forecast.FITTED; float32's SPARE on four of
@@ -190,7 +190,8 @@ def _seconds(
     rounds = config.evaluations + 1
     backward = body * passed / text.num_hidden_layers + min(trainable, body)
     operations = 2 * (body + backward) * tokens + 4 * head * supervised + 2 * body * measured * rounds
-    written = SAMPLE_TOKENS if head and config.samples else 0  # a classifier writes nothing
+    answer = min(SAMPLE_TOKENS, SAMPLE_SPARE + data.supervised / rows)
+    written = answer if head and config.samples else 0  # a classifier writes nothing
     decoding = rounds * written * total_bytes(model, precision) / _READ_RATE[device]
     upcasts = device == "cpu" and upcast.lacks_bfloat16()
     rate = EFFICIENCY * matrix_rate("float32" if upcasts or precision == "float32" else "bfloat16", device)

@@ -13,7 +13,7 @@ import torch
 
 from lora_studio.core import lean
 from lora_studio.core.lora import LoRA
-from lora_studio.data.batches import encode_labels
+from lora_studio.data.batches import encode_all, encode_labels
 from lora_studio.data.formats import Example
 from lora_studio.data.words import prompt_ids
 from lora_studio.errors import StudioError
@@ -22,7 +22,7 @@ from lora_studio.models import memory
 from lora_studio.settings import Sampling
 
 HELDOUT_TOKENS = 2_048  # of held-out text measured at each evaluation
-SAMPLE_TOKENS = 48  # longest answer in the sample timeline
+SAMPLE_TOKENS, SAMPLE_SPARE = 96, 8  # longest answer in the sample timeline, and room behind the longest wanted one
 
 
 @torch.no_grad()
@@ -114,17 +114,23 @@ def packs(lora: LoRA, names: Sequence[str]) -> bool:
 def sampled(lora: LoRA, tokenizer: Any, samples: Sequence[Example], classes: Sequence[str], most: int) -> list[str]:
     """What the adapters in use write to each sample, a row each, or the label they find likeliest: "positive (0.93)".
 
-    `most`: tokens of a row that is labelled.
+    `most`: tokens of a row.
     """
     if not classes:
         prompts = [prompt_ids(tokenizer, example.prompt) for example in samples]
-        *_, final = answer(lora.model, tokenizer, prompts, Sampling(max_new_tokens=SAMPLE_TOKENS))
+        room = sample_tokens(tokenizer, samples, most)
+        *_, final = answer(lora.model, tokenizer, prompts, Sampling(max_new_tokens=room))
         return [row.text for row in final]
     rows = [one.tokens for one in encode_labels(tokenizer, samples, classes, most)]
     with torch.no_grad():
         likeliest = lean.class_logits(lora.model, rows).float().softmax(-1).max(-1)
     pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
     return [f"{classes[index]} ({probability:.2f})" for index, probability in pairs]
+
+
+def sample_tokens(tokenizer: Any, samples: Sequence[Example], most: int) -> int:
+    """Tokens that an answer to a sample may have: a little more than the longest that is wanted."""
+    return min(SAMPLE_TOKENS, SAMPLE_SPARE + max(one.tokens.count for one in encode_all(tokenizer, samples, most)))
 
 
 def within(rows: Sequence[lean.Tokens], budget: int) -> list[lean.Tokens]:

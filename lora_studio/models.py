@@ -233,9 +233,14 @@ def hardware() -> str:
 
     _, total = memory()
     if torch.cuda.is_available():
-        return f"GPU · {torch.cuda.get_device_name()} · {total / 2**30:.0f} GB"
+        return f"GPU · {torch.cuda.get_device_name()} · {in_round_numbers(total)}"
     name = "Apple GPU" if torch.backends.mps.is_available() else f"CPU · {os.cpu_count()} cores"
-    return f"{name} · {total / 2**30:.0f} GB"
+    return f"{name} · {in_round_numbers(total)}"
+
+
+def in_round_numbers(memory_bytes: int) -> str:
+    """A machine's memory as it is sold: "16 GB" counts in units of 2^30 bytes."""
+    return f"{memory_bytes / 2**30:.0f} GB"
 
 
 def fit(parameters: int) -> str:

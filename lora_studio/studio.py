@@ -466,13 +466,14 @@ class Studio:
     def compare(
         self,
         runs: Sequence[str | Mapping[str, float]],
-        prompt: str,
+        prompt: str | Sequence[Any],
         *,
         strength: float = 1.0,
         sampling: Any = None,
     ) -> Generator[Comparison, None, None]:
         """The base model and each run's adapter on one prompt, one batch, as the texts grow.
 
+        prompt: what a user says, or all messages of a conversation (data.formats.Message), the last one's answer due.
         runs: one entry per pane behind the base's, a run at `strength` or {run: strength}; several of a mapping act
         together. Classifiers answer at once, with the chance of each label; their base has the head it began with.
         All runs must share a base model and labels. Raises E_NO_PROMPT, E_NO_ADAPTER, E_MIXED_BASES, E_STRENGTH,
@@ -480,13 +481,14 @@ class Studio:
         """
         from lora_studio.generate import Sampling, base_difference, classify, compare
         from lora_studio.models import context
-        from lora_studio.prompts import check_set, saying
+        from lora_studio.prompts import Prompt, check_set, saying
 
         sampling = check(sampling or Sampling())
-        check_set(saying(prompt), 1 + len(runs), sampling.max_new_tokens, self.limits)
+        asked = saying(prompt) if isinstance(prompt, str) else [Prompt(tuple(prompt))]
+        check_set(asked, 1 + len(runs), sampling.max_new_tokens, self.limits)
         views, rows = self._asked(runs, strength)
         with self._hand.of(views) as loaded:
-            ids = self._prompt_ids(views[0], loaded.tokenizer, prompt)
+            ids = self._asked_ids(views[0], loaded.tokenizer, asked[0].messages)
             most = context(loaded.lora.model)
             if most and len(ids) >= most:
                 message = f"The prompt is {len(ids)} tokens long, this model reads at most {most}."
@@ -650,16 +652,17 @@ class Studio:
         with self._hand.of([view]) as loaded:
             yield from strength_curve(loaded.lora, view.id, rows)
 
-    def wanted(self, runs: Sequence[str], row: int) -> Wanted:
-        """How likely the base model and each run make the answer of the first run's held-out row number `row`.
+    def wanted(self, runs: Sequence[str], row: int, *, strength: float = 1.0) -> Wanted:
+        """How likely the base model and each run, at this strength, make the answer of a held-out row.
 
-        At most WANTED_TOKENS of it. Raises E_NO_TARGET, E_LABELS, and as `compare` does.
+        row: its number among the first run's. At most WANTED_TOKENS of the answer. Raises E_NO_TARGET, E_LABELS, and
+        as `compare` does.
         """
         from lora_studio.core.lean import Tokens
         from lora_studio.data.words import read_rows
         from lora_studio.generate import chances
 
-        views, rows = self._asked(runs, 1.0)
+        views, rows = self._asked(runs, strength)
         if not views:
             raise no_run()
         if views[0].labels:

@@ -27,11 +27,13 @@ OVER, FINAL = ("done", "stopped", "failed"), ("done", "stopped")  # what has end
 BROKEN = ("paused", "lost")  # what nobody trains, but what can go on
 SAME = 1.25  # the largest ratio of parameters within one budget: less than between two ranks that double
 MATRICES: dict[str, tuple[str, ...]] = {"Attention q": ("attn.q",), **PRESETS}  # rows that a form offers
-READING = (
+ALONG = (
     "Along a row: more rank on the same matrices. Where the loss stops falling, more rank buys nothing here (the"
-    " paper's Table 6).",
+    " paper's Table 6)."
+)
+LETTERS = (
     "Cells with the same letter cost about the same number of parameters: the lowest of them says which matrices to"
-    " spend them on (Table 5).",
+    " spend them on (Table 5)."
 )
 RULE = (
     "Recommended is the cell with the fewest trainable parameters that keeps 99 % of the best cell's fall in held-out"
@@ -225,6 +227,11 @@ class Table:
         return min(keeping, key=lambda cell: (cell.parameters, _loss(cell)))
 
     @property
+    def reading(self) -> list[str]:
+        """How to read the table: what is in it."""
+        return [ALONG, *[LETTERS] * bool(self.budgets), RULE]
+
+    @property
     def budgets(self) -> list[Budget]:
         """Groups of cells within a quarter of each other's parameters, one per choice of matrices, smallest first."""
         left, found = sorted(self.leads, key=lambda cell: (cell.parameters, cell.rank)), []
@@ -301,7 +308,7 @@ class Table:
             "front": self.front.run if self.front else None,
             "recommended": self.recommended.run if self.recommended else None,
             "verdict": self.verdict,
-            "reading": [*READING, RULE],
+            "reading": self.reading,
         }
 
 
@@ -357,7 +364,7 @@ def in_words(told: Table) -> str:
     said = [told.verdict] if told.verdict else []
     if told.budgets:
         said += ["Cells with one letter have the same budget:", *(one.sentence for one in told.budgets)]
-    return "\n".join([*lines, "", *said, *READING, RULE])
+    return "\n".join([*lines, "", *said, *told.reading])
 
 
 # ---- inside ----------------------------------------------------------------------------------------------------------

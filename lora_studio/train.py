@@ -27,11 +27,11 @@ from lora_studio.errors import StudioError
 from lora_studio.events import Event, Metric, Probed, Sample, Started, Warned
 from lora_studio.measure import (
     HELDOUT_TOKENS,
-    SAMPLE_TOKENS,
     figures,
     is_shortage,
     mean_loss,
     peak_memory,
+    sample_tokens,
     sampled,
     shares_prefix,
     shortage,
@@ -379,7 +379,9 @@ def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]
         steps = course.steps - job.step
         rows = (*_measured(job), *(one.tokens for one in job.general))
         measured = sum(len(tokens.ids) for tokens in rows) * per_token / 3  # a forward is a third of a step
-        written = SAMPLE_TOKENS * found.seconds_token if job.samples and not job.classes else 0.0
+        written = 0.0
+        if job.samples and not job.classes:
+            written = sample_tokens(job.tokenizer, job.samples, config.max_length) * found.seconds_token
         rounds = sum(step > job.step for step in course.measured_at) + (job.measured < 0)
         seconds = sum(sizes) / len(sizes) * steps * per_token + rounds * (measured + written)
         yield (
@@ -454,7 +456,7 @@ def _sampled(jobs: Sequence[Job]) -> Iterator[list[str]]:
     if together and any(job.samples for job in jobs):
         lora, samples = jobs[0].lora, [example for job in jobs for example in job.samples]
         with lora.use(*(job.adapter if job.step else None for job in jobs for _ in job.samples)):
-            texts = iter(sampled(lora, jobs[0].tokenizer, samples, (), 0))
+            texts = iter(sampled(lora, jobs[0].tokenizer, samples, (), jobs[0].config.max_length))
         yield from ([next(texts) for _ in job.samples] for job in jobs)
         return
     for job in jobs:

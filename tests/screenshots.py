@@ -17,6 +17,7 @@ from tests.browser import chromium, live, served, study, train
 
 SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 THEMES = ("light", "dark")
+ORDER = "two large lattes and a bagel to go, it's Maya"
 PICTURES = 6  # taken at most, until two are the same: a chart may be half drawn
 
 
@@ -49,7 +50,7 @@ def with_theme(url: str, variant: str) -> str:
 
 
 def every_screen(browser: Browser, url: str, model: str, steps: int, folder: Path) -> None:
-    """Data before a run, the run while it trains, then the finished run, compare, inside, export and a study."""
+    """Data before a run, the run while it trains, the finished run with all that can be asked of it, a study, Runs."""
     chosen(browser, url, folder)
     first = browser.new_page()
     train(first, url, model, steps)
@@ -70,6 +71,10 @@ def every_screen(browser: Browser, url: str, model: str, steps: int, folder: Pat
         page.goto(with_theme(first.url, variant))
         expect(page.locator("#study .sizes .js-line").first).to_be_visible(timeout=60_000)
         shoot(page, folder, f"study_{variant}")
+        page.get_by_role("tab", name="Runs", exact=True).click()
+        page.locator(".runs-view tbody input[type=checkbox]").first.check()  # the study, all of its runs
+        expect(page.locator(".runs-view .js-line").first).to_be_visible(timeout=60_000)
+        shoot(page, folder, f"runs_{variant}")
 
 
 def chosen(browser: Browser, url: str, folder: Path) -> None:
@@ -94,18 +99,33 @@ def finished(page: Page, address: str, variant: str, folder: Path) -> None:
     expect(page.locator("[data-pane=base] .badge")).to_be_visible(timeout=120_000)
     expect(page.get_by_role("button", name="Generate")).to_be_enabled(timeout=300_000)
     shoot(page, folder, f"compare_{variant}")
-    for way in ("Prompt set", "Chat", "Blind"):
-        page.get_by_role("tab", name=way, exact=True).click()
-        shoot(page, folder, f"{way.lower().replace(' ', '_')}_{variant}")
+    page.get_by_role("tab", name="Prompt set", exact=True).click()
+    page.locator("#set-source").get_by_label("Typed").check()
+    page.locator("#set-typed textarea").fill(f"{ORDER}\nWhat is the capital of France?")
+    page.locator("#set-tokens input").fill("48")
+    page.get_by_role("button", name="Answer all").click()
+    expect(page.locator("#set-table .line")).to_have_text("2 of 2 prompts answered", timeout=120_000)
+    shoot(page, folder, f"prompt_set_{variant}")
+    page.get_by_role("tab", name="Chat", exact=True).click()
+    page.locator("#chat-tokens input").fill("48")
+    page.locator("#chat-said textarea").fill(ORDER)
+    page.get_by_role("button", name="Send").click()
+    expect(page.get_by_role("button", name="Send")).to_be_disabled(timeout=30_000)
+    expect(page.get_by_role("button", name="Send")).to_be_enabled(timeout=120_000)
+    shoot(page, folder, f"chat_{variant}")
+    page.get_by_role("tab", name="Blind", exact=True).click()
+    page.locator("#blind-source").get_by_label("Typed").check()
+    page.locator("#blind-typed textarea").fill(ORDER)
+    page.locator("#blind-tokens input").fill("48")
+    page.get_by_role("button", name="Start blind").click()
+    expect(page.locator("#arena .place")).to_have_text(re.compile(r"^Pair 1 of"), timeout=120_000)
+    shoot(page, folder, f"blind_{variant}")
     page.get_by_role("tab", name="4 Inside").click()
     page.get_by_role("button", name="Look inside").click()
     expect(page.locator("#inside-values .main-svg").first).to_be_visible(timeout=120_000)
     page.get_by_role("button", name="Measure the held-out loss").click()
     expect(page.locator("#inside-curve-line .verdict")).to_be_visible(timeout=300_000)
     shoot(page, folder, f"inside_{variant}")
-    page.get_by_role("tab", name="Runs", exact=True).click()
-    expect(page.locator(".runs-view tbody tr").first).to_be_visible(timeout=30_000)
-    shoot(page, folder, f"runs_{variant}")
     page.get_by_role("tab", name="5 Export").click()
     expect(page.locator("#command textarea")).to_have_value(re.compile("."), timeout=30_000)
     shoot(page, folder, f"export_{variant}")

@@ -54,6 +54,7 @@ POLICY = {
     "build._cell_to_compare": OWN,
     "build._cell_to_export": OWN,
     "build._cell_to_run": PLAIN,
+    "build._form_of": OWN,
     "build._to_compare": OWN,
     "build._to_example": BRING,
     "build._to_export": OWN,
@@ -68,6 +69,7 @@ POLICY = {
     "compare_tab.compare": OWN,
     "compare_tab.compare_strengths": OWN,
     "compare_tab.forget": PLAIN,
+    "compare_tab.keep_answer": OWN,
     "compare_tab.list_others": OWN,
     "compare_tab.list_prompts": OWN,
     "compare_tab.list_runs": OWN,
@@ -75,7 +77,9 @@ POLICY = {
     "compare_tab.measure": OWN,
     "compare_tab.own_prompt": PLAIN,
     "compare_tab.settle": PLAIN,
+    "compare_tab.stop": PLAIN,
     "compare_tab.take_prompt": PLAIN,
+    "compare_tab.wait": PLAIN,
     "data_tab.change_columns": OWN,
     "data_tab.change_format": OWN,
     "data_tab.inspect": OWN,
@@ -90,6 +94,8 @@ POLICY = {
     "data_tab.turn": OWN,
     "data_tab.use_limit": PLAIN,
     "export_tab.describe": OWN,
+    "export_tab.forget": PLAIN,
+    "export_tab.forget_all": PLAIN,
     "export_tab.pack": OWN,
     "export_tab.push": OWN,
     "header.status": OPEN,
@@ -128,6 +134,7 @@ POLICY = {
     "train_tab.label_models": OPEN,
     "train_tab.name_preset": PLAIN,
     "train_tab.press_preset": PLAIN,
+    "train_tab.settle_rate": OPEN,
     "train_tab.settle_task": OWN,
     "train_tab.show_matrices": OPEN,
     "train_tab.show_method": PLAIN,
@@ -137,7 +144,8 @@ POLICY = {
 SAME_FOR_OWNER = {"api.list_datasets", "api.list_runs", "build._used", "blind.resume"}
 ALONE = {"api.list_datasets", "build._used", "live.restart", "live.delete", "runs_tab.delete"}
 ALONE |= {"blind.download", "blind.resume", "blind.reveal", "blind.vote"}
-SILENT = {"train_tab.settle_task"}  # says only whether rows have labels, and hers have none
+# say only whether rows have labels, and hers have none; whether a row is the one that was sent, and it is not
+SILENT = {"train_tab.settle_task", "compare_tab.keep_answer"}
 SECRET = "sesame-7f3a"  # in Ann's rows, names, answers and log
 DEFAULTS = {name: setting.default for name, setting in form.SETTINGS.items() if name != "targets"}
 # what changes a run, at the end and in this order
@@ -189,6 +197,7 @@ class Event:
 
     def __init__(self, run: str, trial: str) -> None:
         self.run, self.study, self.prompt, self.target_text = run, run, "p", "t"
+        self.place, self.before = 0, 0
         self.trial, self.number, self.vote = trial, 1, "a"
 
 
@@ -210,6 +219,8 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "id": ids["dataset"],
         "run": ids["run"],
         "chosen": ids["run"],
+        "live": ids["run"],
+        "followed": "",
         "other": ids["other"],
         "others": [ids["other"]],
         "runs": [ids["run"], ids["other"]],
@@ -235,6 +246,7 @@ def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, 
         "picked": picked,
         "ranks": "1",
         "rate": 0.005,
+        "ours": 0.005,
         "matrices": ["Attention q"],
         "rates": "",
         "prompt": "hello",

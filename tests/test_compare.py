@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import gradio as gr
 import pytest
 import torch
 from hypothesis import given
@@ -14,10 +15,12 @@ from lora_studio.changes import WORD, changed_words
 from lora_studio.core.lean import Tokens
 from lora_studio.core.lora import LoRA, Row
 from lora_studio.core.spec import BaselineSpec, LoraSpec
+from lora_studio.data.formats import Example, Message
 from lora_studio.errors import StudioError
 from lora_studio.generate import Sampling, answers, base_difference, chances, classify, compare
 from lora_studio.limits import LAPTOP
 from lora_studio.measure import losses, mean_loss
+from lora_studio.prompts import Prompt
 from lora_studio.runs.config import DataChoice, Run, RunConfig
 from lora_studio.settings import TrainConfig
 from lora_studio.strength import STRENGTHS, StrengthCurve, strength_curve
@@ -294,7 +297,7 @@ def test_answers_stream_into_a_pane_each_and_differences_are_marked_at_the_end(
     desk: ReadyDesk, runs: list[Run]
 ) -> None:
     one, *others = [run.id for run in runs]
-    moments = list(compare_tab.compare(desk, one, others, "say 3", compare_tab.GREEDY, 1.0, **RAW))
+    moments = list(compare_tab.compare(desk, one, others, "say 3", None, compare_tab.GREEDY, 1.0, **RAW))
     assert all(problem == "" and len(panes) == 5 for panes, problem in moments)
     first, last = moments[0][0], moments[-1][0]
     assert {pane["pace"] for pane in first} == {"Loading the base model"}
@@ -306,15 +309,17 @@ def test_answers_stream_into_a_pane_each_and_differences_are_marked_at_the_end(
 
 
 def test_five_strengths_of_one_run_stand_side_by_side(desk: ReadyDesk, runs: list[Run]) -> None:
-    *_, (last, problem) = compare_tab.compare_strengths(desk, runs[3].id, "say 3", compare_tab.GREEDY, **RAW)
+    *_, (last, problem) = compare_tab.compare_strengths(desk, runs[3].id, "say 3", None, compare_tab.GREEDY, **RAW)
     assert problem == "" and [pane["title"] for pane in last] == [f"Strength {one}" for one in (0, 0.5, 1, 1.5, 2)]
     texts = ["".join(text for text, _ in pane["parts"]) for pane in last]
-    *_, (alone, _) = compare_tab.compare(desk, runs[3].id, [], "say 3", compare_tab.GREEDY, 1.0, **RAW)
+    *_, (alone, _) = compare_tab.compare(desk, runs[3].id, [], "say 3", None, compare_tab.GREEDY, 1.0, **RAW)
     assert ["".join(text for text, _ in pane["parts"]) for pane in alone] == [texts[0], texts[2]]
 
 
 def test_a_comparison_that_cannot_be_leaves_no_empty_panes(desk: ReadyDesk, runs: list[Run]) -> None:
-    *_, (panes, cleared), (_, problem) = compare_tab.compare(desk, runs[0].id, [], " ", compare_tab.GREEDY, 1.0, **RAW)
+    *_, (panes, cleared), (_, problem) = compare_tab.compare(
+        desk, runs[0].id, [], " ", None, compare_tab.GREEDY, 1.0, **RAW
+    )
     assert (panes, cleared) == ([], "") and "E_NO_PROMPT" in problem
 
 
@@ -328,6 +333,34 @@ def test_chips_are_three_held_out_rows_and_two_prompts_that_were_not_taught(
         *((one, "") for one in compare_tab.OFF_TOPIC),
     ]
     assert compare_tab.list_prompts(desk, None) == compare_tab.list_prompts(desk, "0" * 32) == []
+
+
+def test_a_held_out_row_is_asked_with_all_that_was_said_before(
+    desk: ReadyDesk, studio: Studio, runs: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = (Message("system", "Be brief."), Message("user", "say 3"))
+    monkeypatch.setattr(studio, "heldout", lambda run, limit=5: [Example((*said, Message("assistant", "3")))][:limit])
+    (chip, *_) = compare_tab.list_prompts(desk, runs[3].id)
+    assert (chip["prompt"], chip["before"]) == ("say 3", 1)
+    assert "with the 1 message that this row has before it" in compare_tab.expectation("3", chip["before"])
+    *_, (last, problem) = compare_tab.compare(desk, runs[3].id, [], "say 3", 0, compare_tab.GREEDY, 1.0, **RAW)
+    assert problem == ""
+    found: dict[int, list[str]] = {}
+    for some in studio.answer_prompts(["base", runs[3].id], [Prompt(said)], Sampling(max_new_tokens=6)):
+        found |= some
+    assert ["".join(text for text, _ in pane["parts"]) for pane in last] == found[0]
+    *_, (plain, _) = compare_tab.compare(desk, runs[3].id, [], "say 3", None, compare_tab.GREEDY, 1.0, **RAW)
+    assert plain != last
+    assert compare_tab.keep_answer(desk, runs[3].id, "say 3", 0) == (gr.skip(), gr.skip())
+    assert compare_tab.keep_answer(desk, runs[3].id, "say 4", 0)[0] is None
+    assert compare_tab.keep_answer(desk, runs[3].id, "say 3", None)[0] is None
+
+
+def test_stop_says_that_what_waited_has_stopped() -> None:
+    shown, *_ = compare_tab.clear()
+    waiting = [*shown, {**shown[0], "pace": "6 tokens"}]
+    stopped, *_ = compare_tab.stop(waiting)
+    assert [one["pace"] for one in stopped] == ["Stopped", "6 tokens"]
 
 
 def test_runs_that_do_not_fit_are_named_with_the_reason(
@@ -349,17 +382,16 @@ def test_runs_that_do_not_fit_are_named_with_the_reason(
     assert compare_tab.list_others(desk, labelled.id, [])[0].choices == []
 
 
-def test_tokens_of_a_wanted_answer_are_asked_for_by_its_prompt(
-    desk: ReadyDesk, studio: Studio, runs: list[Run]
-) -> None:
+def test_tokens_of_a_wanted_answer_are_asked_for_by_its_row(desk: ReadyDesk, studio: Studio, runs: list[Run]) -> None:
     known = studio.heldout(runs[0].id, 2)[1]
-    prompt = known.prompt[-1].content
-    *_, (shown, line, problem) = compare_tab.look_at_tokens(desk, runs[0].id, [runs[1].id], f"{prompt}\n")
+    *_, (shown, line, problem) = compare_tab.look_at_tokens(desk, runs[0].id, [runs[1].id], 1, 1.0)
     assert problem == "" and "".join(shown["texts"]) == known.target + "<|end|>"
     assert [row["name"] for row in shown["rows"]] == ["Base", "run 0", "run 1"] and "Base " in line
     found = studio.wanted([runs[0].id], 1)
     assert shown["rows"][1]["chances"] == pytest.approx(found.chances[1], abs=1e-4)
-    ((*_, problem),) = compare_tab.look_at_tokens(desk, runs[0].id, [], "my own question")
+    *_, (other, line, _) = compare_tab.look_at_tokens(desk, runs[0].id, [runs[1].id], 1, 0.0)
+    assert other["rows"][1]["chances"] == other["rows"][0]["chances"] and "at strength 0:" in line
+    ((*_, problem),) = compare_tab.look_at_tokens(desk, runs[0].id, [], None, 1.0)
     assert "E_NO_ANSWER" in problem
 
 
@@ -391,7 +423,8 @@ def test_the_curve_grows_and_ends_in_words(desk: ReadyDesk, runs: list[Run]) -> 
     ],
 )
 def test_the_curve_in_words(losses: dict[float, float], said: str) -> None:
-    assert said in compare_tab.strength_line(StrengthCurve(losses=losses).as_json())
+    line = compare_tab.strength_line(StrengthCurve(losses=losses).as_json(), "<b>")
+    assert f"&lt;b&gt;: {said[0].lower()}{said[1:]}" in line
 
 
 def test_programs_compare_several_runs_at_once(desk: ReadyDesk, studio: Studio, runs: list[Run]) -> None:

@@ -19,6 +19,8 @@ def named() -> set[str]:
     )
     found = {(one or other).lower() for one, other in NAMED.findall(sources)}
     found |= {label.lower() for label in (*live.TILES.values(), *live.CURVES.values())}
+    scores = re.search(r"SCORES = {(.+?)}", sources)
+    found |= {label.lower() for label in re.findall(r"'([^']+)'", scores[1] if scores else "")}
     found |= {label.lower() for label in re.findall(r'_tile\("([^"]+)"', sources)}
     return found
 

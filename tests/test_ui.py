@@ -237,15 +237,25 @@ def test_form_to_another_method_and_labels(
     assert problem == "" and desk.studio.runs.get(run).config.method == BaselineSpec(kind="full")
 
 
-def test_a_method_shows_what_belongs_to_it_and_its_usual_rate() -> None:
-    lora, more, width, rate = train_tab.show_method("prefix", TrainConfig().learning_rate)
-    assert lora.visible is more.visible is False and rate == TrainConfig().learning_rate * RATES["prefix"]
+def test_a_method_shows_what_belongs_to_it() -> None:
+    lora, more, width = train_tab.show_method("prefix")
+    assert lora.visible is more.visible is False
     assert (width.visible, width.label, width.value) == (True, "Virtual tokens", 16)
-    lora, _, width, rate = train_tab.show_method("full", rate)
-    assert lora.visible is width.visible is False and rate == TrainConfig().learning_rate * RATES["full"]
-    assert train_tab.show_method("lora", rate)[0].visible is True
-    assert train_tab.show_method("lora", rate)[3] == TrainConfig().learning_rate
-    assert train_tab.show_method("full", 0.123)[3] == gr.skip()  # the person's own
+    lora, _, width = train_tab.show_method("full")
+    assert lora.visible is width.visible is False
+    assert train_tab.show_method("lora")[0].visible is True
+
+
+def test_the_learning_rate_is_usual_for_model_and_method_until_the_person_has_one(
+    desk: Desk, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = TrainConfig.learning_rate
+    assert train_tab.settle_rate(desk, str(tiny), "prefix", ours, ours) == (ours * RATES["prefix"],) * 2
+    monkeypatch.setattr(train_tab, "parameter_count", lambda skeleton: 600_000_000)
+    shown, known = train_tab.settle_rate(desk, str(tiny), "lora", ours, ours)
+    assert shown == known == 0.0024 and TrainConfig().usual_rate(600_000_000) == pytest.approx(shown, rel=0.05)
+    assert train_tab.settle_rate(desk, str(tiny), "lora", 0.123, known) == (gr.skip(), known)
+    assert train_tab.settle_rate(desk, "no such model", "lora", known, known) == (gr.skip(), known)
 
 
 def test_the_task_is_open_where_rows_have_labels_and_the_model_writes(
@@ -513,11 +523,49 @@ def test_first_view_prefers_the_address_then_the_active_run(desk: Desk, tiny: Pa
     assert build.first_view(desk, "")[0] == old.id
     shown, _, _, restored, *_ = build.first_view(desk, new.id)
     assert shown == new.id and restored == choice
+    names = tuple(form.SETTINGS)
+    assert build._form_of(desk, names, new.id)[0] == str(tiny)
+    assert build._form_of(desk, names, "") == (gr.skip(),) * (train_tab.ABOUT + len(names))
+    assert len(build._form_of(desk, names, new.id)) == train_tab.ABOUT + len(names)
+
+
+def test_first_view_shows_the_run_that_broke_off_last(desk: Desk, tiny: Path, choice: dict) -> None:
+    config = RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice))
+    run, older = (replace(desk.studio.runs.create(config, {}), status=status) for status in ("lost", "queued"))
+    assert live.shown_at_first(desk.studio, [run], "") == run.id
+    assert live.shown_at_first(desk.studio, [run, older], "") == older.id
+    assert live.shown_at_first(desk.studio, [replace(run, status="done"), run], "") == ""  # it was long ago
+
+
+def test_a_choice_follows_what_was_trained_since_and_then_is_the_persons_again(
+    desk: Desk, tiny: Path, choice: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = RunConfig(name="n", model=str(tiny), dataset=DataChoice(**choice))
+    old, new = (desk.studio.runs.create(config, {}).id for _ in range(2))
+    monkeypatch.setattr(Run, "has_adapter", True)
+
+    def chosen(chosen: str | None, live: str, followed: str) -> tuple:
+        shown, followed = compare_tab.list_runs(desk, chosen, live, followed)
+        return shown.value, followed
+
+    assert chosen(None, "", "") == (new, "")
+    assert chosen(old, new, old) == (new, new)  # trained since
+    assert chosen(old, new, new) == (old, new)  # chosen by hand
+    assert chosen(old, "f" * 32, new) == (old, new)  # one that has no adapter
+    _, shown, followed = build._to_compare(desk, old, new)
+    assert (shown.value, followed) == (old, new)  # asked for, whatever the Train tab shows
+    monkeypatch.setattr(Run, "has_adapter", False)
+    nothing, _ = compare_tab.list_runs(desk, old, new, "")
+    assert nothing.value is None and nothing.elem_classes == [boundary.NONE]
+
+
+def test_a_file_is_proven_anew_for_each_run() -> None:
+    assert export_tab.forget() == (export_tab.WAITING, "") and export_tab.forget_all()[2:] == ("", "")
 
 
 def test_compare_and_export_ask_for_a_run(desk: Desk) -> None:
     raw = {"max_new_tokens": 4, "temperature": 0.8, "top_p": 1.0, "seed": 0}
-    (shown,) = compare_tab.compare(desk, None, [], "hello", compare_tab.GREEDY, 1.0, **raw)
+    (shown,) = compare_tab.compare(desk, None, [], "hello", None, compare_tab.GREEDY, 1.0, **raw)
     assert "E_NO_RUN" in shown[-1]
     assert "E_NO_RUN" in export_tab.pack(desk, False, None)[-1]
 

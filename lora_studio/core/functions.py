@@ -111,7 +111,8 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, output, *logsums = ctx.saved_tensors
         for_output, output = outer[0].transpose(1, 2), output.transpose(1, 2)
-        gradients = [torch.zeros_like(tensor.transpose(1, 2), dtype=torch.float32) for tensor in (q, k, v)]
+        gradients = [torch.empty_like(tensor.transpose(1, 2)) for tensor in (q, k, v)]  # (1, T, heads, d)
+        shared: dict[tuple[int, int, int], list[torch.Tensor]] = {}  # what each sequence adds to a prefix
         for alike, logsum in zip(_alike(ctx.places), logsums, strict=True):
             wanted = _gather(for_output, alike)
             for number, (*ahead, _) in enumerate(alike):
@@ -119,12 +120,15 @@ class CausalAttention(torch.autograd.Function):
                     wanted[number, :, : _size(span)] = 0
             parts = [wanted, *(_gather(tensor, alike) for tensor in (q, k, v, output))]
             made = aten._scaled_dot_product_flash_attention_for_cpu_backward(*parts, logsum, 0.0, True, scale=ctx.scale)
-            for part, whole in zip(made, gradients, strict=True):
-                for number, place in enumerate(alike):
-                    pieces = part[number].transpose(0, 1).split([_size(span) for span in place])
-                    for span, piece in zip(place, pieces, strict=True):
-                        whole[0, span] += piece
-        return *(whole.transpose(1, 2).to(q.dtype) for whole in gradients), None, None
+            for which, part in enumerate(made):
+                for number, (*ahead, own) in enumerate(alike):
+                    whole = part[number].transpose(0, 1)
+                    gradients[which][0, own] = whole[-_size(own) :]
+                    for span in ahead:
+                        shared.setdefault((which, span.start, span.stop), []).append(whole[: _size(span)])
+        for (which, start, stop), pieces in shared.items():  # once every token has its own
+            gradients[which][0, start:stop] += torch.stack(pieces).sum(0)
+        return *(whole.transpose(1, 2) for whole in gradients), None, None
 
 
 class CrossEntropy(torch.autograd.Function):

@@ -7,6 +7,7 @@ import gradio as gr
 from lora_studio.data.library import SAMPLES
 from lora_studio.errors import StudioError
 from lora_studio.runs.config import Run
+from lora_studio.settings import TrainConfig
 from lora_studio.ui import (
     adapter_upload,
     answering,
@@ -73,7 +74,6 @@ def build(desk: Desk) -> gr.Blocks:
                 inside = inside_tab.build()
             with gr.Tab("5 Export", id="export") as export_page:
                 export = export_tab.build()
-                report = report_card.build()
         report_file = fetch.build("report-file")  # outside the tabs, whose parts are there only once they are opened
         cured = [data.problem, train.problem, study.problem]
         head.example(desk.mine(_to_example), None, [tabs, *_opened(data), *cured], **QUIET)
@@ -84,23 +84,30 @@ def build(desk: Desk) -> gr.Blocks:
         _join_runs(desk, runs, data, train, study, compare, tabs)
         _join_compare(desk, compare)
         _join_prompt_set(desk, questions, [compare_page.select, set_page.select])
-        _join_chat(desk, talk, [compare_page.select, chat_page.select])
+        _join_chat(desk, talk)
         _join_blind(desk, votes, [compare_page.select, blind_page.select])
-        _join_upload(desk, brought, compare, tabs)
+        _join_upload(desk, brought, train, compare, tabs)
         _join_inside(desk, inside)
         _join_export(desk, export)
         hand_out = desk.mine(report_card.hand_out)
-        report.click(hand_out, export.run, report_file, show_progress_on=[report], **PRIVATE)
+        export.report.click(hand_out, export.run, report_file, show_progress_on=[export.report], **PRIVATE)
         made = train.live.report(hand_out, train.live, report_file, **QUIET)
         made.then(None, None, None, js=report_card.MADE, **QUICK)
-        seen = compare_page.select(desk.mine(compare_tab.list_runs), compare.run, compare.run, **QUICK)
+        seen = _list_runs(desk, [compare_page.select], train, compare)
         seen.then(desk.mine(compare_tab.list_others), [compare.run, compare.others], _beside(compare), **QUICK)
-        listed = inside_page.select(desk.mine(compare_tab.list_runs), inside.run, inside.run, **QUICK)
+        listed = _list_runs(desk, [inside_page.select], train, inside)
         listed.then(desk.mine(inside_tab.list_others), [inside.run, inside.other], inside.other, **QUICK)
-        export_page.select(desk.mine(compare_tab.list_runs), export.run, export.run, **QUICK)
+        _list_runs(desk, [export_page.select], train, export)
+        _list_runs(desk, [compare_page.select, chat_page.select], train, talk)
         for drawn in (export_page, *export.ways):  # its boxes are there only once a tab has been opened
             drawn.select(None, None, None, js=export_tab.NAME_BOXES, **QUICK)
     return page
+
+
+def _list_runs(desk: Desk, shown: list[Any], train: TrainTab, part: CompareTab | InsideTab | ExportTab | Chat) -> Any:
+    """The runs to choose from, each time that the tab of the choice is opened."""
+    chosen = [part.run, part.followed]
+    return gr.on(shown, desk.mine(compare_tab.list_runs), [part.run, train.live, part.followed], chosen, **QUICK)
 
 
 def _join_data(desk: Desk, data: DataTab, train: TrainTab, tabs: gr.Tabs) -> None:
@@ -169,11 +176,13 @@ def _join_settings(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab) 
     pressed.then(cost, **asked)
     train.picker.pick(train_tab.name_preset, train.picker, train.preset, **QUICK)
     train.picker.pick(cost, **asked)
-    rate = train.settings["learning_rate"]
     changed = train.method.input(
-        train_tab.show_method, [train.method, rate], [*train.of_lora, train.settings["width"], rate], **QUICK
+        train_tab.show_method, train.method, [*train.of_lora, train.settings["width"]], **QUICK
     )
     changed.then(cost, **asked)
+    rate, ours = train.settings["learning_rate"], gr.State(TrainConfig.learning_rate)
+    usual = [train.model, train.method, rate, ours]
+    gr.on([train.method.input, train.model.input], desk.mine(train_tab.settle_rate), usual, [rate, ours], **QUIET)
     gr.on([train.task.change, *(control.change for control in train.settings.values())], cost, **asked)
 
 
@@ -200,16 +209,18 @@ def _join_run(
         validator=train_tab.check_start,
         **QUIET,
     )
-    to_compare = train.live.compare(desk.mine(_to_compare), train.live, [tabs, compare.run], **QUICK)
+    this = [train.live, train.live]
+    to_compare = train.live.compare(desk.mine(_to_compare), this, [tabs, compare.run, compare.followed], **QUICK)
     _follow_choice(desk, compare, to_compare)
-    train.live.export(desk.mine(_to_export), train.live, [tabs, export.run], **QUICK)
+    train.live.export(desk.mine(_to_export), this, [tabs, export.run, export.followed], **QUICK)
 
     def restore(request: gr.Request) -> tuple[Any, ...]:
         asked = request.query_params
         return first_view(desk.of(request), str(asked.get("run", "")), str(asked.get("study", "")))
 
     # queued: an event that is not does not tell the page that the State of the choice has changed
-    page.load(restore, None, [train.live, tabs, study.view, *_opened(data)], **QUIET)
+    restored = page.load(restore, None, [train.live, tabs, study.view, *_opened(data)], **QUIET)
+    restored.then(desk.mine(_form_of, tuple(train.settings)), train.live, _form(train), **QUIET)
 
 
 def _join_study(
@@ -233,10 +244,17 @@ def _join_study(
     )
     study.start.click(desk.mine(study_tab.start), outputs=[study.view, study.problem], **asked, **QUIET)
 
-    picked = study.view.compare(desk.mine(_cell_to_compare), None, [tabs, compare.run], **QUICK)
+    comparing, exporting = [tabs, compare.run, compare.followed], [tabs, export.run, export.followed]
+    picked = study.view.compare(desk.mine(_cell_to_compare), train.live, comparing, **QUICK)
     _follow_choice(desk, compare, picked)
-    study.view.export(desk.mine(_cell_to_export), None, [tabs, export.run], **QUICK)
+    study.view.export(desk.mine(_cell_to_export), train.live, exporting, **QUICK)
     study.view.watch(_cell_to_run, None, [tabs, train.live], **QUICK)
+
+
+def _form(train: TrainTab) -> list[Any]:
+    """What a run's settings fill, train_tab.filled of them."""
+    about = [train.model, train.task, train.forced, train.method, *train.of_lora, train.preset, train.picker]
+    return [*about, *train.settings.values()]
 
 
 def _join_runs(
@@ -250,22 +268,15 @@ def _join_runs(
 ) -> None:
     runs.watch(_cell_to_run, None, [tabs, train.live], **QUICK)
     runs.study(_to_study, None, [tabs, study.view], **QUICK)
-    picked = runs.compare(desk.mine(_cell_to_compare), None, [tabs, compare.run], **QUICK)
+    comparing = [tabs, compare.run, compare.followed]
+    picked = runs.compare(desk.mine(_cell_to_compare), train.live, comparing, **QUICK)
     picked.then(desk.mine(compare_tab.list_prompts), compare.run, compare.chips, **QUIET)
-    form = [train.model, train.task, train.forced, train.method, *train.of_lora, train.preset, train.picker]
-    filled = [tabs, *_opened(data), *form, *train.settings.values()]
+    filled = [tabs, *_opened(data), *_form(train)]
     # queued, as the restored choice of `_join_run` is
     runs.clone(desk.mine(_to_form, tuple(train.settings)), None, filled, **QUIET)
 
 
 def _join_compare(desk: Desk, compare: CompareTab) -> None:
-    changed = compare.run.change(compare_tab.forget, None, compare.of_curve, **QUICK)
-    _follow_choice(desk, compare, changed)
-    gr.on([compare.run.change, compare.others.change], compare_tab.forget, None, compare.of_wanted, **QUICK)
-    asked = [compare.prompt, compare.expected, *compare.of_wanted]
-    compare.chips.pick(compare_tab.take_prompt, None, asked, **QUICK)
-    compare.prompt.input(compare_tab.own_prompt, None, asked[1:], **QUICK)
-
     cleared = [compare.panes, compare.problem, *compare.buttons]
     forward = {"concurrency_id": "model", "concurrency_limit": 1, **QUIET}
     answering = []
@@ -273,23 +284,43 @@ def _join_compare(desk: Desk, compare: CompareTab) -> None:
         (
             [compare.go.click, compare.prompt.submit],
             compare_tab.compare,
-            [compare.run, compare.others, compare.prompt, compare.mode, compare.strength],
+            [compare.run, compare.others, compare.prompt, compare.row, compare.mode, compare.strength],
         ),
         (
             [compare.ladder.click],
             compare_tab.compare_strengths,
-            [compare.run, compare.prompt, compare.mode],
+            [compare.run, compare.prompt, compare.row, compare.mode],
         ),
     ):
         begun = gr.on(triggers, compare_tab.clear, None, cleared, **QUICK)
         outputs = [compare.panes, compare.problem]
         answering.append(begun.then(desk.mine(handler), inputs, outputs, inputs_kwargs=compare.sampling, **forward))
         answering[-1].then(compare_tab.settle, None, compare.buttons, **QUICK)
-    compare.stop.click(compare_tab.settle, None, compare.buttons, cancels=answering, **QUICK)
+    stopped = [compare.panes, *compare.buttons]
+    compare.stop.click(compare_tab.stop, compare.panes, stopped, cancels=answering, **QUICK)
 
-    looked = [compare.run, compare.others, compare.prompt]
-    compare.look.click(desk.mine(compare_tab.look_at_tokens), looked, compare.of_wanted, **forward)
-    compare.measure.click(desk.mine(compare_tab.measure), compare.run, compare.of_curve, **forward)
+    looked = [compare.run, compare.others, compare.row, compare.strength]
+    begun = compare.look.click(compare_tab.wait, None, compare.of_wanted, **QUICK)
+    looking = begun.then(desk.mine(compare_tab.look_at_tokens), looked, compare.of_wanted, **forward)
+    begun = compare.measure.click(compare_tab.wait, None, compare.of_curve, **QUICK)
+    measuring = begun.then(desk.mine(compare_tab.measure), compare.run, compare.of_curve, **forward)
+
+    # what is measured just now, of another run or answer, is not to be shown beside this one
+    changed = compare.run.change(compare_tab.forget, None, compare.of_curve, cancels=[measuring], **QUICK)
+    _follow_choice(desk, compare, changed)
+    gr.on(
+        [compare.run.change, compare.others.change],
+        compare_tab.forget,
+        None,
+        compare.of_wanted,
+        cancels=[looking],
+        **QUICK,
+    )
+    answer = [compare.row, compare.expected]
+    changed.then(desk.mine(compare_tab.keep_answer), [compare.run, compare.prompt, compare.row], answer, **QUICK)
+    asked = [compare.prompt, *answer, *compare.of_wanted]
+    compare.chips.pick(compare_tab.take_prompt, None, asked, cancels=[looking], **QUICK)
+    compare.prompt.input(compare_tab.own_prompt, None, asked[1:], cancels=[looking], **QUICK)
 
 
 def _follow_choice(desk: Desk, compare: CompareTab, chosen: Any) -> None:
@@ -320,8 +351,7 @@ def _join_prompt_set(desk: Desk, part: PromptSet, shown: list[Any]) -> None:
         button.click(desk.mine(prompt_set.download, kind), part.answers, [part.fetch, part.problem], **QUIET)
 
 
-def _join_chat(desk: Desk, part: Chat, shown: list[Any]) -> None:
-    gr.on(shown, desk.mine(compare_tab.list_runs), part.run, part.run, **QUICK)
+def _join_chat(desk: Desk, part: Chat) -> None:
     answering_both = _with_stop(
         [part.send.click, part.said.submit],
         desk.mine(chat.say),
@@ -360,7 +390,7 @@ def _with_stop(triggers: Any, handler: Any, inputs: list[Any], outputs: list[Any
     return streaming
 
 
-def _join_upload(desk: Desk, brought: AdapterUpload, compare: CompareTab, tabs: gr.Tabs) -> None:
+def _join_upload(desk: Desk, brought: AdapterUpload, train: TrainTab, compare: CompareTab, tabs: gr.Tabs) -> None:
     brought.go.click(
         desk.mine(adapter_upload.adopt),
         [brought.files, brought.model, brought.name],
@@ -370,7 +400,9 @@ def _join_upload(desk: Desk, brought: AdapterUpload, compare: CompareTab, tabs: 
         show_progress_on=[brought.go],
         **PRIVATE,
     )
-    brought.run.change(desk.mine(_to_compare), brought.run, [tabs, compare.run], **QUICK)
+    brought.run.change(
+        desk.mine(_to_compare), [brought.run, train.live], [tabs, compare.run, compare.followed], **QUICK
+    )
 
 
 def _join_inside(desk: Desk, inside: InsideTab) -> None:
@@ -411,12 +443,15 @@ def _join_inside(desk: Desk, inside: InsideTab) -> None:
 
 
 def _join_export(desk: Desk, export: ExportTab) -> None:
+    proven, uploaded = [export.proof, export.problem], [export.pushed, export.push_problem]
     export.run.change(desk.mine(export_tab.describe), export.run, export.described, **QUIET)
+    export.run.change(export_tab.forget_all, None, [*proven, *uploaded], **QUICK)
     for button, merged in ((export.adapter, False), (export.merged, True)):
-        button.click(
+        begun = button.click(export_tab.forget, None, proven, **QUICK)
+        begun.then(
             desk.mine(export_tab.pack, merged),
             [export.run, export.dtype],
-            [export.file, export.proof, export.problem],
+            [export.file, *proven],
             concurrency_id="model",
             concurrency_limit=1,
             show_progress_on=[button],
@@ -472,20 +507,21 @@ def _to_training() -> Any:
     return gr.Tabs(selected="train")
 
 
-def _to_compare(desk: Desk, run: str) -> tuple[Any, Any]:
-    return gr.Tabs(selected="compare"), compare_tab.list_runs(desk, run)
+def _to_compare(desk: Desk, run: str, live: str) -> tuple[Any, ...]:
+    """That run is compared, whichever the Train tab shows."""
+    return gr.Tabs(selected="compare"), *compare_tab.list_runs(desk, run, live, followed=live)
 
 
-def _to_export(desk: Desk, run: str) -> tuple[Any, Any]:
-    return gr.Tabs(selected="export"), compare_tab.list_runs(desk, run)
+def _to_export(desk: Desk, run: str, live: str) -> tuple[Any, ...]:
+    return gr.Tabs(selected="export"), *compare_tab.list_runs(desk, run, live, followed=live)
 
 
-def _cell_to_compare(desk: Desk, event: gr.EventData) -> tuple[Any, Any]:
-    return _to_compare(desk, str(event.run))
+def _cell_to_compare(desk: Desk, live: str, event: gr.EventData) -> tuple[Any, ...]:
+    return _to_compare(desk, str(event.run), live)
 
 
-def _cell_to_export(desk: Desk, event: gr.EventData) -> tuple[Any, Any]:
-    return _to_export(desk, str(event.run))
+def _cell_to_export(desk: Desk, live: str, event: gr.EventData) -> tuple[Any, ...]:
+    return _to_export(desk, str(event.run), live)
 
 
 def _to_study(event: gr.EventData) -> tuple[Any, str]:
@@ -499,6 +535,14 @@ def _to_form(desk: Desk, settings: tuple[str, ...], event: gr.EventData) -> tupl
     if opened is untouched:
         gr.Warning("The dataset of this run is no longer here. Choose another in tab 1.")
     return gr.Tabs(selected="train"), *opened, *filled
+
+
+def _form_of(desk: Desk, settings: tuple[str, ...], run: str) -> tuple[Any, ...]:
+    """Tab 2 as it was when the run that is shown was started; as it is, where none is or it cannot be told."""
+    try:
+        return train_tab.filled(desk, desk.studio.runs.get(run).config, settings)
+    except StudioError:
+        return (gr.skip(),) * (train_tab.ABOUT + len(settings))
 
 
 def _cell_to_run(event: gr.EventData) -> tuple[Any, str]:

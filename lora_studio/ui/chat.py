@@ -28,6 +28,7 @@ class Chat:
     """The components that events join."""
 
     run: gr.Dropdown
+    followed: gr.State  # as CompareTab's
     strength: gr.Slider
     tokens: gr.Number
     temperature: gr.Number
@@ -66,7 +67,8 @@ def build() -> Chat:
             send = gr.Button("Send", variant="primary", min_width=90, elem_id="chat-send")
             stop = gr.Button("Stop", min_width=80, interactive=False, elem_id="chat-stop")
             restart = gr.Button("Start again", min_width=100, elem_id="chat-restart")
-    return Chat(run, strength, tokens, temperature, talk, said, send, stop, restart, problem, gr.State([]))
+    followed = gr.State("")
+    return Chat(run, followed, strength, tokens, temperature, talk, said, send, stop, restart, problem, gr.State([]))
 
 
 # ---- handlers ----------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ SIDE_BY_SIDE = (0.5, 1.0, 1.5, 2.0)  # strengths beside 0, which is the base mod
 GREEDY, SAMPLED = "Greedy", "Sampled"
 EMPTY = f"""<b>Nothing is asked yet.</b><br>Pick a prompt or write one, then press Generate.<br>
 {OFFER}"""
+WAITING, LOADING, STOPPED = "Waiting for the model", "Loading the base model", "Stopped"
 HEAD = "<h3>The wanted answer</h3>"
 NO_ANSWER = f"{HEAD}<p class='soft'>Pick one of the held-out rows above: its answer is known.</p>"
 
@@ -55,10 +56,12 @@ class CompareTab:
     """The components that events join."""
 
     run: gr.Dropdown
+    followed: gr.State  # which run of the Train tab the choice went by last
     others: gr.Dropdown
     apart: gr.HTML
     prompt: gr.Textbox
     chips: gr.HTML
+    row: gr.State  # which held-out row the prompt is, None for one that was written by hand
     mode: gr.Radio
     strength: gr.Slider
     sampling: dict[str, Any]
@@ -116,7 +119,7 @@ function draw() {
 }
 box.addEventListener('click', event => {
   const place = event.target.closest('button')?.dataset.place;
-  if (place != null) trigger('pick', props.value[place]);
+  if (place != null) trigger('pick', { ...props.value[place], place: +place });
 });
 watch('value', draw);
 draw();
@@ -127,10 +130,13 @@ def build() -> CompareTab:
     """Above: the runs. Below: the ways to compare them."""
     with gr.Column(elem_classes="card"):
         with gr.Row(equal_height=False):
-            run = gr.Dropdown([], label="Run", value=None, elem_id="compare-run", min_width=240)
+            run = gr.Dropdown(
+                [], label="Run", value=None, info="Each has saved an adapter", elem_id="compare-run", min_width=240
+            )
             others = gr.Dropdown(
                 [],
                 label="Side by side with",
+                info="Up to three more runs on the same base model",
                 value=[],
                 multiselect=True,
                 max_choices=OTHERS,
@@ -138,7 +144,7 @@ def build() -> CompareTab:
                 min_width=240,
             )
         apart = gr.HTML("", apply_default_css=False, elem_id="compare-apart")
-    return CompareTab(run=run, others=others, apart=apart, **_answers())
+    return CompareTab(run=run, followed=gr.State(""), others=others, apart=apart, **_answers())
 
 
 def _answers() -> dict[str, Any]:
@@ -197,6 +203,7 @@ def _question() -> dict[str, Any]:
     return {
         "prompt": prompt,
         "chips": chips,
+        "row": gr.State(None),
         "mode": mode,
         "strength": strength,
         "sampling": sampling,
@@ -234,16 +241,18 @@ def _reading(lines: Sequence[str]) -> None:
 # ---- handlers ----------------------------------------------------------------------------------------------------
 
 
-def list_runs(desk: Desk, chosen: str | None) -> Any:
-    """The runs that have an adapter, newest first; keeps the choice while it is still there."""
+def list_runs(desk: Desk, chosen: str | None, live: str, followed: str) -> tuple[Any, str]:
+    """The runs that have an adapter, newest first, and which run of the Train tab was `followed` here.
+
+    The choice stays while it is there, until another run has been trained: that one is chosen then, once.
+    """
     runs = [run for run in desk.studio.runs.list() if run.has_adapter]
     ids = [run.id for run in runs]
+    if live in ids and live != followed:
+        chosen = followed = live
     value = chosen if chosen in ids else next(iter(ids), None)
-    return gr.Dropdown(
-        choices=[(run_label(run), run.id) for run in runs],
-        value=value,
-        elem_classes=[] if runs else NONE,
-    )
+    offered = [(run_label(run), run.id) for run in runs]
+    return gr.Dropdown(choices=offered, value=value, elem_classes=[] if runs else NONE), followed
 
 
 def list_others(desk: Desk, run: str | None, others: list[str] | None) -> tuple[Any, str]:
@@ -262,7 +271,7 @@ def list_others(desk: Desk, run: str | None, others: list[str] | None) -> tuple[
     return offered, apart([(one, reasons[one.id]) for one in runs if reasons.get(one.id)])
 
 
-def list_prompts(desk: Desk, run: str | None) -> list[dict[str, str]]:
+def list_prompts(desk: Desk, run: str | None) -> list[dict[str, Any]]:
     """Prompts to try: held-out ones of the run with the answers that were wanted, and two that it was not taught."""
     if not run:
         return []
@@ -271,18 +280,31 @@ def list_prompts(desk: Desk, run: str | None) -> list[dict[str, str]]:
         examples = desk.studio.heldout(run, CHIPS)
     except StudioError:
         return []  # the dataset may have been deleted; comparing works without chips
-    ours = [] if view.labels else [{"prompt": prompt, "target_text": "", "from": "Off topic"} for prompt in OFF_TOPIC]
+    others = () if view.labels else OFF_TOPIC
+    ours = [{"prompt": prompt, "target_text": "", "before": 0, "from": "Off topic"} for prompt in others]
     return [_chip(example) for example in examples] + ours
 
 
 def take_prompt(event: gr.EventData) -> tuple[Any, ...]:
-    """The prompt of a chip and the answer that was wanted; what was said of another answer goes."""
-    return str(event.prompt), expectation(str(event.target_text)), *forget()
+    """The prompt of a chip, its row and the answer that was wanted; what was said of another answer goes."""
+    row = int(event.place) if event.target_text else None
+    return str(event.prompt), row, expectation(str(event.target_text), int(event.before)), *forget()
 
 
 def own_prompt() -> tuple[Any, ...]:
     """The prompt was written by hand."""
-    return NO_ANSWER, *forget()
+    return None, NO_ANSWER, *forget()
+
+
+def keep_answer(desk: Desk, run: str | None, prompt: str, row: int | None) -> tuple[Any, Any]:
+    """After another run was chosen: the row and its answer stay if it has the same one."""
+    same = row is not None and next((chip for chip in list_prompts(desk, run)[row : row + 1]), {})
+    return (gr.skip(), gr.skip()) if same and same["prompt"] == prompt else (None, NO_ANSWER)
+
+
+def wait() -> tuple[Any, ...]:
+    """In a place that a measurement will fill: others may be at work with the model."""
+    return {}, f"<p class='soft'>{WAITING}</p>", ""
 
 
 def forget() -> tuple[Any, ...]:
@@ -291,8 +313,15 @@ def forget() -> tuple[Any, ...]:
 
 
 def clear() -> tuple[Any, ...]:
-    """Before the answers: no panes, no problem, Stop instead of Generate."""
-    return [], "", gr.Button(interactive=False), gr.Button(interactive=False), gr.Button(interactive=True)
+    """Before the answers: others may be at work with the model; no problem, Stop instead of Generate."""
+    off = gr.Button(interactive=False)
+    return [panes.pane("Base", pace=WAITING)], "", off, off, gr.Button(interactive=True)
+
+
+def stop(shown: list[dict[str, Any]]) -> tuple[Any, ...]:
+    """The answers as far as they came."""
+    waiting = WAITING, LOADING
+    return [{**one, "pace": STOPPED if one["pace"] in waiting else one["pace"]} for one in shown], *settle()
 
 
 def settle() -> tuple[Any, ...]:
@@ -302,47 +331,52 @@ def settle() -> tuple[Any, ...]:
 
 @problem_last(1)
 def compare(
-    desk: Desk, run: str | None, others: list[str] | None, prompt: str, mode: str, strength: float, **raw: Any
+    desk: Desk,
+    run: str | None,
+    others: list[str] | None,
+    prompt: str,
+    row: int | None,
+    mode: str,
+    strength: float,
+    **raw: Any,
 ) -> Iterator[list[dict[str, Any]]]:
     """The answers of the base model and of each run as they grow."""
     views = [desk.run(one) for one in (run, *(others or []))]
-    titles = [("Base", ""), *((_name(view), f"strength {strength:g}") for view in views)]
-    yield from _asked(desk, views[0], [{view.id: float(strength)} for view in views], titles, prompt, mode, raw)
+    titles = [("Base", _base_name(views[0])), *((_name(view), f"strength {strength:g}") for view in views)]
+    yield from _asked(desk, views[0], [{view.id: float(strength)} for view in views], titles, prompt, row, mode, raw)
 
 
 @problem_last(1)
 def compare_strengths(
-    desk: Desk, run: str | None, prompt: str, mode: str, **raw: Any
+    desk: Desk, run: str | None, prompt: str, row: int | None, mode: str, **raw: Any
 ) -> Iterator[list[dict[str, Any]]]:
     """One run's answers at five strengths as they grow; at 0 it is the base model."""
     view = desk.run(run)
     about = {1.0: "as trained"}
     titles = [("Strength 0", "the base model")]
     titles += [(f"Strength {one:g}", about.get(one, _name(view))) for one in SIDE_BY_SIDE]
-    yield from _asked(desk, view, [{view.id: one} for one in SIDE_BY_SIDE], titles, prompt, mode, raw)
+    yield from _asked(desk, view, [{view.id: one} for one in SIDE_BY_SIDE], titles, prompt, row, mode, raw)
 
 
 @problem_last(2)
 def look_at_tokens(
-    desk: Desk, run: str | None, others: list[str] | None, prompt: str
+    desk: Desk, run: str | None, others: list[str] | None, row: int | None, strength: float
 ) -> Iterator[tuple[dict[str, Any], str]]:
-    """How likely each model finds each token of the answer that a held-out row has to the prompt."""
+    """How likely each model finds each token of the answer that a held-out row has."""
     views = [desk.run(one) for one in (run, *(others or []))]
-    rows = desk.studio.heldout(views[0].id, CHIPS)
-    place = next((at for at, row in enumerate(rows) if _chip(row)["prompt"].strip() == prompt.strip()), None)
-    if place is None:
+    if row is None:
         raise StudioError("E_NO_ANSWER", "No answer to this prompt is known.", "Pick one of the held-out rows above.")
-    yield {}, "<p class='soft'>Loading the base model</p>"
-    found = desk.ready(views[0].config.model).wanted([view.id for view in views], place)
+    yield {}, f"<p class='soft'>{LOADING}</p>"
+    found = desk.ready(views[0].config.model).wanted([view.id for view in views], row, strength=float(strength))
     names = ["Base", *map(_name, views)]
-    yield tokens.value(names, found.texts, found.chances), tokens_line(found, names)
+    yield tokens.value(names, found.texts, found.chances), tokens_line(found, names, float(strength))
 
 
 @problem_last(2)
 def measure(desk: Desk, run: str | None) -> Iterator[tuple[Any, ...]]:
     """The held-out loss by strength as it is measured, and in the end what it says."""
     view = desk.run(run)
-    yield {}, "<p class='soft'>Loading the base model</p>"
+    yield {}, f"<p class='soft'>{LOADING}</p>"
     told: dict[str, Any] = {}
     with closing(desk.ready(view.config.model).strength_curve(view.id)) as moments:
         for moment in moments:
@@ -350,7 +384,7 @@ def measure(desk: Desk, run: str | None) -> Iterator[tuple[Any, ...]]:
             wait = f"<p class='soft'>Measured up to strength {told['points'][-1]['strength']:g} of 2</p>"
             yield figure.value(charts.strength_curve(told)), wait
     if told:
-        yield figure.value(charts.strength_curve(told)), strength_line(told)
+        yield figure.value(charts.strength_curve(told)), strength_line(told, _name(view))
 
 
 # ---- plain values and HTML out of what was found -----------------------------------------------------------------
@@ -384,21 +418,23 @@ def badge(difference: float, exact: bool = True) -> tuple[str, str]:
     return "bad", f"Not the untouched model: max difference {difference:.3g}"
 
 
-def expectation(text: str) -> str:
-    """The answer of the data, and what can be asked about it."""
-    return f"{HEAD}<div class='answer'>{html.escape(text)}</div>" if text else NO_ANSWER
+def expectation(text: str, before: int = 0) -> str:
+    """The answer of the data, and with how many `before` the prompt it belongs to."""
+    also = f"<p class='soft'>Asked with the {_messages(before)} that this row has before it.</p>" if before else ""
+    return f"{HEAD}{also}<div class='answer'>{html.escape(text)}</div>" if text else NO_ANSWER
 
 
-def tokens_line(found: Wanted, names: Sequence[str]) -> str:
+def tokens_line(found: Wanted, names: Sequence[str], strength: float = 1.0) -> str:
     """How likely each model finds a token on average, in words."""
     means = [tokens.percent(sum(row) / len(row)) for row in found.chances]
     said = ", ".join(f"{html.escape(name)} {mean}" for name, mean in zip(names, means, strict=True))
     left = f" The first {len(found.texts)} tokens; {found.left:,} more follow." if found.left else ""
-    return f"<p class='verdict'>On average a wanted token is this likely: {said}.{left}</p>"
+    at = "" if strength == 1 else f" at strength {strength:g}"
+    return f"<p class='verdict'>On average a wanted token is this likely{at}: {said}.{left}</p>"
 
 
-def strength_line(curve: Mapping[str, Any]) -> str:
-    """What the curve says: the best strength, the one as trained, and the base model."""
+def strength_line(curve: Mapping[str, Any], name: str) -> str:
+    """What the curve of the run of this name says: the best strength, the one as trained, and the base model."""
     losses = {point["strength"]: point["loss"] for point in curve["points"]}
     told = {one: "no number" if loss is None else f"{loss:.3g}" for one, loss in losses.items()}
     best, base = curve["best"], f"the base model has {told[0.0]}"
@@ -412,7 +448,7 @@ def strength_line(curve: Mapping[str, Any]) -> str:
         said = f"Lowest at {best:g}: {told[best]}; at 1, as trained, it is as good, {told[1.0]}; {base}."
     else:
         said = f"Best at {best:g}: {told[best]}; at 1, as trained, it is {told[1.0]}; {base}."
-    return f"<p class='verdict'>{said}</p>"
+    return f"<p class='verdict'>{html.escape(name)}: {said[0].lower()}{said[1:]}</p>"
 
 
 def apart(misfits: Sequence[tuple[Run, str]]) -> str:
@@ -434,19 +470,27 @@ def _asked(
     rows: Sequence[Mapping[str, float]],
     titles: Sequence[tuple[str, str]],
     prompt: str,
+    row: int | None,
     mode: str,
     raw: Mapping[str, Any],
 ) -> Iterator[list[dict[str, Any]]]:
     """The panes as their texts grow, at most 12 times a second, and the last state."""
     how = form.sampling({**raw, "temperature": raw["temperature"] if mode == SAMPLED else 0.0})
-    yield [panes.pane(title, about=about, pace="Loading the base model") for title, about in titles]
+    yield [panes.pane(title, about=about, pace=LOADING) for title, about in titles]
     try:
         studio = desk.ready(first.config.model)
-        with closing(studio.compare(rows, prompt, sampling=how)) as moments:
+        said = prompt if row is None else _conversation(desk, first, row) or prompt
+        with closing(studio.compare(rows, said, sampling=how)) as moments:
             yield from _pictures(moments, titles)
     except StudioError:
         yield []
         raise
+
+
+def _conversation(desk: Desk, first: Run, row: int) -> Sequence[Any]:
+    """All messages before the answer of a held-out row; none where its prompt is all there is to say."""
+    found = desk.studio.heldout(first.id, row + 1)[row:]
+    return found[0].prompt if found and len(found[0].prompt) > 1 and not first.labels else ()
 
 
 def _pictures(moments: Iterator[Comparison], titles: Sequence[tuple[str, str]]) -> Iterator[list[dict[str, Any]]]:
@@ -469,12 +513,16 @@ def _spent(moment: Comparison, ended: Mapping[int, float]) -> list[float]:
 def _misfit(first: Run, other: Run) -> str:
     """Why a run cannot stand beside the first; empty when it can."""
     if other.config.model != first.config.model:
-        return f"on {other.config.model.rstrip('/').rsplit('/', 1)[-1]}"
+        return f"on {_base_name(other)}"
     if other.revision != first.revision:
         return "on another revision of the base"
     if other.labels != first.labels:
         return "choosing other labels" if other.labels and first.labels else "for another task"
     return ""
+
+
+def _base_name(run: Run) -> str:
+    return run.config.model.rstrip("/").rsplit("/", 1)[-1]
 
 
 def _name(run: Run) -> str:
@@ -486,8 +534,11 @@ def _pace(tokens: int, seconds: float) -> str:
     return f"{tokens} tokens{rate}"
 
 
-def _chip(example: Any) -> dict[str, str]:
-    if example.messages:
-        return {"prompt": example.prompt[-1].content, "target_text": example.target, "from": "Held out"}
-    words = example.text.split()
-    return {"prompt": " ".join(words[:8]), "target_text": " ".join(words[8:60]), "from": "Held out"}
+def _chip(example: Any) -> dict[str, Any]:
+    words, prompt = example.text.split(), example.prompt
+    asked, wanted = (prompt[-1].content, example.target) if prompt else (" ".join(words[:8]), " ".join(words[8:60]))
+    return {"prompt": asked, "target_text": wanted, "before": max(0, len(prompt) - 1), "from": "Held out"}
+
+
+def _messages(count: int) -> str:
+    return f"{count} message{'s' * (count > 1)}"

@@ -8,7 +8,7 @@ import gradio as gr
 from gradio.components import Component
 
 from lora_studio.runs.config import Run
-from lora_studio.ui import fetch
+from lora_studio.ui import fetch, report_card
 from lora_studio.ui.boundary import OFFER, problem_last, toasted
 from lora_studio.ui.desk import Desk
 from lora_studio.visitors import signing_in
@@ -32,6 +32,7 @@ class ExportTab:
     """The components that events join."""
 
     run: gr.Dropdown
+    followed: gr.State  # as CompareTab's
     badge: gr.HTML
     adapter: gr.Button
     merged: gr.Button
@@ -52,6 +53,7 @@ class ExportTab:
     push: gr.Button
     pushed: gr.HTML
     push_problem: gr.HTML
+    report: gr.Button
 
     @property
     def described(self) -> list[Component]:
@@ -62,26 +64,31 @@ class ExportTab:
 def build() -> ExportTab:
     """On the left the downloads and their proof, on the right where they can go."""
     with gr.Row(equal_height=False, elem_classes="handing"):
-        with gr.Column(scale=5, min_width=300, elem_classes="card"):
-            gr.HTML("<h3>Take it with you</h3>", apply_default_css=False)
-            run = gr.Dropdown([], label="Run", value=None, info=FROM, elem_id="export-run")
-            badge = gr.HTML(OFFER, apply_default_css=False, elem_id="portable")
-            _said(
-                "The adapter", "What was trained, and nothing else: LoRA's is a few megabytes. It needs its base model."
-            )
-            adapter = gr.Button("Download the adapter", variant="primary", elem_id="get-adapter")
-            _said("The merged model", "The base model with the adapter folded in. It stands alone, and is as large.")
-            dtype = gr.Dropdown(
-                [USUAL, "float32", "bfloat16", "float16"],
-                value=USUAL,
-                label="Weights in",
-                info="bfloat16 and float16 halve the files and round the weights; what that changes is measured",
-                elem_id="merged-dtype",
-            )
-            merged = gr.Button("Download the merged model", elem_id="get-merged")
-            file = fetch.build("archive")
-            proof = gr.HTML(WAITING, apply_default_css=False, elem_id="export-proof")
-            problem = gr.HTML("", apply_default_css=False, elem_id="export-problem")
+        with gr.Column(scale=5, min_width=300):
+            with gr.Column(elem_classes="card"):
+                gr.HTML("<h3>Take it with you</h3>", apply_default_css=False)
+                run = gr.Dropdown([], label="Run", value=None, info=FROM, elem_id="export-run")
+                badge = gr.HTML(OFFER, apply_default_css=False, elem_id="portable")
+                _said(
+                    "The adapter",
+                    "What was trained, and nothing else: LoRA's is a few megabytes. It needs its base model.",
+                )
+                adapter = gr.Button("Download the adapter", variant="primary", elem_id="get-adapter")
+                _said(
+                    "The merged model", "The base model with the adapter folded in. It stands alone, and is as large."
+                )
+                dtype = gr.Dropdown(
+                    [USUAL, "float32", "bfloat16", "float16"],
+                    value=USUAL,
+                    label="Weights in",
+                    info="bfloat16 and float16 halve the files and round the weights; what that changes is measured",
+                    elem_id="merged-dtype",
+                )
+                merged = gr.Button("Download the merged model", elem_id="get-merged")
+                file = fetch.build("archive")
+                proof = gr.HTML(WAITING, apply_default_css=False, elem_id="export-proof")
+                problem = gr.HTML("", apply_default_css=False, elem_id="export-problem")
+            report = report_card.build()
         with gr.Column(scale=6, min_width=300):
             with gr.Column(elem_classes="card"):
                 gr.HTML("<h3>Use it elsewhere</h3>", apply_default_css=False)
@@ -115,6 +122,7 @@ def build() -> ExportTab:
                 push_problem = gr.HTML("", apply_default_css=False, elem_id="push-problem")
     return ExportTab(
         run=run,
+        followed=gr.State(""),
         badge=badge,
         adapter=adapter,
         merged=merged,
@@ -135,6 +143,7 @@ def build() -> ExportTab:
         push=push,
         pushed=pushed,
         push_problem=push_problem,
+        report=report,
     )
 
 
@@ -144,6 +153,16 @@ def _said(title: str, about: str) -> None:
 
 def _copyable(label: str, name: str, lines: int) -> gr.Textbox:
     return gr.Textbox(label=label, lines=lines, interactive=False, buttons=["copy"], elem_id=name, elem_classes="code")
+
+
+def forget() -> tuple[str, str]:
+    """Nothing is proven yet, and nothing has gone wrong."""
+    return WAITING, ""
+
+
+def forget_all() -> tuple[str, ...]:
+    """The same, and of an upload, too: another run was chosen."""
+    return *forget(), "", ""
 
 
 @problem_last(2)

@@ -56,6 +56,7 @@ class InsideTab:
     """The components that events join."""
 
     run: gr.Dropdown
+    followed: gr.State  # as CompareTab's
     other: gr.Dropdown
     look: gr.Button
     summary: gr.HTML
@@ -137,6 +138,7 @@ def build() -> InsideTab:
                     table = gr.HTML("", apply_default_css=False, elem_id="inside-table")
     return InsideTab(
         run=run,
+        followed=gr.State(""),
         other=other,
         look=look,
         summary=summary,
@@ -325,7 +327,7 @@ def values_line(module: Mapping[str, Any]) -> str:
     return (
         f"<p class='soft'>99 % of ‖ΔW‖² in <b>{_directions(module['rank99'])}</b> of"
         f" {len(module['singular_values'])} · {term('effective rank')} <b>{module['effective_rank']:.1f}</b>"
-        f" · ‖ΔW‖ is <b>{charts.percent(module['relative_norm'])}</b> of ‖W‖</p>"
+        f" · {term('‖ΔW‖')} is <b>{charts.percent(module['relative_norm'])}</b> of ‖W‖</p>"
     )
 
 

@@ -37,12 +37,13 @@ async function blank() {
   const losses = figure === 'train_loss', [axis_, raw, even] = AXES[figure];
   drawn = run;
   plot.setAttribute('aria-label', `${losses ? 'Training and held-out loss' : axis_} by step`);
+  const wide = plot.clientWidth >= 560;  // else the legend says no more than it must
   await Plotly.newPlot(plot, [
-    { ...empty, name: raw, mode: 'lines', line: { width: 1, color: line }, opacity: .38, hoverinfo: 'skip' },
+    { ...empty, name: raw, mode: 'lines', line: { width: 1, color: line }, opacity: .38, hoverinfo: 'skip', showlegend: wide },
     { ...empty, name: even, mode: 'lines', line: { width: 2.2, color: line } },
     { ...empty, name: 'held out', mode: 'lines+markers', cliponaxis: false, visible: losses,
       line: { width: 1.5, color: measured }, marker: { size: 6 } },
-    { ...empty, name: 'kept', mode: 'markers', cliponaxis: false, hoverinfo: 'skip', visible: losses,
+    { ...empty, name: 'kept', mode: 'markers', cliponaxis: false, hoverinfo: 'skip', visible: losses, showlegend: wide,
       marker: { size: 13, color: 'rgba(0,0,0,0)', line: { width: 2, color: measured } } },
     { ...empty, name: 'general text', mode: 'lines+markers', cliponaxis: false, visible: losses && forgetting,
       line: { width: 1.5, dash: 'dot', color: colour('--chart-general') }, marker: { size: 6, symbol: 'diamond' } },
@@ -357,20 +358,29 @@ function measures() {  // the task's figure as two bars, and what became of the 
       : [metric.base + metric.low, metric.base + metric.high];
     made.push(bar('Base', metric.base), bar('Adapted', metric.adapted, low, high));
     const rows = `${metric.rows} held-out row${metric.rows === 1 ? '' : 's'}`;
-    const sure = metric.interval === 'Wilson' ? `95 % interval ${percent(low)} to ${percent(high)} (Wilson)`
-      : `difference ${percent(metric.low)} to ${percent(metric.high)} with 95 % certainty (paired bootstrap)`;
-    made.unshift(line(`${SCORES[metric.name]} on ${rows}; ${sure}`));
+    const sure = metric.interval === 'Wilson' ? `${percent(low)} to ${percent(high)} (Wilson)`
+      : `of the difference ${percent(metric.low)} to ${percent(metric.high)} (paired bootstrap)`;
+    made.unshift(line(term(SCORES[metric.name]), ` on ${rows}; `, term('95 % interval'), ` ${sure}`));
   }
   if (losses.general) {
     const [before, after] = losses.general, moved = 100 * (after / before - 1);
     const word = moved >= 10 ? 'It forgot' : moved >= 2 ? 'It forgot a little' : 'Little or nothing was forgotten';
-    made.push(line(`${word}: loss on general text ${loss(before)} → ${loss(after)}`));
+    made.push(line(`${word}: `, term('loss on general text', 'forgetting'), ` ${loss(before)} → ${loss(after)}`));
   }
   return made;
 }
 
-function line(text) {
+function line(...parts) {
   const made = document.createElement('p');
+  made.append(...parts);
+  return made;
+}
+
+function term(text, key = text.toLowerCase()) {  // a word that explains itself: terms.py
+  const made = document.createElement('span');
+  made.className = 'term';
+  made.tabIndex = 0;
+  made.dataset.term = key;
   made.textContent = text;
   return made;
 }
@@ -392,12 +402,27 @@ function bar(name, value, low = null, high = null) {
   return row;
 }
 
+function folded(row, text) {  // a long text shows its first lines, and a button for the rest
+  if (text.length < 320 && text.split('\n').length < 5) return row;
+  const more = document.createElement('button');
+  const turn = whole => {
+    row.classList.toggle('short', !whole);
+    more.textContent = whole ? 'Show less' : 'Show all';
+  };
+  more.type = 'button';
+  more.addEventListener('click', () => turn(row.classList.contains('short')));
+  row.append(more);
+  turn(false);
+  return row;
+}
+
 function beforeAndAfter(row) {
   const made = document.createElement('article'), hit = row.adapted != null && row.adapted.trim() === row.target.trim();
   if (row.prompt) made.append(part('asked', 'Prompt', row.prompt));
   made.append(part('wanted', row.prompt ? 'Wanted' : 'Text', row.target));
-  if (row.base != null) made.append(part('before', 'Base', row.base));
-  if (row.adapted != null) made.append(part(hit ? 'after hit' : 'after', hit ? 'Adapted ✓' : 'Adapted', row.adapted, row.base));
+  if (row.base != null) made.append(folded(part('before', 'Base', row.base), row.base));
+  if (row.adapted != null)
+    made.append(folded(part(hit ? 'after hit' : 'after', hit ? 'Adapted ✓' : 'Adapted', row.adapted, row.base), row.adapted));
   if (row.base_loss != null && row.loss != null) {
     const [before, after] = [row.base_loss, row.loss].map(loss), moved = Math.round(100 * (row.loss / row.base_loss - 1));
     made.append(part('drop', 'Loss', `${before} → ${after} (${moved > 0 ? '+' : ''}${moved} %)`));

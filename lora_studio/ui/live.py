@@ -242,10 +242,11 @@ def said_of(act: Callable[[], Any]) -> dict[str, Any]:
 
 
 def shown_at_first(studio: Studio, runs: Sequence[Run], asked: str) -> str:
-    """The run to show on load: the one in the address, else the newest that is still active, else none."""
+    """The run to show on load: the one in the address, else the newest active one, else one that broke off last."""
     with contextlib.suppress(StudioError):
         return studio.runs.look(id_of(asked)).id
-    return next((run.id for run in runs if run.active), "")
+    broke_off = [run for run in runs[:1] if run.status in ("lost", "paused") and run.resumable]
+    return next((run.id for run in (*filter(lambda run: run.active, runs), *broke_off)), "")
 
 
 def thin(steps: Sequence[int], values: Sequence[float | None], limit: int = POINTS) -> tuple[list, list]:

@@ -8,14 +8,27 @@ function made(tag, name, text) {
   return one;
 }
 
+function copier(one) {
+  const copy = made('button', 'copy', 'Copy');
+  copy.type = 'button';
+  copy.addEventListener('click', async () => {
+    await navigator.clipboard.writeText(one.querySelector('.answer').textContent);
+    copy.textContent = 'Copied';
+    setTimeout(() => { copy.textContent = 'Copy'; }, 1500);
+  });
+  return copy;
+}
+
 function pane() {
   const one = made('article', 'card');
   one.append(made('h3', 'title'), made('p', 'soft about'), made('span', 'badge'), made('div', 'answer'), made('p', 'soft pace-of'));
+  if (navigator.clipboard) one.append(copier(one));  // a page without https has none
   return one;
 }
 
 function fill(one, { title, about, badge, parts, pace }, place) {
-  const [head, line, sign, answer, foot] = one.children;
+  const [head, line, sign, answer, foot, copy] = one.children;
+  if (copy) copy.hidden = !parts.some(([text]) => text);
   one.dataset.pane = place ? 'adapted' : 'base';
   [head.textContent, line.textContent, foot.textContent] = [title, about, pace];
   sign.hidden = !badge;

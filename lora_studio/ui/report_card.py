@@ -12,7 +12,7 @@ MADE = "() => { document.querySelector('#live .report').textContent = 'Report'; 
 
 def build() -> gr.Button:
     """A card under the other downloads."""
-    with gr.Column(elem_classes="card narrow"):
+    with gr.Column(elem_classes="card"):
         gr.HTML(ABOUT, apply_default_css=False)
         return gr.Button("Download the report", min_width=200, elem_id="get-report")
 

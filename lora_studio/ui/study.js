@@ -138,8 +138,8 @@ function tabulate() {
     return line;
   }));
   if (focused?.does) $(`.outcome [data-does="${focused.does}"][data-run="${focused.run}"]`)?.focus();
-  $('.base').textContent = told.base_loss == null ? 'In nats; lower is better.'
-    : `In nats; lower is better. The base model: ${loss(told.base_loss)}`
+  $('.base').textContent = told.base_loss == null ? 'Lower is better.'
+    : `Lower is better. The base model: ${loss(told.base_loss)}`
       + (told.base_accuracy == null ? '.' : `, accuracy ${Math.round(100 * told.base_accuracy)} %.`);
   $('.outcome').hidden = false;
   $('.verdict').textContent = told.verdict;

@@ -17,11 +17,14 @@ TERMS = {
     "train / held out": "Held-out rows are never trained on: their loss tells learning from memorising.",
     # of a run
     "accuracy": "The share of held-out rows whose label is chosen right.",
+    "95 % interval": "So few rows tell it roughly: of 100 such samples of rows, 95 would have the true figure in"
+    " a range like this.",
     "adapter": "What training makes: the small matrices A and B of every adapted layer. The base model stays as it is.",
     "amplifies": "How many times stronger the update is than what the weight itself does in the same directions.",
     "budget": "Cells with the same letter train about the same number of parameters, so that only the place differs.",
     "effective rank": "How many directions the update really uses: a few strong ones and many weak ones count as few.",
     "estimated": "Worked out from the settings before the start, with nothing measured.",
+    "exact match": "The share of held-out rows whose answer is the wanted one, letter for letter.",
     "forgetting": "The loss on a small fixed text that has nothing to do with your rows: where it rises, the model"
     " forgets what it could before.",
     "gradient norm": "How hard a batch pulls at the weights. A sudden peak means an odd batch or too high a rate.",
@@ -30,7 +33,9 @@ TERMS = {
     "learning rate": "How far one step moves the adapter. Too low learns nothing; too high breaks what was learnt.",
     "loss": "How surprised the model is by the answers, in nats a token: 0 is not at all, lower is better.",
     "memory": "The most that the run's process has held at once; on an NVIDIA GPU, of the GPU's memory.",
+    "nats": "The unit of the loss: at 0.7 the wanted token gets half of the probability, at 2.3 a tenth, at 0 all.",
     "probe step": "The longest batch, tried once before the first step to measure time and memory.",
+    "rouge-l": "How many of the wanted answer's words come in the answer, in their order; 100 % is all, and no others.",
     "step": "One update of the adapter by one batch.",
     "the run": "What the run itself took.",
     "time left": "At the pace so far.",
@@ -38,6 +43,7 @@ TERMS = {
     " one.",
     "train loss": "The loss on the batch of each step, rows that are trained on.",
     "trainable": "Parameters that training changes; all others are frozen, and shared by every adapter.",
+    "‖δw‖": "How large the update is: the root of the sum of its squared entries; ‖W‖ is that of the base's weight.",
     # of a blind test
     "interval": "The two ends are Wilson's interval: the true share of preferences lies in it in 95 of 100 such tests.",
 }

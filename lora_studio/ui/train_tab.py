@@ -11,9 +11,9 @@ from typing import Any
 
 import gradio as gr
 
-from lora_studio.core.spec import BASELINES, METHODS, PRESETS, LoraSpec, Method
+from lora_studio.core.spec import BASELINES, PRESETS, LoraSpec, Method
 from lora_studio.errors import StudioError
-from lora_studio.models import CATALOGUE, STARTER, fit
+from lora_studio.models import CATALOGUE, STARTER, fit, in_round_numbers, memory, parameter_count
 from lora_studio.results import Plan
 from lora_studio.runs.config import DataChoice, RunConfig, short
 from lora_studio.settings import TrainConfig
@@ -161,14 +161,25 @@ def settle_task(
     return gr.Radio(value=value, visible=encoder or labelled), encoder
 
 
-def show_method(name: str, rate: Any) -> tuple[Any, ...]:
-    """The controls that belong to a method: LoRA's two columns, the width, and the learning rate.
-
-    The rate changes to what is usual for the method, unless it is the person's own.
-    """
+def show_method(name: str) -> tuple[Any, ...]:
+    """The controls that belong to a method: LoRA's two columns, and the width."""
     shown = gr.Column(visible=name == "lora")
-    usual = {one: TrainConfig().at_usual_rate_of(one).learning_rate for one in METHODS}
-    return shown, shown, _width(name), usual.get(name, rate) if rate in usual.values() else gr.skip()
+    return shown, shown, _width(name)
+
+
+def settle_rate(desk: Desk, model: str, method: str, rate: Any, ours: float) -> tuple[Any, float]:
+    """The learning rate that is usual for this model and method, and once more to know it by.
+
+    ours: the one that was set here last. Any other is the person's, and stays.
+    """
+    if rate != ours:
+        return gr.skip(), ours
+    try:
+        parameters = parameter_count(desk.ready(model).models.skeleton(model))
+    except StudioError:
+        return gr.skip(), ours  # the line under the form says why
+    usual = float(f"{TrainConfig().usual_rate(parameters, method):.2g}")
+    return usual, usual
 
 
 def _width(name: str, value: int = 0) -> Any:
@@ -179,6 +190,9 @@ def _width(name: str, value: int = 0) -> Any:
     usually = BASELINES[name][2]
     info = f"0 takes the usual {usually}"
     return gr.Number(visible=True, label=means.capitalize(), info=info, value=value or usually)
+
+
+ABOUT = 8  # of what `filled` fills, all but the settings
 
 
 def filled(desk: Desk, config: RunConfig, settings: Sequence[str]) -> tuple[Any, ...]:
@@ -241,8 +255,6 @@ def cost(
     """The line that follows every control."""
     chosen, config = form.method(raw, picker.targets(picked, preset), method), form.training(raw)
     studio = desk.ready(model)
-    from lora_studio.models import memory
-
     plan = studio.plan(model, chosen, config, DataChoice(**choice) if choice else None, task)
     return cost_line(plan, memory()[1])
 
@@ -255,7 +267,7 @@ def cost_line(plan: Plan, memory_bytes: int) -> str:
     parts = (
         f"<b>{about.trainable:,}</b> {term('trainable')} of {_count(about.total)} ({share:.2%})",
         f"{term('adapter')} <b>{_bytes(about.adapter_bytes)}</b>",
-        f"about <b{tight}>{_bytes(peak)}</b> of {_bytes(memory_bytes)}",
+        f"about <b{tight}>{_bytes(peak)}</b> of {in_round_numbers(memory_bytes)}",
         f"about <b>{_duration(about.seconds)}</b>",
     )
     return (
