@@ -82,6 +82,19 @@ def portable(folder: Path) -> tuple[bool, str]:
     return peft_format.portable(folder)
 
 
+def plain(folder: Path) -> bool:
+    """Whether the adapter is B A, alpha / rank times, with one alpha and one rank for all, and no more.
+
+    That is what llama.cpp and Ollama compute. They read neither patterns nor another scale, and have no words for a
+    magnitude or for modules that are saved whole.
+    """
+    if (folder / METHOD).is_file():
+        return False
+    config = peft_format.read_config(folder)
+    odd = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
+    return not any(config.get(name) for name in odd)
+
+
 def _tensors(parts: Parts) -> dict[str, Any]:
     """Trainable tensors by layer and name; one that is tied stands under the first of its names."""
     found: dict[torch.nn.Parameter, str] = {}

@@ -145,16 +145,25 @@ def loading_merged(run: Run) -> str:
 
 
 def in_ollama(run: Run, *, merged: bool) -> str:
-    """The commands that make an Ollama model of an export; empty for a classifier, which Ollama does not run."""
-    return "" if run.labels else OLLAMA.format(folder=folder_of(run, merged=merged), name=f"mine-{run.id[:8]}")
+    """The commands that make an Ollama model of an export; empty where Ollama would compute something else."""
+    if not _goes_to_llama(run, merged):
+        return ""
+    return OLLAMA.format(folder=folder_of(run, merged=merged), name=f"mine-{run.id[:8]}")
 
 
 def in_gguf(run: Run, *, merged: bool) -> str:
-    """The commands with which llama.cpp turns an export into GGUF; empty for a classifier."""
+    """The commands with which llama.cpp turns an export into GGUF; empty where that would be something else."""
+    if not _goes_to_llama(run, merged):
+        return ""
     names = {"name": f"mine-{run.id[:8]}", "folder": folder_of(run, merged=merged)}
     fetch, base = _base_folder(run)
     lines = GGUF if merged else GGUF_ADAPTER
-    return "" if run.labels else lines.format(**names, fetch=f"{fetch}\n" if fetch else "", base=base)
+    return lines.format(**names, fetch=f"{fetch}\n" if fetch else "", base=base)
+
+
+def _goes_to_llama(run: Run, merged: bool) -> bool:
+    """Whether it writes text and, as an adapter, is one that llama.cpp and Ollama know."""
+    return not run.labels and (merged or adapters.plain(run.path / "adapter"))
 
 
 def folder_of(run: Run, *, merged: bool = False) -> str:
@@ -248,7 +257,7 @@ def smaller_card(run: Run, rank: int) -> str:
     strongest = "strongest direction" if rank == 1 else f"{rank} strongest directions"
     lines = [
         f"# {_plain(run.name)}, rank {rank}",
-        f"A LoRA adapter for `{config.model}` (revision `{run.revision or 'unknown'}`): the {strongest} of"
+        f"A LoRA adapter for `{base_of(run)}` (revision `{run.revision or 'unknown'}`): the {strongest} of"
         f" each matrix of run `{run.id}`, which was trained with {_settings(config.method)}.",
         f"The figures of the whole adapter, not of this one:\n\n{table}" if table else "",
         "Repeat the run with:",
@@ -263,7 +272,7 @@ def combined_card(runs: Sequence[Run], weights: Sequence[float], rank: int | Non
     parts = [f"- {weight:g} × {_plain(run.name)} (run `{run.id}`)" for run, weight in zip(runs, weights, strict=True)]
     lines = [
         "# Combined adapter",
-        f"A LoRA adapter for `{runs[0].config.model}`: the weighted sum of {len(runs)} others, {how}.",
+        f"A LoRA adapter for `{base_of(runs[0])}`: the weighted sum of {len(runs)} others, {how}.",
         "\n".join(parts),
     ]
     return _card(lines, runs[0], library="peft", figures=False)
@@ -310,6 +319,8 @@ def _limits(run: Run, *, merged: bool) -> list[str]:
     lines = [f"Meant for {task}. In everything else it is its base model, or worse."]
     if "best_loss" in run.summary:
         lines.append("The figures above are of held-out rows of the same data; they say nothing about other data.")
+    elif run.brought:
+        lines.append("It was made elsewhere, so nothing is known here about how well it does on any rows.")
     else:
         lines.append("No rows were held out, so nothing is known about how well it does on rows that it did not see.")
     lines.append("Whatever the base model gets wrong, invents or is biased about, it still may; nothing was filtered.")

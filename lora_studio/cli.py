@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -19,14 +19,17 @@ import typer
 from lora_studio.core.spec import BASELINES, METHODS, LoraSpec, Method
 from lora_studio.errors import StudioError
 from lora_studio.events import Ended, to_line
-from lora_studio.fields import Knob, knobs
+from lora_studio.fields import Knob, build, knobs
 from lora_studio.results import run_as_json
 from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, method_of, short
 from lora_studio.settings import Sampling, TrainConfig
 from lora_studio.studio import Studio
 from lora_studio.study import in_words, parse_ranks, parse_rates, parse_targets
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Fine-tune a language model with LoRA.")
+# markup would take a list in brackets for a style, and show nothing
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, rich_markup_mode=None, help="Fine-tune a language model with LoRA."
+)
 
 Root = Annotated[Path | None, typer.Option(help="Folder of runs, datasets and models (default: LORA_STUDIO_ROOT).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON only.")]
@@ -90,8 +93,12 @@ def _values(config: type, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(settings: Mapping[str, Any], method: str) -> TrainConfig:
-    """The training that the options describe, at the method's usual learning rate unless one is given."""
+    """The training that the options describe: at the method's usual learning rate unless one is given, and for so
+    many epochs, if they are given, instead of the default's steps.
+    """
     config = pick(TrainConfig, settings)
+    if config.epochs and config.steps == TrainConfig.steps:
+        config = replace(config, steps=0)
     return config if settings["learning_rate"] is not None else config.at_usual_rate_of(method)
 
 
@@ -161,13 +168,15 @@ def inspect_data(
     max_length: Annotated[int, typer.Option(help="Tokens per example.")] = 512,
     format: Format = "",
     column: Column = None,
+    task: Task = "auto",
     as_json: Json = False,
     root: Root = None,
 ) -> None:
     """What was understood of a dataset, and how long its rows are."""
     studio = Studio(root)
     choice = _choice(studio, file, format, column)
-    result = studio.inspect(choice, model, TrainConfig(max_length=max_length)).as_json()
+    config = build(TrainConfig, {"max_length": max_length})
+    result = studio.inspect(choice, model, config, studio.task(model, choice, task)).as_json()
     if as_json:
         return _print_json(result)
     columns = ", ".join(f"{role} from {name}" for role, name in result["columns"].items())
@@ -345,7 +354,7 @@ def compare(
 def evaluate(
     run: str,
     data: Annotated[str, typer.Option(help="Another dataset; default: the run's held-out rows.")] = "",
-    limit: Annotated[int, typer.Option(help="Most rows to measure.")] = 200,
+    limit: Annotated[int, typer.Option(help="Most rows to measure.", min=1)] = 200,
     as_json: Json = False,
     root: Root = None,
 ) -> None:
@@ -405,6 +414,10 @@ def export(
 ) -> None:
     """Write the adapter, in PEFT's layout when it is LoRA, or the merged model."""
     studio = Studio(root)
+    if dtype and not merged:
+        raise StudioError(
+            "E_DTYPE", "Only merged weights are written in another type.", "Add --merged, or leave it out."
+        )
     done = studio.export(studio.runs.get(run).id, to, merged=merged, archive=archive, dtype=dtype)
     files = [str(path) for path in done.files]
     if as_json:

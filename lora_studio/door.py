@@ -187,8 +187,9 @@ class Door:
         origin = request.headers.get("origin")
         if not self._ours(request.headers.get("host", "")):
             return 403, "This app is not served under that name."
-        if origin is not None and origin not in self.place.origins:
-            return 403, "Pages of other sites may not use this app."
+        if origin is not None and origin not in self.place.origins and not self._is_own(origin, request):
+            hint = "If this is its own page, set LORA_STUDIO_ORIGINS to the address in the browser."
+            return 403, f"Pages of other sites may not use this app. {hint}"
         if request.method == "OPTIONS":
             return None
         known = (ACT if acts else READ).fullmatch(path) or (acts and self.agents and MCP.fullmatch(path))
@@ -250,6 +251,12 @@ class Door:
         with contextlib.suppress(ValueError):
             return urlsplit(f"//{host}").hostname in self.place.names
         return False
+
+    def _is_own(self, origin: str, request: Request) -> bool:
+        """Whether a page of this machine came from where it now calls: a tunnel's or a mapped port, not ours."""
+        address = f"//{request.headers.get('host', '')}"
+        here = self.place.names is not None and urlsplit(address).hostname in LOOPBACK
+        return here and origin in (f"http:{address}", f"https:{address}")
 
     def _dressed(self, request: Request, send: Send) -> Send:
         """`send` with the headers of every answer and, on the page itself, the cookie."""

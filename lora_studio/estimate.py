@@ -187,11 +187,12 @@ def _seconds(
     supervised = steps * together * data.supervised / rows
     measured = min(HELDOUT_TOKENS, config.holdout * data.total)
     measured -= max(0.0, measured / mean - 1) * data.shared_prefix
-    rounds = config.evaluations + 1
+    rounds = min(config.evaluations, steps) + 1
     backward = body * passed / text.num_hidden_layers + min(trainable, body)
     operations = 2 * (body + backward) * tokens + 4 * head * supervised + 2 * body * measured * rounds
     answer = min(SAMPLE_TOKENS, SAMPLE_SPARE + data.supervised / rows)
-    written = answer if head and config.samples else 0  # a classifier writes nothing
+    # a classifier writes nothing, and samples are held-out rows
+    written = answer if head and config.samples and config.holdout else 0
     decoding = rounds * written * total_bytes(model, precision) / _READ_RATE[device]
     upcasts = device == "cpu" and upcast.lacks_bfloat16()
     rate = EFFICIENCY * matrix_rate("float32" if upcasts or precision == "float32" else "bfloat16", device)

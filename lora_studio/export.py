@@ -1,4 +1,4 @@
-"""What leaves the studio: adapters, merged models, combinations and archives, each with a card and a proof."""
+"""What leaves the studio: adapters and merged models with card and proof, combinations, smaller ranks, archives."""
 
 import contextlib
 import copy
@@ -64,7 +64,7 @@ def check_folder(to: Path, sort: str, *, archive: bool = False) -> None:
     if found and not again:
         message = f"{quote(str(to))} is not empty and holds no earlier export of this kind."
         raise StudioError("E_EXISTS", message, "Give a new or an empty folder.")
-    if archive and archive_of(to).exists() and not again:
+    if archive and archive_of(to).exists() and not (again and _is_our_archive(archive_of(to))):
         raise StudioError("E_EXISTS", f"{quote(str(archive_of(to)))} is there already.", "Give another name.")
 
 
@@ -86,7 +86,7 @@ def export_adapter(
         for name in adapters.files(run.path / "adapter"):
             shutil.copyfile(run.path / "adapter" / name, stage / name)
         proof = prove(stage)
-        if isinstance(run.config.method, LoraSpec):
+        if adapters.plain(stage):
             _write_modelfile(run, tokenizer, stage, merged=False)
         (stage / "README.md").write_text(model_card(run, proof=proof, more=more), encoding="utf-8")
     return files, proof
@@ -187,12 +187,18 @@ def export_combined(
 
 
 def pack(files: Sequence[Path], folder: Path, to: Path) -> Path:
-    """Zip just these files of `folder` (not the folder itself) as `to`."""
+    """Zip just these files of `folder` (not the folder itself) as `to`. Raises E_DISK."""
     part = to.with_name(f"{to.name}.part")
-    with zipfile.ZipFile(part, "w") as packed:  # stored, because weights do not get smaller
-        for file in files:
-            packed.write(file, file.relative_to(folder))
-    return part.replace(to)
+    try:
+        with zipfile.ZipFile(part, "w") as packed:  # stored, because weights do not get smaller
+            for file in files:
+                packed.write(file, file.relative_to(folder))
+        return part.replace(to)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        message = f"{quote(to.name)} cannot be written: {error.strerror}."
+        raise StudioError("E_DISK", message, "Free some space on the disk.") from error
 
 
 def archive_of(folder: Path) -> Path:
@@ -242,10 +248,21 @@ def _names(folder: Path) -> set[str]:
 def _is_ours(card: Path) -> bool:
     """Whether a README was written by `model_card`: by the tag in its front matter."""
     try:
-        front = card.read_text(encoding="utf-8").split("---")[1]
-    except (OSError, ValueError, IndexError):
+        return _has_tag(card.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return False
-    return f"- {TAG}\n" in front
+
+
+def _is_our_archive(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as packed:
+            return _has_tag(packed.read("README.md").decode())
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return False
+
+
+def _has_tag(card: str) -> bool:
+    return f"- {TAG}\n" in "".join(card.split("---")[1:2])
 
 
 def _name(dtype: torch.dtype) -> str:

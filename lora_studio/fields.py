@@ -130,6 +130,8 @@ def _wanted(setting: Knob) -> str:
         return f"one of {', '.join(setting.choices)}"
     if get_origin(setting.type) is Mapping:
         return f"names with numbers between {setting.min:g} and {setting.max:g}, such as mlp.down=4"
+    if get_origin(setting.type) is tuple:
+        return "whole numbers with commas between them" if int in get_args(setting.type) else "names with commas"
     kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(setting.type, "a value")
     if setting.min is not None and setting.max is not None:
         return f"{kind} between {setting.min:g} and {setting.max:g}"

@@ -3,10 +3,11 @@
 It was written for this purpose. Whoever changes a word makes the figures of earlier runs a measure of something else.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from lora_studio.data.batches import Encoded, encode_all
-from lora_studio.data.formats import Example
+from lora_studio.data.formats import Example, Message
 
 TOKENS = 104  # of a passage that are read; with usual tokenizers that is all of it
 
@@ -51,4 +52,11 @@ PASSAGES = (
 
 def passages(tokenizer: Any, most: int = TOKENS) -> list[Encoded]:
     """The text as a tokenizer reads it; of each passage at most `most` tokens."""
-    return encode_all(tokenizer, [Example(text=passage) for passage in PASSAGES], min(most, TOKENS))
+    return encode_all(tokenizer, examples(), min(most, TOKENS))
+
+
+def examples(labels: Sequence[str] = ()) -> list[Example]:
+    """The passages as rows; for a classifier with a label, which says nothing."""
+    if labels:
+        return [Example((Message("user", passage), Message("assistant", labels[0]))) for passage in PASSAGES]
+    return [Example(text=passage) for passage in PASSAGES]

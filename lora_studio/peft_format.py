@@ -358,16 +358,16 @@ def _spec(config: Mapping[str, Any], about: Mapping[str, Any], factors: Sequence
         variant = str(about.get("variant") or "dora")
     ranks = [one.rank for one in factors]
     rank = _most_common(ranks)
-    alpha = factors[0].scale / VARIANTS[variant](1.0, rank)
+    scale = _most_common([one.scale for one in factors if one.rank == rank])
     roles = dict.fromkeys(one.role or one.layer for one in factors)
-    odd = {one.layer: one for one in factors if one.rank != rank}
+    odd = {one.layer: one for one in factors if (one.rank, one.scale) != (rank, scale)}
     return LoraSpec(
         variant=variant,
         rank=rank,
-        alpha=float(alpha),
+        alpha=float(scale / VARIANTS[variant](1.0, rank)),
         dropout=float(config.get("lora_dropout") or 0.0),
         targets=tuple(roles),
-        rank_pattern={layer: one.rank for layer, one in odd.items()},
+        rank_pattern={layer: one.rank for layer, one in odd.items() if one.rank != rank},
         alpha_pattern={layer: one.scale / VARIANTS[variant](1.0, one.rank) for layer, one in odd.items()},
     )
 

@@ -66,7 +66,7 @@ class Proof:
         if self.problem:
             return f"Not proven: the saved files could not be compared. {self.problem}"
         if not self.rows:
-            return "Not proven: the rows of this run are gone, so there is nothing to compare on."
+            return "Not proven: no row can be read any more, so there is nothing to compare on."
         rows = f"{self.rows} row{'s' if self.rows > 1 else ''}"
         said = (
             f"The saved files were loaded again and compared with the model in memory on {rows}: logits"

@@ -4,6 +4,7 @@ The file has no script and no address, and its own policy forbids both, should a
 Whatever a person, a model or a file said goes through `said`. It quotes rows, so only who may read these is given one.
 """
 
+import contextlib
 import html
 import math
 import platform
@@ -83,7 +84,8 @@ def write(text: str, to: Path) -> Path:
         part.write_text(text, encoding="utf-8", errors="replace")
         return part.replace(to)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         message = f"{quote(str(to))} cannot be written: {error.strerror}."
         raise StudioError("E_WRITE", message, "Give a file in a folder that is there.") from error
 

@@ -80,8 +80,8 @@ class TrainConfig:
 
     def total_steps(self, rows: int, tokens: int = 0) -> int:
         """Steps for this many training rows and tokens. Raises E_CONFIG when neither steps nor epochs is given."""
-        passed, step = (tokens, self.batch_tokens) if self.batch_tokens else (rows, self.batch_size)
-        total = self.steps or math.ceil(self.epochs * passed / step)
+        together = max(1, self.batch_tokens * rows // max(1, tokens)) if self.batch_tokens else self.batch_size
+        total = self.steps or math.ceil(self.epochs * rows / min(together, rows))
         if total < 1:
             raise StudioError("E_CONFIG", "Steps and epochs are both 0.", "Give at least one step.")
         return total

@@ -210,7 +210,9 @@ def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, de
     if needs() <= free:
         return None
     while needs() > free and max(map(len, share.passes(batch))) > 1:
-        share.accumulate = min(2 * len(share.passes(batch)), len(batch))
+        before, share.accumulate = share.accumulate, min(2 * len(share.passes(batch)), len(batch))
+        if share.accumulate <= before:  # passes of about equally many tokens: one long row may leave others together
+            break
     share.notes.append(
         f"The batch would not fit the memory; a step is {share.accumulate} passes, with the same result."
     )

@@ -67,7 +67,11 @@ class Studio:
 
     def __init__(self, root: Path | str | None = None, limits: Limits | None = None) -> None:
         self.root = (Path(root) if root else default_root()).expanduser().absolute()
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            message = f"The folder {quote(str(self.root))} cannot be made: {error.strerror}."
+            raise StudioError("E_ROOT", message, "Set LORA_STUDIO_ROOT to a folder that you may write to.") from None
         self.limits = limits or limits_here()
         self.exports = self.root / "exports"  # downloads, each in a folder of its own
         self.models = ModelLibrary(self.root, self.limits, guarded=True)
@@ -229,6 +233,9 @@ class Studio:
         from lora_studio.models import check_quantising, context, device, parameter_count
 
         check(config)
+        if isinstance(method, BaselineSpec) and method.kind in VIRTUAL and config.checkpointing == "on":
+            message = f"The method {method.kind} cannot compute activations twice."
+            raise StudioError("E_METHOD", message, "Set checkpointing to auto or off.")
         labels = () if task == "causal" else self.labels(choice) if choice else ("0", "1")
         skeleton = self.models.skeleton(model, labels=len(labels))
         if labels:
@@ -780,6 +787,9 @@ class Studio:
                 return Exported(files=[pack(files, unpacked, archive_of(unpacked))])
             done = self.export(view.id, unpacked, merged=merged, archive=True, dtype=dtype)
             return replace(done, files=done.files[-1:])
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # nobody will fetch it
+            raise
         finally:
             shutil.rmtree(unpacked, ignore_errors=True)
 
@@ -796,6 +806,7 @@ class Studio:
 
         view = self.runs.get(run)
         check_target(repo, token)
+        self._check_room(view, merged=merged)
         self._note("push to the Hub", view.id)
         folder = fresh_download(self.exports)
         try:
@@ -913,15 +924,21 @@ class Studio:
     def _heldout_rows(self, view: Run) -> list[Any]:
         """The first held-out rows of a run as training saw them (core.lean.Tokens); any rows when none were held out.
 
-        No row where they are gone, or the tokenizer is: the export is worth more than its proof.
+        The general text where they are gone, or the adapter was made elsewhere. No row where the tokenizer is gone:
+        the export is worth more than its proof.
         """
+        from lora_studio import general
         from lora_studio.proof import ROWS
 
         try:
             rows = self._of_owner(view)._examples
             return self._tokens(view, self.heldout(view.id, ROWS) or rows(view.config.dataset)[0][:ROWS])
         except StudioError as error:
-            log.warning("no held-out rows to measure on: %s", error)
+            log.info("the rows of %s are gone: %s", view.id, error)
+        try:
+            return self._tokens(view, general.examples(view.labels))
+        except StudioError as error:
+            log.warning("no rows to measure on: %s", error)
             return []
 
     def _tokenizer(self, view: Run) -> Any:

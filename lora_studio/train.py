@@ -92,7 +92,8 @@ class Job:
         self.share = Share(
             adapter=self.adapter,
             accumulate=config.accumulate,
-            checkpointing=config.checkpointing,
+            # virtual tokens stand in a cache, which a block that computes twice does not take
+            checkpointing=config.checkpointing if self.lora.packs(self.adapter) else "off",
             room=lean.PASS[self.device.type],
             shares=shares_prefix(self.lora, [self.adapter]),
         )
@@ -149,7 +150,8 @@ class Job:
             self.optimizer.state[tensor] = {
                 name: state.optimizer[f"{number}.{name}"].clone().to(tensor.device) for name in names
             }
-        self.random = [state.optimizer[f"random.{number}"] for number in range(len(self.random))]
+        # a GPU that has come since has no state yet
+        self.random = [state.optimizer.get(f"random.{number}", own) for number, own in enumerate(self.random)]
         self.step, self.measured, self.stale = progress["step"], progress["measured"], progress["stale"]
         self.best = math.inf if progress["best"] is None else progress["best"]
         self.share.accumulate, self.share.recompute = progress["accumulate"], progress["recompute"]
@@ -272,6 +274,7 @@ class _Course:
             group["lr"] = rate * group["ratio"]
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf))
         job.optimizer.step()
+        torch.autograd.graph.increment_version(self.parameters)  # what is kept until they change asks for it
         job.optimizer.zero_grad(set_to_none=True)
         job.step = step
         self.seen += sum(len(tokens.ids) for tokens in self.batch)
@@ -289,9 +292,7 @@ class _Course:
             },
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            message = f"The loss stopped being a number at step {step}."
-            hint = f"Lower the learning rate, for instance to {config.learning_rate / 10:g}."
-            raise StudioError("E_NOT_FINITE", message, hint)
+            raise _no_number("loss", job)
 
     def judge(self, loss: float | None) -> None:
         """Take in a held-out loss that was just measured."""
@@ -421,6 +422,9 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
             base[key] = found
         if found:
             events.append((course, Metric(step=job.step, values=found)))
+        if job.step and not math.isfinite(found.get("heldout_loss", 0.0)):
+            events.append((course, course.failed(_no_number("held-out loss", job))))
+            continue
         if "heldout_loss" not in found and not job.step:
             message = "No rows are held out, so learning cannot be told from memorising."
             events.append((course, Warned(step=0, code="W_NO_HELDOUT", message=message)))
@@ -438,6 +442,11 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
         course.clock += time.monotonic() - paused  # measuring is not training
     for course, event in events:
         yield course.number, event
+
+
+def _no_number(what: str, job: Job) -> StudioError:
+    hint = f"Lower the learning rate, for instance to {job.config.learning_rate / 10:g}."
+    return StudioError("E_NOT_FINITE", f"The {what} stopped being a number at step {job.step}.", hint)
 
 
 def _with_room(lora: LoRA, work: Callable[[], Found]) -> Found:

@@ -78,6 +78,15 @@ def test_what_peft_made_goes_out_again_with_equal_logits(
     torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_its_files_are_proven_on_a_general_text(studio: Studio, tiny: Path, tmp_path: Path) -> None:
+    run, _ = adopted(studio, tiny, tmp_path / "theirs")
+    for merged in (False, True):
+        proof = studio.export(run.id, tmp_path / f"out-{merged}", merged=merged).proof
+        assert proof.passed and proof.rows > 0
+    card = (tmp_path / "out-False" / "README.md").read_text()
+    assert "made elsewhere" in card and "No rows were held out" not in card
+
+
 def test_it_is_a_run_that_is_done_and_all_that_needs_an_adapter_works(
     studio: Studio, tiny: Path, tmp_path: Path
 ) -> None:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from lora_studio.errors import StudioError
+from lora_studio.settings import RATES, TrainConfig
 from lora_studio.studio import Studio
 from lora_studio.ui import api
 from tests.browser import served_alone
@@ -108,6 +109,19 @@ def test_what_there_is_to_call_explains_itself(url: str) -> None:
         assert shown["description"].startswith(inspect.getdoc(made).partition("\n")[0].split(".")[0]), name
         for one in shown["parameters"]:
             assert f"{one['parameter_name']}: " in inspect.getdoc(made) and one["type"], (name, one)
+
+
+def test_another_method_takes_its_own_learning_rate(
+    tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = ReadyDesk(Studio(tmp_path))
+    monkeypatch.setattr(desk.studio.supervisor, "tick", lambda: None)
+    dataset = api.add_dataset(desk, "question,answer\nhi,hello\nbye,goodbye\n")
+    for method, rate in (("lora", TrainConfig.learning_rate), ("full", TrainConfig.learning_rate * RATES["full"])):
+        run = api.start_run(desk, dataset, model=str(tiny), method=method)
+        assert desk.studio.runs.get(run).config.train.learning_rate == pytest.approx(rate)
+    run = api.start_run(desk, dataset, model=str(tiny), method="full", learning_rate=0.001)
+    assert desk.studio.runs.get(run).config.train.learning_rate == 0.001
 
 
 @pytest.mark.parametrize("limit", [0, -1, api.EVALUATED + 1])

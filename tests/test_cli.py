@@ -301,3 +301,39 @@ def test_a_run_is_paused_and_resumed_to_its_end(trained: list[dict], home: Path)
     again = run("resume", waiting.id, root=home)
     assert again.returncode == 1 and "E_RUN_DONE" in again.stderr and len(again.stderr.splitlines()) == 2
     studio.runs.delete(waiting.id)
+
+
+def test_help_lists_what_may_be_chosen(home: Path) -> None:
+    said = " ".join(run("train", "--help", root=home).stdout.split())
+    for words in ("[lora, rslora, dora,", "[lora, full, top,", "[auto, causal, classify]", "[linear, cosine,"):
+        assert words in said, words
+
+
+def test_epochs_take_the_place_of_the_default_steps(tiny: Path) -> None:
+    given = {name: None for config in (LoraSpec, TrainConfig) for name in cli.knobs(config)}
+    given |= {name: getattr(TrainConfig, name) for name in cli.knobs(TrainConfig) if hasattr(TrainConfig, name)}
+    assert cli._training({**given, "epochs": 2.0}, "lora").total_steps(8) == 2
+    assert cli._training({**given, "epochs": 2.0, "steps": 7}, "lora").steps == 7
+    assert cli._training(given, "lora").steps == TrainConfig.steps
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["data", "orders", "--max-length", "-5"], "E_CONFIG"),
+        (["export", "RUN", "--to", "new", "--dtype", "float16"], "E_DTYPE"),
+        (["plan", "--layers", "0-1"], "E_CONFIG"),
+    ],
+)
+def test_what_would_be_ignored_or_means_nothing_is_refused(
+    words: list[str], code: str, home: Path, trained: list[dict], tiny: Path
+) -> None:
+    given = [str(home / "new") if word == "new" else trained[-1]["run"] if word == "RUN" else word for word in words]
+    done = run(*given, *(["--model", str(tiny)] if words[0] != "export" else []), root=home)
+    assert done.returncode == 1 and done.stderr.startswith(f"{code}: ") and not (home / "new").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("runs", "--root", str(tmp_path / "file" / "below"), root=tmp_path)
+    assert done.returncode == 1 and done.stderr.startswith("E_ROOT: ")

@@ -118,6 +118,10 @@ def test_pages_of_its_own_may_call(app: Any, tmp_path: Path) -> None:
         asked = {"origin": origin, "access-control-request-method": "POST"}
         assert client.options("/gradio_api/queue/join", headers=asked).status_code == 200
     assert "access-control-allow-origin" not in client.get("/config").headers
+    mapped = TestClient(app, base_url="http://localhost:8080")  # through a tunnel
+    assert mapped.get("/config", headers={"origin": "http://localhost:8080"}).status_code == 200
+    for other in ("http://localhost:8081", "http://localhost:8080.evil.example", "http://evil.example:8080"):
+        assert mapped.get("/config", headers={"origin": other}).status_code == 403
 
 
 def test_a_space_is_called_by_its_own_addresses(

@@ -1,5 +1,6 @@
 """What leaves the studio opens elsewhere: PEFT reads the adapter, plain transformers the merged model."""
 
+import errno
 import json
 import os
 import tempfile
@@ -140,6 +141,21 @@ def test_a_download_lies_under_the_root_and_only_old_downloads_are_swept(studio:
     outside.rmdir()
 
 
+def test_a_disk_that_is_full_while_a_download_is_packed_is_said_and_left_clean(
+    studio: Studio, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = finished(studio, tiny)
+
+    def full(self: zipfile.ZipFile, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(zipfile.ZipFile, "write", full)
+    assert code_of(lambda: studio.archive(run.id)) == "E_DISK"
+    assert list(studio.exports.iterdir()) == []
+    assert code_of(lambda: studio.export(run.id, tmp_path / "here", archive=True)) == "E_DISK"
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("here.zip")]
+
+
 @pytest.mark.parametrize("merged", [False, True])
 def test_an_export_never_mixes_with_the_files_of_others(
     studio: Studio, tiny: Path, tmp_path: Path, merged: bool
@@ -157,6 +173,10 @@ def test_an_export_never_mixes_with_the_files_of_others(
     assert sorted(path.name for path in mine.iterdir()) == ["README.md", "adapter_config.json", "config.json"]
     (tmp_path / "new.zip").write_text("precious")
     assert code_of(lambda: studio.export(run.id, tmp_path / "new", merged=merged, archive=True)) == "E_EXISTS"
+    studio.export(run.id, tmp_path / "later", merged=merged)
+    (tmp_path / "later.zip").write_text("precious")  # beside an export of ours
+    assert code_of(lambda: studio.export(run.id, tmp_path / "later", merged=merged, archive=True)) == "E_EXISTS"
+    assert (tmp_path / "later.zip").read_text() == "precious"
 
 
 @pytest.mark.parametrize("merged", [False, True])

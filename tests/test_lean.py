@@ -53,6 +53,24 @@ def test_the_architectures_that_pack_are_these() -> None:
     assert {family for family in CAUSAL if not lean.packable(causal(family))} == PLAIN
 
 
+def test_what_carries_from_token_to_token_besides_attention_is_not_packed() -> None:
+    """A convolution would reach from one row into the next."""
+    config = transformers.Lfm2Config(
+        vocab_size=97, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, layer_types=["conv", "full_attention"],
+    )  # fmt: skip
+    model = transformers.Lfm2ForCausalLM(config).eval()
+    assert not lean.packable(model)
+    for tensor in model.parameters():
+        tensor.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        together = lean.padded_losses(model, batch()).sum()
+        model.config.layer_types = ["full_attention"] * 2
+        assert not lean.packable(model)  # by its modules alone
+        with lean.packed_attention(model):
+            assert not torch.isclose(lean.packed_losses(model, batch()).sum(), together, rtol=1e-5)
+
+
 @pytest.mark.parametrize("family", sorted(set(CAUSAL) - PLAIN))
 def test_packed_and_padded_give_the_same_loss_and_gradients(family: str) -> None:
     lora, results = with_adapter(family), []

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lora_studio import adapters
 from lora_studio.core.layout import heads
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import VARIANTS, LoraSpec
@@ -397,3 +398,49 @@ def test_a_head_trained_whole_is_parted_from_the_embedding_it_was_tied_to(tmp_pa
     save(lora, "x", tmp_path, "base")
     again = reloaded("gpt2", tmp_path)[1]
     torch.testing.assert_close(again, wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank_pattern": {"layers.0.self_attn.q_proj": 5}}, {"alpha_pattern": {"q_proj": 18}}]
+)
+def test_what_most_layers_have_is_the_alpha_and_the_others_are_named(options: dict, tmp_path: Path) -> None:
+    """The first layer is an odd one; the update is what it was, and so is what the settings say of it."""
+    asked = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj", "o_proj"], **options)
+    theirs = peft.get_peft_model(causal("llama"), asked)
+    moved(tensor for tensor in theirs.parameters() if tensor.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    lora = LoRA(causal("llama"))
+    load(lora, tmp_path, "x")
+    spec = lora.specs["x"]
+    assert isinstance(spec, LoraSpec) and (spec.rank, spec.alpha) == (3, 6.0)
+    odd = [f"model.layers.{number}.self_attn.q_proj" for number in range(1 if "rank_pattern" in options else 2)]
+    assert list(spec.alpha_pattern) == odd and list(spec.rank_pattern) == odd * ("rank_pattern" in options)
+    for one in lora.delta("x"):
+        layer = theirs.base_model.model.get_submodule(one.layer)
+        torch.testing.assert_close(one.dense(), layer.get_delta_weight("default"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "good"),
+    [
+        (LoraSpec(rank=3), True),
+        (LoraSpec(rank=3, variant="lora+"), True),
+        (LoraSpec(rank=3, variant="rslora"), False),
+        (LoraSpec(rank=3, variant="dora"), False),
+        (LoraSpec(rank=3, rank_pattern={"attn.q": 2}), False),
+    ],
+)
+def test_plain_is_what_a_loader_computes_that_knows_alpha_and_the_rank_of_a_tensor(
+    spec: LoraSpec, good: bool, tmp_path: Path
+) -> None:
+    lora, _ = trained("llama", spec)
+    save(lora, "x", tmp_path, "base")
+    assert adapters.plain(tmp_path) == good
+    if spec.variant == "dora":  # its magnitude lies beside the factors
+        return
+    config, tensors = json.loads((tmp_path / CONFIG).read_text()), load_file(tmp_path / WEIGHTS)
+    same = []
+    for one in lora.delta("x"):
+        A, B = (tensors[f"base_model.model.{one.layer}.lora_{side}.weight"] for side in "AB")
+        same.append(torch.allclose(config["lora_alpha"] / len(A) * B @ A, one.dense(), atol=1e-6))
+    assert all(same) == good

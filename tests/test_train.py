@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import lora_studio.train as training
 from lora_studio import step
 from lora_studio.core import lean
 from lora_studio.core.baselines import add
@@ -412,7 +413,7 @@ def test_one_that_leaves_or_fails_changes_nothing_for_the_others() -> None:
         if number == 2 and event.step == 3:
             disturbed.parameters("a2")[0].data.fill_(math.nan)
     assert (jobs[0].step, jobs[0].error, jobs[1].step) == (2, None, 6)
-    assert jobs[2].error and jobs[2].error.code == "E_NOT_FINITE" and jobs[2].step == 4
+    assert jobs[2].error and jobs[2].error.code == "E_NOT_FINITE" and jobs[2].step == 3
     assert values(got, "train_loss") == pytest.approx(values(want, "train_loss"), rel=1e-4)
 
 
@@ -462,9 +463,60 @@ def test_a_state_of_another_adapter_is_refused() -> None:
     assert caught.value.code == "E_CHECKPOINT"
 
 
+def test_a_held_out_loss_is_that_of_the_weights_as_they_are() -> None:
+    """What is kept until the factors change (DoRA's norms) is made anew after each step."""
+    work = job(dataclasses.replace(CONFIG, evaluations=6), method=LoraSpec(rank=2, variant="dora"))
+    for event in train(work):
+        if isinstance(event, Metric) and "heldout_loss" in event.values and event.step:
+            fresh = job(method=LoraSpec(rank=2, variant="dora"))
+            fresh.restore(work.state())
+            assert event.values["heldout_loss"] == heldout_loss(fresh), event.step
+
+
+def test_a_held_out_loss_that_is_no_number_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    work, plain = job(), training.evaluation
+    monkeypatch.setattr(
+        training, "evaluation", lambda job, base: plain(job, base=base) | ({} if base else {"heldout_loss": math.nan})
+    )
+    with pytest.raises(StudioError) as caught:
+        list(train(work))
+    assert caught.value.code == "E_NOT_FINITE" and work.step == 3
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_virtual_tokens_do_not_train_with_activations_computed_twice(kind: str) -> None:
+    work = job(dataclasses.replace(CONFIG, checkpointing="on"), method=BaselineSpec(kind=kind, width=2))
+    list(train(work))
+    assert work.step == CONFIG.steps and not work.share.recompute
+
+
+def test_a_probe_ends_where_one_row_alone_takes_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [lean.Tokens(range(2, 2 + length), [True] * length) for length in (90, 4, 4, 4)]
+    work = job()
+    monkeypatch.setattr(step, "free_memory", lambda device: 1)
+    monkeypatch.setattr(step, "memory_in_use", lambda device: 0)
+    monkeypatch.setattr(step, "peak_memory", lambda device: 10**6)
+    found = step.probe(work.lora, work.share, rows)
+    assert found.batch_fits == 1 and work.share.accumulate == 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "tokens", "batch"),
+    [(3, 20, {"batch_size": 8}), (10, 20, {"batch_tokens": 1000}), (40, 600, {"batch_tokens": 1000}),
+     (40, 500, {"batch_tokens": 100}), (30, 20, {"batch_size": 4})],
+)  # fmt: skip
+def test_an_epoch_is_once_through_all_rows(rows: int, tokens: int, batch: dict[str, int]) -> None:
+    config = TrainConfig(steps=0, epochs=5.0, **batch)
+    every = [lean.Tokens(range(tokens), [True] * tokens) for _ in range(rows)]
+    steps = config.total_steps(rows, rows * tokens)
+    seen = sum(len(batch) for batch in _batches(every, config, steps))
+    assert 5 * rows <= seen < 5 * rows + len(next(_batches(every, config, 1)))
+
+
 @pytest.mark.parametrize("patience", [1, 2, 3])
 def test_patience_ends_a_run_as_soon_as_so_many_evaluations_were_no_better(patience: int) -> None:
-    config = dataclasses.replace(CONFIG, steps=40, evaluations=20, learning_rate=1.0)
+    # nothing is learnt at such a rate, so no evaluation is better than the first
+    config = dataclasses.replace(CONFIG, steps=40, evaluations=20, learning_rate=1e-30)
     curve = values(list(train(job(config))), "heldout_loss")[1:]
     stale = [index - curve[: index + 1].index(min(curve[: index + 1])) for index in range(len(curve))]
     work = job(dataclasses.replace(config, patience=patience))
@@ -561,7 +613,7 @@ def test_a_budget_of_tokens_fills_batches_and_counts_epochs() -> None:
     config = dataclasses.replace(CONFIG, batch_tokens=60, steps=0, epochs=3.0)
     rows = [encode(tokenizer(), row, 512).tokens for row in examples()]
     total = sum(len(tokens.ids) for tokens in rows)
-    assert config.total_steps(len(rows), total) == math.ceil(3 * total / 60)
+    assert config.total_steps(len(rows), total) == math.ceil(3 * len(rows) / (60 * len(rows) // total))
     batches = list(_batches(rows, config, 9))
     sizes = [sum(len(tokens.ids) for tokens in batch) for batch in batches]
     assert max(sizes) <= 60 < min(sizes) + max(len(tokens.ids) for tokens in rows)

@@ -36,6 +36,7 @@ IGNORED = -100  # label of a position that is not supervised
 PASS = {"cpu": 1024, "mps": 4096, "cuda": 16_384}
 PACKED, STEPWISE = "lora_studio_packed", "lora_studio_stepwise"
 FEW = 32  # rows that a decoding step has at most, to be multiplied as columns
+ATTENTIONS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))  # kinds of a config's layers
 DEAF = ("nemotron",)  # their blocks take keyword arguments and do not hand them to the attention
 
 
@@ -180,7 +181,14 @@ def packable(model: nn.Module) -> bool:
     config: Any = model.config
     text = config.get_text_config()
     plain = text.model_type not in DEAF and not getattr(text, "attn_logit_softcapping", None)
-    return _through_interface(model) and plain
+    return _through_interface(model) and plain and not _mixes_tokens(model)
+
+
+def _mixes_tokens(model: nn.Module) -> bool:
+    """Whether something besides attention carries from one token to the next, past the end of a sequence."""
+    config: Any = model.config
+    kinds = getattr(config.get_text_config(), "layer_types", None) or ()
+    return not ATTENTIONS.issuperset(kinds) or any(isinstance(module, nn.Conv1d) for module in model.modules())
 
 
 def _through_interface(model: nn.Module) -> bool:
@@ -387,12 +395,15 @@ def _positions(ids: torch.Tensor) -> torch.Tensor:
     return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
 
+CAPPED = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale")  # where a config says so
+
+
 def plain_head(model: nn.Module) -> bool:
     """Whether the logits are just hidden @ headᵀ, nothing added, scaled, capped or hooked, and the head not trained."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     config: Any = model.config
     text = config.get_text_config()
-    altered = any(getattr(text, name, None) for name in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+    altered = any(getattr(text, name, None) for name in CAPPED)
     if altered or not isinstance(head, nn.Linear) or head.bias is not None:
         return False
     trained = head.weight.requires_grad and torch.is_grad_enabled()

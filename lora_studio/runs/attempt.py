@@ -147,12 +147,16 @@ class Attempt:
     def restore(self, job: Any) -> None:
         """Let a fresh job go on from what `recall` found, if anything. Raises E_CHECKPOINT when it is of another.
 
-        After the system has ended an earlier attempt for its memory, a pass has half as many examples as in that.
+        After the system has ended an earlier attempt for its memory, a pass has half as many examples as in that; where
+        it has one already, activations are computed twice instead of being kept.
         """
         if self._found:
             job.restore(self._found.state)
             self._found = None
-        job.share.accumulate = max(job.share.accumulate, _passes(self._said))
+        passes = _passes(self._said)
+        job.share.accumulate = max(job.share.accumulate, passes)
+        if passes > job.config.batch_size and job.share.checkpointing == "auto":
+            job.share.recompute = True
 
     def _save(self, job: Any) -> bool:
         """Save a checkpoint; False, and a warning once, when the disk does not take it."""

@@ -97,8 +97,9 @@ class Supervisor:
             lost = [run for run in runs if run.status == "lost"]
             self._look_after(running)
             self.store.sweep_deleted()
+            now = time.monotonic()  # one for all: the runs of a study go on together
             for run in lost:
-                self._recover(run)
+                self._recover(run, now)
             if self._owned:
                 self._keep_house()
             runs = self.store.list() if lost else runs
@@ -195,7 +196,7 @@ class Supervisor:
 
     # ---- workers that are no more --------------------------------------------------------------------------------
 
-    def _recover(self, run: Run) -> None:
+    def _recover(self, run: Run, now: float) -> None:
         """End a run that has lost its worker as was asked; else the app puts it back into the queue, or gives it up."""
         try:
             if asked := asked_of(run.path):
@@ -208,7 +209,7 @@ class Supervisor:
                 self.store.settle(run, "failed", _crashed(run, times, finding, _held_bytes(run, self.store)))
                 return
             self.store.requeue(run.id, said=finding)
-            self._not_before[run.id] = time.monotonic() + WAITS_S[times - 1]
+            self._not_before[run.id] = now + WAITS_S[times - 1]
             log.info("%s was lost and goes on: %s", run.id, finding.message)
         except StudioError as error:
             if error.code == "E_CHECKPOINT":  # there is nothing to go on from
@@ -306,7 +307,7 @@ class _Watch:
         waited = {run.id: now - max(self._asked.get(run.id, math.inf), self._heard) for run in runs}
         if not self._trains and all(now - self._asked.get(run.id, math.inf) > BEFORE_S for run in runs):
             return [*runs]  # it is loading, and that is all that is lost
-        return [run for run in runs if waited[run.id] > PATIENCE_S]
+        return [run for run in runs if waited[run.id] > max(PATIENCE_S, QUIET_STEPS * self.step_s)]
 
     def _used(self, pid: int | None = None) -> float:
         """Processor time so far, in seconds; 0 where it cannot be told."""

@@ -140,7 +140,7 @@ def start_run(
         model: starter, a catalogue name, a Hub id or a local folder.
         rank: Rank of the adapter.
         targets: Roles such as attn.q, comma-separated, or all-linear.
-        learning_rate: Peak of the schedule.
+        learning_rate: Peak of the schedule. Where it is LoRA's default, another method takes its own.
         steps: Optimizer steps.
         batch_size: Examples per step.
         seed: Same seed, same run.
@@ -159,7 +159,7 @@ def start_run(
         task=studio.task(model, choice, task),
         dataset=replace(choice, name=studio.data.get(dataset).name),
         method=chosen,
-        train=build(TrainConfig, values),
+        train=build(TrainConfig, values).at_usual_rate_of(method),
     )
     desk.may_start()
     return studio.start(config).id
@@ -273,6 +273,8 @@ def evaluate(desk: Desk, run: str, dataset: str = "", limit: int = 50) -> dict[s
 def export(desk: Desk, run: str, merged: bool = False, dtype: str = "") -> dict[str, Any]:
     """Pack a run's adapter, or the model with it merged in; the answer says from which address to fetch the zip, once.
 
+    It also says what was seen when the files were loaded again: do not rely on files whose proof has not passed.
+
     Args:
         run: Id of a run that has an adapter.
         merged: False packs the adapter in PEFT's layout, True the whole model.
@@ -280,7 +282,7 @@ def export(desk: Desk, run: str, merged: bool = False, dtype: str = "") -> dict[
     """
     view = desk.studio.runs.get(run)
     done = desk.ready(view.config.model).archive(view.id, merged=merged, dtype=dtype)
-    told = {"file": done.files[-1].name, "download": desk.hand_out(done.files[-1])}
+    told = {"file": done.files[-1].name, "download": desk.hand_out(done.files[-1]), "proof": done.proof.as_json()}
     return told | ({"rounding": done.rounding.as_json()} if done.rounding else {})
 
 
