@@ -37,7 +37,9 @@ BY_HEART = 0.15  # that training rows must have gained where held-out ones have 
 FORGOTTEN = 0.1  # rise of the loss on general text that is worth a word
 KNOWN = 0.05  # a loss below this has nowhere to fall to
 LOOP = 24  # characters that a text must repeat itself for
-NAMES = {"accuracy": "accuracy", "exact_match": "exact match", "rouge_l": "ROUGE-L"}
+NAMES = {"accuracy": "accuracy", "exact_match": "exact match", "rouge_l": "ROUGE-L", "bleu": "BLEU"}
+OVERLAPS = ("rouge_l", "bleu")  # of them, those that are no share of hits
+AS_LONG = (0.5, 2.0)  # answers over prompts, in words, where the answer says again what was asked
 
 Pair = tuple[Example, lean.Tokens]
 
@@ -199,13 +201,19 @@ def _device(lora: LoRA) -> torch.device:
 # ---- scoring ---------------------------------------------------------------------------------------------------------
 
 
-def fitting(targets: Sequence[str], *, labels: bool = False) -> str:
+def fitting(targets: Sequence[str], prompts: Sequence[str] = (), *, labels: bool = False) -> str:
     """Which figure suits such answers: a few that come again and again are labels, short or structured ones must be
-    met exactly, and longer texts are compared by what they have in common."""
+    met exactly, and longer texts are compared by what they have in common: by BLEU where they are about as long as
+    their prompts, as translations and rewordings are, and else by ROUGE-L, as summaries are.
+    """
     short = statistics.median(len(target.split()) for target in targets) <= 6
     if labels or (short and len({target.strip() for target in targets}) <= len(targets) / 5):
         return "accuracy"
-    return "exact_match" if short or all(map(_is_json, targets)) else "rouge_l"
+    if short or all(map(_is_json, targets)):
+        return "exact_match"
+    pairs = zip(targets, prompts, strict=True) if prompts else ()
+    longer = [len(target.split()) / max(1, len(prompt.split())) for target, prompt in pairs]
+    return "bleu" if longer and AS_LONG[0] <= statistics.median(longer) <= AS_LONG[1] else "rouge_l"
 
 
 def score(rows: Iterable[Row], name: str) -> Score | None:
@@ -215,7 +223,7 @@ def score(rows: Iterable[Row], name: str) -> Score | None:
     if not asked:
         return None
     base, adapted = ([_point(name, texts[side], texts[2]) for texts in asked] for side in (0, 1))
-    if name == "rouge_l":
+    if name in OVERLAPS:
         interval, (low, high) = "paired bootstrap", bootstrap([b - a for a, b in zip(base, adapted, strict=True)])
     else:
         interval, (low, high) = "Wilson", wilson(sum(adapted), len(adapted))
@@ -226,7 +234,12 @@ def score(rows: Iterable[Row], name: str) -> Score | None:
 
 
 def _point(name: str, text: str, target: str) -> float:
-    return scored([text], [target], labels=False)[name] if name == "rouge_l" else float(text.strip() == target.strip())
+    """0 to 1, of one row; BLEU as sentences have it, which may be shorter than four words."""
+    if name == "bleu":
+        from sacrebleu import sentence_bleu
+
+        return min(1.0, sentence_bleu(text.strip(), [target.strip()]).score / 100)  # it rounds
+    return scored([text], [target], labels=False)[name] if name in OVERLAPS else float(text.strip() == target.strip())
 
 
 def wilson(hits: float, count: int, z: float = 1.96) -> tuple[float, float]:
@@ -354,7 +367,7 @@ def _next(train: Any, gained: float, by_heart: float | None, score: Score | None
     if by_heart is not None and by_heart > gained + 0.3:
         went = f"{_figure(train[0])} to {_figure(train[1])}"
         return f"Rows it trained on gained more ({went}): more varied rows would bring more than more steps."
-    if score and score.adapted < 0.9 and score.name != "rouge_l":
+    if score and score.adapted < 0.9 and score.name not in OVERLAPS:
         return "More steps or more rows may bring the rest; compare it on prompts of your own."
     return "Compare it on prompts of your own, then take it away under Export."
 

@@ -163,7 +163,11 @@ def test_the_figure_follows_the_answers() -> None:
     )
     assert fitting([str(n) for n in range(30)]) == "exact_match"
     assert fitting([json.dumps({"items": ["a b c d e f g h"], "n": n}) for n in range(30)]) == "exact_match"
-    assert fitting([f"this is quite a long sentence about the number {n}" for n in range(30)]) == "rouge_l"
+    longer = [f"this is quite a long sentence about the number {n}" for n in range(30)]
+    assert fitting(longer) == "rouge_l"
+    assert fitting(longer, [f"{n} Mal ein ganz schön langer Satz" for n in range(30)]) == "bleu"  # said again
+    assert fitting(longer, ["word " * 60] * 30) == "rouge_l"  # summed up
+    assert fitting(longer, ["why?"] * 30) == "rouge_l"  # answered at length
 
 
 @pytest.mark.parametrize("name", module.NAMES)
@@ -172,7 +176,9 @@ def test_a_score_is_of_held_out_rows_that_both_sides_answered(name: str) -> None
     made[-1] = dataclasses.replace(made[-1], adapted=None)
     found = score(made, name)
     assert found and (found.rows, found.base, found.adapted) == (4, 0.0, 1.0) and found.better
-    assert found.interval == ("paired bootstrap" if name == "rouge_l" else "Wilson") and "0% to 100%" in found.words
+    assert (
+        found.interval == ("paired bootstrap" if name in module.OVERLAPS else "Wilson") and "0% to 100%" in found.words
+    )
     assert score(made[:5], name) is None
 
 

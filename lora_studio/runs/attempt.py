@@ -349,10 +349,12 @@ class Attempt:
                 asked = self.terminated or any(one.asked() for one in self.companions if not one.ended)
                 if (asked and status == "done") or time.monotonic() > until:
                     break
+        known = (*examples[:1000], *heldout)
+        asked_for = [one.prompt[-1].content if one.prompt else "" for one in known]
         event = told(
             rows,
             step=self.best[1],
-            figure=fitting([one.target for one in (*examples[:1000], *heldout)], labels=bool(job.classes)),
+            figure=fitting([one.target for one in known], asked_for, labels=bool(job.classes)),
             heldout=(self.base.get("heldout_loss"), self.best[0]),
             general=(self.base.get("general_loss"), self.general),
         )

@@ -320,7 +320,7 @@ function ended(news, active) {
   if (!$('.costs').hidden) costs(news, known);
 }
 
-const SCORES = { accuracy: 'Accuracy', exact_match: 'Exact match', rouge_l: 'ROUGE-L' };
+const SCORES = { accuracy: 'Accuracy', exact_match: 'Exact match', rouge_l: 'ROUGE-L', bleu: 'BLEU' };
 
 function card() {  // did it learn?
   const made = JSON.stringify([run, learned?.step, learned?.sentence]);

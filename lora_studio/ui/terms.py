@@ -24,6 +24,7 @@ TERMS = {
     "budget": "Cells with the same letter train about the same number of parameters, so that only the place differs.",
     "effective rank": "How many directions the update really uses: a few strong ones and many weak ones count as few.",
     "estimated": "Worked out from the settings before the start, with nothing measured.",
+    "bleu": "How many runs of one to four words of the answer are the wanted one's, too; 100 % is all, and as long.",
     "exact match": "The share of held-out rows whose answer is the wanted one, letter for letter.",
     "forgetting": "The loss on a small fixed text that has nothing to do with your rows: where it rises, the model"
     " forgets what it could before.",
