@@ -8,7 +8,7 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from lora_studio.ui.terms import TERMS
-from tests.browser import Watch, live, overflow, served_alone
+from tests.browser import LEAVING, Watch, live, overflow, served_alone, train
 
 TABS = ("1 Data", "2 Train", "Study", "Runs", "3 Compare", "4 Inside", "5 Export")
 RING = """element => {  // what the focus changes in how an element, or what it stands in, is drawn
@@ -85,6 +85,46 @@ def _from_nothing_to_two_answers(page: Page, watch: Watch) -> None:
     expect(page.locator("[data-pane=base] .badge")).to_contain_text("max difference 0", timeout=60_000)
     expect(page.locator("[data-pane=adapted] .answer")).not_to_be_empty()
     assert watch.wrong == []
+
+
+@pytest.mark.nightly
+def test_what_is_shown_is_of_the_run_that_was_trained_last_or_chosen(browser: Browser, tmp_path: Path) -> None:
+    with served_alone(tmp_path) as url:
+        page, watch = opened(browser, url)
+        train(page, url, "starter", 4)
+        expect(live(page)).to_have_attribute("data-state", "done", timeout=240_000)
+        first = page.url
+        page.get_by_role("tab", name="5 Export").click()
+        page.get_by_role("button", name="Download the adapter").click()
+        expect(page.locator("#export-proof")).to_contain_text("proof passed", timeout=60_000)
+        page.get_by_role("tab", name="3 Compare").click()
+        expect(page.locator("#compare-run input")).to_have_value(re.compile("orders"), timeout=20_000)
+        expect(page.get_by_text("There is no run to choose yet.").first).to_be_hidden()
+        page.get_by_role("button", name="Measure the held-out loss by strength").click()
+        expect(page.locator("#strength-line .verdict")).to_contain_text("orders", timeout=60_000)
+
+        page.get_by_role("tab", name="2 Train").click()
+        page.get_by_label("Steps", exact=True).fill("6")
+        page.get_by_label("Batch", exact=True).fill("3")
+        page.get_by_role("button", name="Start training").click()
+        page.wait_for_url(lambda address: address != first, timeout=60_000)
+        expect(live(page)).to_have_attribute("data-state", "done", timeout=240_000)
+        page.get_by_role("tab", name="5 Export").click()
+        expect(page.locator("#export-run input")).to_have_value(re.compile(r"\(2\)"), timeout=20_000)
+        expect(page.locator("#export-proof")).to_contain_text("Each download", timeout=20_000)
+        page.get_by_role("tab", name="3 Compare").click()
+        expect(page.locator("#compare-run input")).to_have_value(re.compile(r"\(2\)"), timeout=20_000)
+        expect(page.locator("#strength-line .verdict")).to_have_count(0)
+        expect(page.locator("#chips button").first).to_be_visible(timeout=20_000)
+        page.get_by_role("tab", name="2 Train").click()
+        expect(page.locator("#cost b").first).to_be_visible(timeout=60_000)
+
+        watch.reload(page)
+        expect(live(page)).to_have_attribute("data-state", "done", timeout=60_000)
+        expect(page.get_by_label("Steps", exact=True)).to_have_value("6", timeout=30_000)
+        expect(page.get_by_label("Batch", exact=True)).to_have_value("3", timeout=30_000)
+        # what the page was still asking for when it was left may be said after it has come back
+        assert [said for said in watch.wrong if not any(word in said for word in LEAVING)] == []
 
 
 @pytest.mark.nightly
