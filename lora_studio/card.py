@@ -228,7 +228,7 @@ def model_card(run: Run, stored: str = "", proof: Proof | None = None, more: Bac
         f"It chooses one of {len(run.labels)} labels: {', '.join(map(_plain, run.labels))}." if run.labels else "",
         stored,
         "" if portable else _opens(config.method, why),
-        *_section("Proof", f"**{proof.verdict.capitalize()}.** {proof.sentence}" if proof else ""),
+        *_section("Proof", _proven(proof) if proof else ""),
         *_section("Figures", _table(run.summary), _curve(more.evaluations)),
         *_section("Use and limits", "\n".join(f"- {line}" for line in _limits(run, merged=merged))),
         *_section("How to load it", *(f"{name}:\n\n{_fenced(*code)}" for name, code in _ways(run, merged).items())),
@@ -241,6 +241,10 @@ def model_card(run: Run, stored: str = "", proof: Proof | None = None, more: Bac
     return _card(lines, run, library="transformers" if merged else "peft" if peft else None, merged=merged)
 
 
+def _proven(proof: Proof) -> str:
+    return f"**{proof.verdict.capitalize()}.** {proof.sentence}"
+
+
 def _origin(run: Run, more: Background) -> str:
     """What a run was trained on, or where its adapter comes from."""
     if run.brought:
@@ -251,14 +255,16 @@ def _origin(run: Run, more: Background) -> str:
     return f"Trained for {run.step} steps on `{_plain(data.name)}` (fingerprint `{data.id}`).{held}"
 
 
-def smaller_card(run: Run, rank: int) -> str:
-    """README.md of a run's adapter that was cut to a lower rank."""
+def smaller_card(run: Run, rank: int, loss: float | None, proof: Proof) -> str:
+    """README.md of a run's adapter that was cut to a lower rank; loss: of this one, on the rows that were held out."""
     config, table = run.config, _table(run.summary)
     strongest = "strongest direction" if rank == 1 else f"{rank} strongest directions"
     lines = [
         f"# {_plain(run.name)}, rank {rank}",
         f"A LoRA adapter for `{base_of(run)}` (revision `{run.revision or 'unknown'}`): the {strongest} of"
         f" each matrix of run `{run.id}`, which was trained with {_settings(config.method)}.",
+        *_section("Proof", _proven(proof)),
+        f"Its own loss on the held-out rows is {loss:.4g}." if loss is not None else "",
         f"The figures of the whole adapter, not of this one:\n\n{table}" if table else "",
         "Repeat the run with:",
         f"```\n{command_line(run)}\n```",
@@ -266,7 +272,7 @@ def smaller_card(run: Run, rank: int) -> str:
     return _card(lines, run, library="peft", figures=False)
 
 
-def combined_card(runs: Sequence[Run], weights: Sequence[float], rank: int | None) -> str:
+def combined_card(runs: Sequence[Run], weights: Sequence[float], rank: int | None, proof: Proof) -> str:
     """README.md of a combination of several runs' adapters."""
     how = f"cut to its best approximation of rank {rank}" if rank else "exact, as wide as they are together"
     parts = [f"- {weight:g} × {_plain(run.name)} (run `{run.id}`)" for run, weight in zip(runs, weights, strict=True)]
@@ -274,6 +280,7 @@ def combined_card(runs: Sequence[Run], weights: Sequence[float], rank: int | Non
         "# Combined adapter",
         f"A LoRA adapter for `{base_of(runs[0])}`: the weighted sum of {len(runs)} others, {how}.",
         "\n".join(parts),
+        *_section("Proof", _proven(proof)),
     ]
     return _card(lines, runs[0], library="peft", figures=False)
 

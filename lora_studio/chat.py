@@ -31,6 +31,8 @@ class Moment:
     answers: Sequence[Any]  # generate.Answer
     left_out: tuple[int, int]  # oldest turns
     template: str  # a remark, where the model has no template of its own
+    base_difference: float  # as results.Comparison's
+    exact: bool
 
 
 def messages(turns: Sequence[Turn], side: str) -> list[Message]:

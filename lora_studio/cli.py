@@ -394,7 +394,8 @@ def analyze(
     if ranks:
         result["ranks"] = [moment.as_json() for moment in studio.rank_curve(id)][-1]
     if to:
-        result["files"] = [str(path) for path in studio.smaller(id, smaller, to).files]
+        done = studio.smaller(id, smaller, to)
+        result |= {"files": [str(path) for path in done.files], "proof": done.proof.as_json()}
     if as_json:
         return _print_json(result)
     _print_analysis(result)
@@ -447,8 +448,9 @@ def combine(
     done = studio.combine(run, shares, to, rank=rank or None)
     files = [str(path) for path in done.files]
     if as_json:
-        return _print_json({"files": files})
+        return _print_json({"files": files, "proof": done.proof.as_json()})
     print("\n".join(files))
+    print(f"Proof {done.proof.verdict}. {done.proof.sentence}")
 
 
 @app.command()

@@ -11,8 +11,9 @@
     head         CHUNK · V · (4 fp32 | 6 bf16)            the logits of one chunk, in fp32 too; a classifier has none
     runtime      the interpreter, its libraries and their buffers
 
-A layer keeps the inputs of its two norms, q, k, v, attention's output, the feed-forward's gate and up, and the input of
-each matrix that is trained: core.functions says why no more.
+A layer keeps the inputs of its two norms, q, k, v, attention's output, the feed-forward's gate and up, and what its
+Parts keep, mostly the input of each matrix that is trained: core.functions says why no more. Rows that are padded are
+counted as long as the longest, and their attention keeps a key and a value for each head.
 
 Time counts floating-point operations: 2 per parameter and token forward, 2 more in the blocks that the gradient
 passes, 2 more for each trained parameter, at a share of the matrix rate that this machine shows in a short
@@ -30,7 +31,8 @@ from lora_studio.core import upcast
 from lora_studio.core.baselines import Piece
 from lora_studio.core.functions import CHUNK
 from lora_studio.core.layout import blocks, heads, matrices
-from lora_studio.core.lean import PASS
+from lora_studio.core.lean import PASS, packable
+from lora_studio.core.spec import VIRTUAL
 from lora_studio.data.batches import Lengths
 from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_SPARE, SAMPLE_TOKENS
 from lora_studio.settings import TrainConfig
@@ -84,12 +86,13 @@ def estimate(
     total = sum(tensor.numel() for tensor in model.parameters())
     passed = text.num_hidden_layers - _lowest(model, pieces)
     spare = SPARE_CUDA if device == "cuda" else SPARE[size]
-    kept = spare * size * _kept_elements(model, pieces) + _kept_weights(model, config, data, rows)
+    pads = _pads(model, pieces)
+    kept = spare * size * _kept_elements(model, pieces, pads=pads) + _kept_weights(model, config, data, rows)
     layers = kept + spare * size * text.hidden_size * passed if config.checkpointing == "on" else kept * passed
     memory = {
         "weights": total_bytes(model, precision),
         "adapter": 16 * trainable,
-        "activations": int(_pass_tokens(config, data, rows, device) * layers),
+        "activations": int(_pass_tokens(config, data, rows, device, pads=pads) * layers),
         "head": CHUNK[device] * _vocabulary(model) * (4 if size == 4 else 6),
         "runtime": RUNTIME_BYTES if device == "cpu" else 0,
     }
@@ -114,11 +117,18 @@ def _vocabulary(model: Any) -> int:
     return model.config.get_text_config().vocab_size if model.get_output_embeddings() is not None else 0
 
 
-def _pass_tokens(config: TrainConfig, data: Lengths, rows: int, device: str) -> int:
+def _pads(model: Any, pieces: Sequence[Piece]) -> bool:
+    """Whether training pads its rows: what measure.losses finds of an adapter that is there."""
+    return not (_vocabulary(model) and packable(model)) or any(piece.role in VIRTUAL for piece in pieces)
+
+
+def _pass_tokens(config: TrainConfig, data: Lengths, rows: int, device: str, *, pads: bool) -> int:
     """Tokens in memory together in a long step: a batch of long rows, cut into passes."""
     mean, long = data.total / rows, _long(config, data, rows)
     together = min(config.batch_tokens / mean if config.batch_tokens else config.batch_size, rows)
     count, tokens = _passes(config, data, together, mean if config.batch_tokens else long, device)
+    if pads:
+        return math.ceil(together / count) * min(config.max_length, data.p95)
     return int(max(long, tokens + ((long - data.shared_prefix) / 2 if count > 1 else 0)))  # rows are whole
 
 
@@ -145,7 +155,7 @@ def _kept_weights(model: Any, config: TrainConfig, data: Lengths, rows: int) -> 
     return DROPPED * text.num_attention_heads * _long(config, data, rows) if drops else 0.0
 
 
-def _kept_elements(model: Any, pieces: Sequence[Piece]) -> float:
+def _kept_elements(model: Any, pieces: Sequence[Piece], *, pads: bool) -> float:
     """Elements a block keeps for its backward per token."""
     text = model.config.get_text_config()
     hidden = text.hidden_size
@@ -153,11 +163,14 @@ def _kept_elements(model: Any, pieces: Sequence[Piece]) -> float:
     head_dim = getattr(text, "head_dim", None) or hidden // heads
     keys = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-    roles = {piece.role for piece in pieces}
+    keys = heads * head_dim if pads else keys
+    inside = [piece for piece in pieces if piece.layer >= 0]
+    roles = {piece.role for piece in inside if piece.keeps_input}
     gated = any(target.role == "mlp.gate" for target in matrices(model))
     kept = 2 * hidden + 2 * heads * head_dim + 2 * keys + (2 if gated else UNGATED) * inner
-    trained = sum(piece.parameters for piece in pieces if piece.layer >= 0)
-    layers = {piece.layer for piece in pieces if piece.layer >= 0}
+    kept += sum(piece.keeps for piece in inside) / text.num_hidden_layers
+    trained = sum(piece.parameters for piece in inside)
+    layers = {piece.layer for piece in inside}
     body = sum(tensor.numel() for tensor in blocks(model)[1].parameters()) * len(layers) / text.num_hidden_layers
     whole = trained > body / 2  # the weights themselves are trained
     kept += hidden if whole or roles & {"attn.q", "attn.k", "attn.v"} else 0

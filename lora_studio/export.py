@@ -23,6 +23,7 @@ from lora_studio.core.merge import combine, merged_state, rounding, unties
 from lora_studio.core.spec import LoraSpec
 from lora_studio.errors import StudioError, quote
 from lora_studio.inside import smaller
+from lora_studio.measure import mean_loss
 from lora_studio.modelfile import modelfile, turns_of
 from lora_studio.proof import Proof, compare, look
 from lora_studio.runs.config import Run
@@ -160,18 +161,36 @@ def _read_again(kind: type, folder: Path, like: Any) -> Any:
     return again
 
 
-def export_smaller(run: Run, lora: LoRA, rank: int, to: Path) -> list[Path]:
-    """Write the run's adapter, which `lora` has under its id, cut to `rank`. Raises E_RANK, E_NOT_LORA."""
-    with _staged(to) as (stage, files):
-        smaller(lora, run.id, rank, stage, base_of(run))
-        (stage / "README.md").write_text(smaller_card(run, rank), encoding="utf-8")
-    return files
+def export_smaller(
+    run: Run, lora: LoRA, tokenizer: Any, rank: int, to: Path, *, rows: Sequence[Tokens], heldout: Sequence[Tokens]
+) -> tuple[list[Path], Proof]:
+    """Write the run's adapter, which `lora` has under its id, cut to `rank`, with its proof and its held-out loss.
+
+    rows: what the proof is made on. Raises E_RANK, E_NOT_LORA.
+    """
+    with smaller(lora, run.id, rank) as cut, _staged(to) as (stage, files):
+        adapters.save(lora, cut, stage, base_of(run))
+        proof = _prove_beside(lora, tokenizer, cut, stage, rows)
+        with lora.use(cut):
+            loss = mean_loss(lora, heldout) if heldout else None
+        (stage / "README.md").write_text(smaller_card(run, rank, loss, proof), encoding="utf-8")
+    return files, proof
 
 
 def export_combined(
-    runs: Sequence[Run], weights: Sequence[float], lora: LoRA, to: Path, *, rank: int | None
-) -> list[Path]:
-    """Write one adapter that is the weighted sum of those that `lora` has under the runs' ids. Raises E_COMBINE."""
+    runs: Sequence[Run],
+    weights: Sequence[float],
+    lora: LoRA,
+    tokenizer: Any,
+    to: Path,
+    *,
+    rank: int | None,
+    rows: Sequence[Tokens],
+) -> tuple[list[Path], Proof]:
+    """Write one adapter that is the weighted sum of those that `lora` has under the runs' ids, with its proof.
+
+    rows: what the proof is made on. Raises E_COMBINE.
+    """
     factors = combine(lora, {run.id: weight for run, weight in zip(runs, weights, strict=True)}, rank)
     widest = max(len(one.A) for one in factors)
     targets = tuple(dict.fromkeys(one.role or one.layer for one in factors))
@@ -180,10 +199,25 @@ def export_combined(
     try:
         with _staged(to) as (stage, files):
             adapters.save(lora, "combined", stage, base_of(runs[0]))
-            (stage / "README.md").write_text(combined_card(runs, weights, rank), encoding="utf-8")
+            proof = _prove_beside(lora, tokenizer, "combined", stage, rows)
+            (stage / "README.md").write_text(combined_card(runs, weights, rank, proof), encoding="utf-8")
     finally:
         lora.remove("combined")
-    return files
+    return files, proof
+
+
+def _prove_beside(lora: LoRA, tokenizer: Any, name: str, folder: Path, rows: Sequence[Tokens]) -> Proof:
+    """That the adapter in `folder`, loaded again beside the others, is the one that `lora` has under `name`."""
+    again = f"{name} again"
+    with lora.use(name):
+        before = look(lora.model, tokenizer, rows)
+    adapters.load(lora, folder, again)
+    try:
+        with lora.use(again):
+            after = look(lora.model, tokenizer, rows)
+    finally:
+        lora.remove(again)
+    return compare(before, after, stored="adapter", computed_in=_name(lora.model.dtype))
 
 
 def pack(files: Sequence[Path], folder: Path, to: Path) -> Path:

@@ -3,7 +3,7 @@
     report      size, singular values and effective rank of each update, and what it amplifies (Table 7)
     similarity  how much of two adapters' directions is shared (equation 4, Figures 3 and 4)
     rank_curve  held-out loss when only the strongest directions are kept
-    smaller     the adapter with only those, as a folder of its own
+    smaller     the adapter with only those, to be used or saved
 
 For DoRA the figures are those of its low-rank part. What an adapter trains whole, such as a classifier head, has no
 factors: it is left out of the figures and kept as it is in a smaller adapter.
@@ -13,10 +13,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from lora_studio.adapters import save
 from lora_studio.core import analysis
 from lora_studio.core.lean import Tokens
 from lora_studio.core.lora import Factors, LoRA, weight
@@ -155,14 +153,18 @@ def rank_curve(lora: LoRA, name: str, rows: Sequence[Tokens]) -> Iterator[RankCu
         rank = _next_rank(curve)
 
 
-def smaller(lora: LoRA, name: str, rank: int, folder: Path, base_model: str) -> None:
-    """Save `name` with only its `rank` strongest directions per matrix. Raises E_NOT_LORA, E_RANK."""
+@contextmanager
+def smaller(lora: LoRA, name: str, rank: int) -> Iterator[str]:
+    """Inside, what `name` is with only its `rank` strongest directions per matrix is attached, under the name given.
+
+    Raises E_NOT_LORA, E_RANK.
+    """
     whole = max(one.rank for one in _factors(lora, name))
     if not 1 <= rank <= whole:
         message = f"The rank is {quote(rank)}, this adapter has {whole}."
         raise StudioError("E_RANK", message, f"Give a whole number between 1 and {whole}.")
     with _truncated(lora, name, rank) as temporary:
-        save(lora, temporary, folder, base_model)
+        yield temporary
 
 
 # ---- inside ------------------------------------------------------------------------------------------------------

@@ -736,19 +736,20 @@ def check_quantising(skeleton: Any, precision: str, on: str) -> None:
 
     from lora_studio.core.layout import matrices
 
-    hint = "Choose precision auto"
+    hint, change = "Choose precision auto", {"precision": "auto"}
     if any(isinstance(skeleton.get_submodule(target.name), Conv1D) for target in matrices(skeleton)):
         kind = skeleton.config.model_type
         message = f"{kind} keeps its matrices as Conv1D, which bitsandbytes does not pack into {precision}."
-        raise StudioError("E_QUANTISED", message, f"{hint}, or another model.")
+        raise StudioError("E_QUANTISED", message, f"{hint}, or another model.", change)
     if not on.startswith("cuda"):
         message = f"Precision {precision} needs a CUDA GPU; this machine has none that is in use."
-        raise StudioError("E_QUANTISED", message, f"{hint}, or a machine with one.")
+        raise StudioError("E_QUANTISED", message, f"{hint}, or a machine with one.", change)
     try:
         importlib.import_module("bitsandbytes")
     except (ImportError, OSError, RuntimeError) as error:  # its own libraries may not fit the driver
         message = f"Precision {precision} needs the package bitsandbytes: {quote(str(error))}."
-        raise StudioError("E_QUANTISED", message, f"{hint}, or install it: pip install bitsandbytes.") from error
+        hint += ", or install it: pip install bitsandbytes."
+        raise StudioError("E_QUANTISED", message, hint, change) from error
 
 
 def quantise(model: Any, precision: str) -> None:

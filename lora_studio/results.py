@@ -98,6 +98,15 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Written:
+    """The answers of a prompt set that are finished since the last time, and how the base row was checked."""
+
+    texts: Mapping[int, Sequence[str]]  # by number of the prompt, a text per side
+    base_difference: float | None  # as Comparison's, on the first prompt; None where the base is not asked
+    exact: bool = True
+
+
+@dataclass(frozen=True)
 class Wanted:
     """How likely the wanted answer of one row is: each of its tokens as text, and its probability in each pane."""
 

@@ -28,12 +28,13 @@ from lora_studio.at_hand import AtHand, Loaded, check_adapter, no_run
 from lora_studio.ballots import Ballots
 from lora_studio.core.spec import VIRTUAL, BaselineSpec, LoraSpec, Method
 from lora_studio.data.library import DataLibrary, split
+from lora_studio.doctor import remedy
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import build, check
 from lora_studio.limits import Limits, limits_here
 from lora_studio.models import CATALOGUE, ModelLibrary
 from lora_studio.owners import NOBODY, home
-from lora_studio.results import Comparison, Exported, Inspection, Plan, Pushed, Wanted
+from lora_studio.results import Comparison, Exported, Inspection, Plan, Pushed, Wanted, Written
 from lora_studio.runs.config import TASKS, DataChoice, Run, RunConfig, base_precision, check_limits
 from lora_studio.runs.store import RunStore
 from lora_studio.runs.supervisor import Supervisor
@@ -235,7 +236,8 @@ class Studio:
         check(config)
         if isinstance(method, BaselineSpec) and method.kind in VIRTUAL and config.checkpointing == "on":
             message = f"The method {method.kind} cannot compute activations twice."
-            raise StudioError("E_METHOD", message, "Set checkpointing to auto or off.")
+            hint = "Set checkpointing to auto or off."
+            raise StudioError("E_METHOD", message, hint, {"checkpointing": "auto"})
         labels = () if task == "causal" else self.labels(choice) if choice else ("0", "1")
         skeleton = self.models.skeleton(model, labels=len(labels))
         if labels:
@@ -246,12 +248,14 @@ class Studio:
             most -= method.size
         if most and config.max_length > most:
             message = f"The length limit is {config.max_length}, this model reads at most {most} tokens."
-            raise StudioError("E_CONTEXT", message, f"Set the length limit to {most} or less.")
+            hint = f"Set the length limit to {most} or less."
+            raise StudioError("E_CONTEXT", message, hint, {"max_length": most})
         seen = self.inspect(choice, model, config, task) if choice else None
         if seen and not seen.lengths.supervised:
             message = f"None of the {seen.health.rows:,} examples has a token to learn from."
             hint = "Raise the length limit, or check which column holds the answer."
-            raise StudioError("E_NO_TARGET", message, hint)
+            change = remedy("E_NO_TARGET", config) if seen.lengths.cut else {}
+            raise StudioError("E_NO_TARGET", message, hint, change)
         on = device()
         precision = base_precision(method, config.precision, on, parameter_count(skeleton))
         if precision in QUANTISED:
@@ -345,6 +349,11 @@ class Studio:
         """Ask a run to end after its current step, so that it can be resumed exactly there."""
         self._note("pause", run)
         self.runs.request_pause(run)
+
+    def discard(self, run: str) -> None:
+        """Ask a run to end after its current step and to be deleted then; `restore` brings it back for a while."""
+        self._note("discard", run)
+        self.runs.request_discard(run)
 
     def share(self, run: str, on: bool = True) -> None:
         """Let others see a run's figures and settings, or no longer."""
@@ -530,13 +539,12 @@ class Studio:
 
     def answer_prompts(
         self, sides: Sequence[str], prompts: Sequence[Any], sampling: Any = None
-    ) -> Generator[dict[int, list[str]], None, None]:
+    ) -> Generator[Written, None, None]:
         """What each side, "base" or a run's id, answers to each of prompts.Prompt, all sides in one batch.
 
-        Yields the texts that are finished since the last time, by number of the prompt. All runs must share a base
-        model. Raises E_NO_PROMPT, E_LIMIT, E_CONTEXT, E_NO_TEXT, and as `compare` does.
+        All runs must share a base model. Raises E_NO_PROMPT, E_LIMIT, E_CONTEXT, E_NO_TEXT, and as `compare` does.
         """
-        from lora_studio.generate import Sampling, answer_all
+        from lora_studio.generate import Sampling, answer_all, base_difference
         from lora_studio.prompts import BASE, check_set
 
         sampling = check(sampling or Sampling())
@@ -552,7 +560,10 @@ class Studio:
                     raise StudioError("E_CONTEXT", message, "Shorten it.")
             adapters = {run: view.id for run, view in zip(runs, views, strict=True)}
             rows = [adapters.get(side) for side in sides]
-            yield from answer_all(loaded.lora, loaded.tokenizer, ids, rows, sampling)
+            difference = base_difference(loaded.lora, ids[0], rows) if BASE in sides else None
+            exact = all(map(loaded.lora.packs, adapters.values()))
+            for texts in answer_all(loaded.lora, loaded.tokenizer, ids, rows, sampling):
+                yield Written(texts, difference, exact)
 
     def chat(
         self, run: str, turns: Sequence[Any], *, strength: float = 1.0, sampling: Any = None
@@ -562,7 +573,7 @@ class Studio:
         Oldest turns that do not fit are left out. Raises E_NO_PROMPT, E_LIMIT, E_CONTEXT, and as `compare` does.
         """
         from lora_studio.chat import SIDES, Moment, fitting, template_remark
-        from lora_studio.generate import Sampling, answer
+        from lora_studio.generate import Sampling, answer, base_difference
         from lora_studio.prompts import check_set, saying
 
         sampling, views = check(sampling or Sampling()), self.writers([run])
@@ -574,9 +585,10 @@ class Studio:
             most = self.limits.prompt_characters
             fitted = [fitting(loaded.tokenizer, turns, side, room, most) for side in SIDES]
             left_out, remark = (fitted[0][1], fitted[1][1]), template_remark(loaded.tokenizer)
+            checked = base_difference(loaded.lora, fitted[0][0], [None, row]), loaded.lora.packs(run)
             with loaded.lora.use(None, row):
                 for answers in answer(model, loaded.tokenizer, [ids for ids, _ in fitted], sampling):
-                    yield Moment(answers, left_out, remark)
+                    yield Moment(answers, left_out, remark, *checked)
 
     def answer_blind(self, trial: str, sampling: Any = None) -> Generator[None, None, None]:
         """Write both sides' answers of a blind test, a step at a time; `ballots` has it as it stands."""
@@ -585,9 +597,10 @@ class Studio:
 
         begun = self.ballots.get(trial)
         try:
-            for found in self.answer_prompts(begun.sides, [Prompt(pair.messages) for pair in begun.pairs], sampling):
-                if found:
-                    self.ballots.change(trial, partial(blind.answered, answers=found))
+            asked = [Prompt(pair.messages) for pair in begun.pairs]
+            for written in self.answer_prompts(begun.sides, asked, sampling):
+                if written.texts:
+                    self.ballots.change(trial, partial(blind.answered, answers=written.texts))
                 yield
         finally:
             self.ballots.change(trial, blind.written)
@@ -689,7 +702,7 @@ class Studio:
         return Wanted(("base", *map(" + ".join, rows)), texts, found, len(places) - len(shown))
 
     def smaller(self, run: str, rank: int, to: Path) -> Exported:
-        """Write a run's adapter with only its `rank` strongest directions per matrix to the folder `to`.
+        """Write a run's adapter with only its `rank` strongest directions per matrix to the folder `to`, with a proof.
 
         Raises E_RANK, E_NOT_LORA, and as `export` does.
         """
@@ -697,8 +710,12 @@ class Studio:
 
         view, to = self.runs.get(run), to.expanduser().resolve()
         check_folder(to, sort_of(view, merged=False))
+        rows, heldout = self._heldout_rows(view), []
+        with contextlib.suppress(StudioError):  # there are none, or they are gone
+            heldout = self._measured_rows(view)
         with self._hand.of([view]) as loaded:
-            return Exported(files=export_smaller(view, loaded.lora, rank, to))
+            files, proof = export_smaller(view, loaded.lora, loaded.tokenizer, rank, to, rows=rows, heldout=heldout)
+        return Exported(files=files, proof=proof)
 
     def export(self, run: str, to: Path, *, merged: bool = False, archive: bool = False, dtype: str = "") -> Exported:
         """Write the adapter, or the merged model, to the folder `to`; with `archive` also as a zip beside it.
@@ -766,8 +783,11 @@ class Studio:
             raise StudioError("E_WEIGHTS", message, "Give each run once, and a number for each.")
         if views:
             check_folder(to, sort_of(views[0], merged=False))
+        rows = self._heldout_rows(views[0]) if views else []
         with self._hand.of(views) as loaded:
-            return Exported(files=export_combined(views, weights, loaded.lora, to, rank=rank))
+            lora, tokenizer = loaded.lora, loaded.tokenizer
+            files, proof = export_combined(views, weights, lora, tokenizer, to, rank=rank, rows=rows)
+        return Exported(files=files, proof=proof)
 
     def archive(self, run: str, *, merged: bool = False, dtype: str = "", rank: int | None = None) -> Exported:
         """A fresh zip of the adapter or the merged model under `exports`, for a download; kept for an hour.
@@ -783,8 +803,8 @@ class Studio:
         unpacked = folder / f"{'merged' if merged else 'adapter'}-{view.id[:8]}{cut}"
         try:
             if rank is not None:
-                files = self.smaller(view.id, rank, unpacked).files
-                return Exported(files=[pack(files, unpacked, archive_of(unpacked))])
+                done = self.smaller(view.id, rank, unpacked)
+                return replace(done, files=[pack(done.files, unpacked, archive_of(unpacked))])
             done = self.export(view.id, unpacked, merged=merged, archive=True, dtype=dtype)
             return replace(done, files=done.files[-1:])
         except BaseException:

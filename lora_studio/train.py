@@ -431,12 +431,14 @@ def _measure(courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
         course.judge(found.get("heldout_loss"))
         job.measured = job.step
     courses = [course for course in courses if not course.job.over]
-    jobs = [course.job for course in courses]
-    written = _with_room(jobs[0].lora, lambda: list(_sampled(jobs))) if jobs else []
-    for course, texts in zip(courses, written, strict=True):
+    for course, texts in zip(courses, _written([course.job for course in courses]), strict=True):
+        step = course.job.step
+        if texts is None:
+            message = "Memory ran out while sample prompts were answered; the answers of this step are left out."
+            events.append((course, Warned(step=step, code="W_SAMPLES", message=message)))
+            continue
         for index, (example, text) in enumerate(zip(course.job.samples, texts, strict=True)):
             prompt = example.prompt[-1].content
-            step = course.job.step
             events.append((course, Sample(step=step, index=index, prompt=prompt, text=text, target=example.target)))
     for course in courses:
         course.clock += time.monotonic() - paused  # measuring is not training
@@ -457,6 +459,16 @@ def _with_room(lora: LoRA, work: Callable[[], Found]) -> Found:
         if not (is_shortage(error) and forget(lora.model)):
             raise
     return work()
+
+
+def _written(jobs: Sequence[Job]) -> Sequence[list[str] | None]:
+    """What each job's adapter writes to its samples; None of each where the memory does not take that."""
+    try:
+        return _with_room(jobs[0].lora, lambda: list(_sampled(jobs))) if jobs else []
+    except (RuntimeError, MemoryError) as error:
+        if not is_shortage(error):
+            raise
+    return [None] * len(jobs)
 
 
 def _sampled(jobs: Sequence[Job]) -> Iterator[list[str]]:

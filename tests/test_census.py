@@ -53,6 +53,7 @@ POLICY = {
     "blind.vote": OWN,
     "build._cell_to_compare": OWN,
     "build._cell_to_export": OWN,
+    "build._cell_to_inside": OWN,
     "build._cell_to_run": PLAIN,
     "build._form_of": OWN,
     "build._to_compare": OWN,
@@ -62,6 +63,7 @@ POLICY = {
     "build._to_study": PLAIN,
     "build._to_training": PLAIN,
     "build._used": OWN,
+    "build.cure": PLAIN,
     "build.restore": OWN,
     "chat.forget": PLAIN,
     "chat.say": OWN,
@@ -100,6 +102,7 @@ POLICY = {
     "export_tab.push": OWN,
     "header.status": OPEN,
     "inside_tab.close": PLAIN,
+    "inside_tab.forget": PLAIN,
     "inside_tab.list_others": OWN,
     "inside_tab.look": OWN,
     "inside_tab.measure": OWN,
@@ -108,6 +111,7 @@ POLICY = {
     "inside_tab.show_matrix": OWN,
     "live.another": OWN,
     "live.delete": OWN,
+    "live.discard": OWN,
     "live.pause": OWN,
     "live.poll": OWN,
     "live.restart": OWN,
@@ -142,7 +146,7 @@ POLICY = {
 }
 # these take no id, so their answer is compared with that of one who has nothing
 SAME_FOR_OWNER = {"api.list_datasets", "api.list_runs", "build._used", "blind.resume"}
-ALONE = {"api.list_datasets", "build._used", "live.restart", "live.delete", "runs_tab.delete"}
+ALONE = {"api.list_datasets", "build._used", "live.restart", "live.delete", "live.discard", "runs_tab.delete"}
 ALONE |= {"blind.download", "blind.resume", "blind.reveal", "blind.vote"}
 # say only whether rows have labels, and hers have none; whether a row is the one that was sent, and it is not
 SILENT = {"train_tab.settle_task", "compare_tab.keep_answer"}
@@ -150,6 +154,7 @@ SECRET = "sesame-7f3a"  # in Ann's rows, names, answers and log
 DEFAULTS = {name: setting.default for name, setting in form.SETTINGS.items() if name != "targets"}
 # what changes a run, at the end and in this order
 LAST = ("live.restart", "live.stop", "live.share", "live.delete", "live.restore", "runs_tab.delete", "runs_tab.restore")
+LAST += ("live.discard",)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +203,7 @@ class Event:
     def __init__(self, run: str, trial: str) -> None:
         self.run, self.study, self.prompt, self.target_text = run, run, "p", "t"
         self.place, self.before = 0, 0
-        self.trial, self.number, self.vote = trial, 1, "a"
+        self.trial, self.number, self.vote, self.change = trial, 1, "a", {"steps": 3}
 
 
 def values(tiny: Path, at: Any, ids: dict[str, Any], request: Any) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def test_both_answers_are_what_each_model_says_to_its_own_conversation(desk: Des
     (*_, last) = desk.studio.chat(run.id, TURNS, sampling=sampling)
     loaded = desk.studio._hand.loaded
     assert loaded and last.left_out == (0, 0) and last.template == ""
+    assert last.base_difference == 0 and last.exact
     for side, row, answer in zip(SIDES, (None, run.id), last.answers, strict=True):
         with loaded.lora.use(row):
             ids = prompt_ids(loaded.tokenizer, messages(TURNS, side))

@@ -347,7 +347,8 @@ def test_a_held_out_row_is_asked_with_all_that_was_said_before(
     assert problem == ""
     found: dict[int, list[str]] = {}
     for some in studio.answer_prompts(["base", runs[3].id], [Prompt(said)], Sampling(max_new_tokens=6)):
-        found |= some
+        found |= some.texts
+        assert some.base_difference == 0 and some.exact
     assert ["".join(text for text, _ in pane["parts"]) for pane in last] == found[0]
     *_, (plain, _) = compare_tab.compare(desk, runs[3].id, [], "say 3", None, compare_tab.GREEDY, 1.0, **RAW)
     assert plain != last

@@ -319,8 +319,9 @@ def test_a_combination_is_the_blend_of_its_adapters(
 ) -> None:
     runs = [finished(studio, tiny, seed=seed, method=one)[0] for seed, one in enumerate((method, LoraSpec(rank=2)))]
     ids = [run.id for run in runs]
-    files = studio.combine(ids, [0.5, 0.25], tmp_path / "sum").files
-    assert {path.name for path in files} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    done = studio.combine(ids, [0.5, 0.25], tmp_path / "sum")
+    assert done.proof.passed and done.proof.sentence in (tmp_path / "sum" / "README.md").read_text()
+    assert {path.name for path in done.files} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     lora = LoRA(ModelLibrary(studio.root).load(str(tiny), precision="float32", on="cpu"))
     for run in runs:
         load(lora, run.path / "adapter", run.id)

@@ -128,6 +128,46 @@ def test_what_is_shown_is_of_the_run_that_was_trained_last_or_chosen(browser: Br
 
 
 @pytest.mark.nightly
+def test_a_problem_has_its_button_and_a_run_can_be_discarded_brought_back_and_looked_into(
+    browser: Browser, tmp_path: Path
+) -> None:
+    with served_alone(tmp_path) as url:
+        page, watch = opened(browser, url)
+        page.get_by_role("button", name="Café orders").click()
+        page.get_by_role("tab", name="2 Train").click()
+        expect(page.locator("#cost b").first).to_be_visible(timeout=60_000)
+        limit = page.get_by_label("Length limit", exact=True)
+        limit.fill("100000")
+        cure = page.locator("#cost .problem").get_by_role("button", name=re.compile("^Use length limit"))
+        expect(cure).to_be_visible(timeout=20_000)
+        cure.click()
+        expect(page.locator("#cost b").first).to_be_visible(timeout=20_000)
+        assert int(limit.input_value()) < 100000
+
+        page.get_by_label("Steps", exact=True).fill("9000")
+        page.get_by_role("button", name="Start training").click()
+        expect(page.locator("#live [data-tile=step]")).to_have_text(re.compile("^[2-9]"), timeout=60_000)
+        page.get_by_role("button", name="Stop and discard").click()
+        expect(live(page)).to_have_attribute("data-state", "deleted", timeout=60_000)
+        page.locator("#live").get_by_role("button", name="Undo").click()
+        expect(live(page)).to_have_attribute("data-state", "stopped", timeout=20_000)
+        page.locator("#live").get_by_role("button", name="Resume").click()
+        expect(live(page)).to_have_attribute("data-state", "running", timeout=60_000)
+        expect(page.locator("#live .samples")).to_be_visible(timeout=60_000)
+        page.get_by_role("button", name="Stop and keep").click()
+        expect(live(page)).to_have_attribute("data-state", "stopped", timeout=60_000)
+
+        page.get_by_role("tab", name="Runs").click()
+        page.locator("#runs tbody input[type=checkbox]").check()
+        for does, tab, box in (("Look inside", "4 Inside", "#inside-run"), ("Export", "5 Export", "#export-run")):
+            page.locator("#runs").get_by_role("button", name=does).click()
+            expect(page.get_by_role("tab", name=tab)).to_have_attribute("aria-selected", "true", timeout=20_000)
+            expect(page.locator(f"{box} input")).to_have_value(re.compile("orders"), timeout=20_000)
+            page.get_by_role("tab", name="Runs").click()
+        assert watch.wrong == []
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("width", [1280, 390])
 def test_words_explain_themselves_to_pointer_and_keys(url: str, browser: Browser, width: int) -> None:
     page, watch = opened(browser, url, width)

@@ -235,9 +235,9 @@ def test_a_failed_measurement_leaves_no_adapter_behind(learnt: LoRA, monkeypatch
 
 
 def test_a_smaller_adapter_is_saved_and_loads_with_the_same_logits(learnt: LoRA, tmp_path: Path) -> None:
-    inside.smaller(learnt, "x", 3, tmp_path, "base")
-    with inside._truncated(learnt, "x", 3) as temporary:
-        wanted = logits(learnt, temporary)
+    with inside.smaller(learnt, "x", 3) as cut:
+        save(learnt, cut, tmp_path, "base")
+        wanted = logits(learnt, cut)
     fresh = LoRA(causal("llama"))
     spec = load(fresh, tmp_path, "small")
     assert isinstance(spec, LoraSpec) and spec.rank == 3 and {one.rank for one in fresh.delta("small")} == {3}
@@ -246,10 +246,10 @@ def test_a_smaller_adapter_is_saved_and_loads_with_the_same_logits(learnt: LoRA,
 
 
 @pytest.mark.parametrize("rank", [0, 9, -1])
-def test_a_rank_that_the_adapter_does_not_have_is_refused(learnt: LoRA, tmp_path: Path, rank: int) -> None:
-    with pytest.raises(StudioError) as caught:
-        inside.smaller(learnt, "x", rank, tmp_path / "out", "base")
-    assert caught.value.code == "E_RANK" and "8" in str(caught.value) and not (tmp_path / "out").exists()
+def test_a_rank_that_the_adapter_does_not_have_is_refused(learnt: LoRA, rank: int) -> None:
+    with pytest.raises(StudioError) as caught, inside.smaller(learnt, "x", rank):
+        pass
+    assert caught.value.code == "E_RANK" and "8" in str(caught.value)
 
 
 def test_a_method_without_factors_is_named() -> None:
@@ -319,10 +319,13 @@ def test_studio_measures_the_ranks_on_held_out_rows(desk: Desk) -> None:
 
 def test_studio_writes_the_smaller_adapter_with_a_card_and_packs_it(desk: Desk, tiny: Path, tmp_path: Path) -> None:
     run = id_of(desk, "wide")
-    files = desk.studio.smaller(run, 1, tmp_path / "small").files
-    assert {file.name for file in files} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    done = desk.studio.smaller(run, 1, tmp_path / "small")
+    assert done.proof.passed and done.proof.largest == 0 and done.proof.rows
+    assert {file.name for file in done.files} == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     card = (tmp_path / "small" / "README.md").read_text()
     assert "the strongest direction of each matrix" in card and run in card and "rank 4" in card
+    *_, curve = desk.studio.rank_curve(run)
+    assert done.proof.sentence in card and f"held-out rows is {curve.losses[1]:.4g}" in card
     lora = LoRA(desk.studio.models.load(str(tiny), precision="float32", on="cpu"))
     load(lora, tmp_path / "small", "small")
     assert [factors.rank for factors in lora.delta("small")] == [1] * 4
@@ -399,7 +402,8 @@ def test_the_dial_measures_says_and_packs(desk: Desk) -> None:
     assert inside_tab.read_dial({}, 3) == inside_tab.read_dial(curve, None) == ""
     assert problem == "" and len(moments) >= 6 and figure["data"][0]["x"][:3] == ["0", "1", "2"]
     assert "held-out rows" in said and 1 <= rank.value <= 4
-    address, problem = inside_tab.pack_smaller(desk, id_of(desk, "wide"), 2.0)
+    address, proof, problem = inside_tab.pack_smaller(desk, id_of(desk, "wide"), 2.0)
+    assert "proof passed" in proof
     file = desk.downloads.take(address.removeprefix("download/"), NOBODY)
     assert problem == "" and file and file.name.endswith("-r2.zip") and file.is_file()
 

@@ -12,8 +12,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_studio.core import functions, lean, upcast
+from lora_studio.core.baselines import add
 from lora_studio.core.lora import LoRA
-from lora_studio.core.spec import LoraSpec
+from lora_studio.core.spec import BaselineSpec, LoraSpec
 from tests.tiny import CAUSAL, CLASSIFIERS, PLAIN_TOO, causal, classifier
 
 PLAIN_NORMS = {
@@ -38,6 +39,30 @@ def batch(seed: int = 0) -> lean.Packed:
     draws = torch.Generator().manual_seed(seed)
     rows = [torch.randint(2, 97, (length,), generator=draws).tolist() for length in LENGTHS]
     return lean.pack([lean.Tokens(row, [place > 2 for place in range(len(row))]) for row in rows])
+
+
+class Logits(TorchDispatchMode):
+    """Inside, `rows` is the most rows of logits that were made at once."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dim() and made.shape[-1] == 97:
+            self.rows = max(self.rows, made.numel() // 97)
+        return made
+
+
+def naive_losses(model: Any, rows: lean.Packed) -> torch.Tensor:
+    """What both ways must give: rows padded on the right, all logits, torch's cross-entropy where it is supervised."""
+    each = zip(rows.ids[0].split(rows.lengths), rows.labels[0].split(rows.lengths), strict=True)
+    pairs = [(ids, labels) for ids, labels in each]
+    ids, labels = (torch.nn.utils.rnn.pad_sequence(list(one), batch_first=True) for one in zip(*pairs, strict=True))
+    seen = torch.arange(ids.shape[1]) < torch.tensor(rows.lengths)[:, None]
+    logits = model(input_ids=ids, attention_mask=seen.long(), use_cache=False).logits.float()
+    return F.cross_entropy(logits[seen], labels[seen], ignore_index=lean.IGNORED, reduction="none")[
+        labels[seen] != lean.IGNORED
+    ]
 
 
 def with_adapter(family: str, dtype: torch.dtype = torch.float32) -> LoRA:
@@ -71,25 +96,42 @@ def test_what_carries_from_token_to_token_besides_attention_is_not_packed() -> N
             assert not torch.isclose(lean.packed_losses(model, batch()).sum(), together, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", sorted(set(CAUSAL) - PLAIN))
-def test_packed_and_padded_give_the_same_loss_and_gradients(family: str) -> None:
+@pytest.mark.parametrize("family", sorted({**CAUSAL, **PLAIN_TOO}))
+def test_packed_and_padded_give_the_loss_and_the_gradients_of_the_plain_way(family: str) -> None:
     lora, results = with_adapter(family), []
     lora.model.train()
-    for packed in (False, True):
-        with lora.use("x"):
-            if packed:
-                with lean.packed_attention(lora.model):
-                    loss = lean.packed_losses(lora.model, batch()).sum()
-            else:
-                loss = lean.padded_losses(lora.model, batch()).sum()
+    ways = [naive_losses, lean.padded_losses, *([lean.packed_losses] if lean.packable(lora.model) else [])]
+    for way in ways:
+        packed = way is lean.packed_losses
+        with lora.use("x"), lean.packed_attention(lora.model) if packed else contextlib.nullcontext():
+            loss = way(lora.model, batch()).sum()
             loss.backward()
         results.append((loss.detach(), [tensor.grad.clone() for tensor in lora.parameters("x")]))
         for tensor in lora.parameters("x"):
             tensor.grad = None
-    (plain, gradients), (lean_loss, lean_gradients) = results
-    torch.testing.assert_close(lean_loss, plain, rtol=1e-5, atol=0)
-    for ours, theirs in zip(lean_gradients, gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+    (plain, gradients), *lean_ones = results
+    for lean_loss, lean_gradients in lean_ones:
+        torch.testing.assert_close(lean_loss, plain, rtol=1e-5, atol=0)
+        for ours, theirs in zip(lean_gradients, gradients, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
+    assert not any("forward" in vars(module) for module in lora.model.modules())
+
+
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_virtual_tokens_train_without_all_logits_and_with_the_same_gradients(kind: str) -> None:
+    lora, found = LoRA(causal("llama")), []
+    add(lora, "x", BaselineSpec(kind=kind, width=3))
+    for way in (naive_losses, lean.padded_losses):
+        with lora.use("x"), Logits() as logits:
+            losses = way(lora.model, batch())
+            losses.sum().backward()
+        (states,) = lora.parameters("x")
+        found.append((losses.detach(), states.grad.clone(), logits.rows))
+        states.grad = None
+    (plain, gradient, all_rows), (ours, our_gradient, rows) = found
+    torch.testing.assert_close(ours, plain)
+    torch.testing.assert_close(our_gradient, gradient)
+    assert all_rows == len(LENGTHS) * max(LENGTHS) > rows
 
 
 def test_packed_sequences_do_not_see_each_other() -> None:
@@ -257,7 +299,7 @@ def test_a_trained_head_gets_its_gradient_on_the_packed_path_too(family: str) ->
             with lean.packed_attention(model):
                 loss = lean.packed_losses(model, batch()).sum()
         else:
-            loss = lean.padded_losses(model, batch()).sum()
+            loss = naive_losses(model, batch()).sum()
         loss.backward()
         gradients = {name: tensor.grad.clone() for name, tensor in model.named_parameters() if tensor.grad is not None}
         found.append((loss.detach(), gradients))
@@ -279,7 +321,8 @@ def test_a_head_with_a_hook_is_not_walked_around() -> None:
         handle = hook()
         with lean.packed_attention(model):
             packed = lean.packed_losses(model, batch()).sum()
-        torch.testing.assert_close(packed, lean.padded_losses(model, batch()).sum(), rtol=1e-5, atol=0)
+        for way in (naive_losses, lean.padded_losses):
+            torch.testing.assert_close(packed, way(model, batch()).sum(), rtol=1e-5, atol=0)
         handle.remove()
 
 
@@ -316,15 +359,6 @@ def test_padding_changes_no_row(family: str) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=0)
     torch.testing.assert_close(longer, alone, rtol=1e-5, atol=0)
     assert (together[0] - together[2]).abs().max() > 1e-2  # and rows do differ
-
-
-@pytest.mark.parametrize("family", PLAIN_TOO)
-def test_every_other_family_trains_packed_or_says_that_it_cannot_be(family: str) -> None:
-    model, rows = causal(family), batch()
-    padded = lean.padded_losses(model, rows).sum()
-    if lean.packable(model):
-        with lean.packed_attention(model):
-            torch.testing.assert_close(lean.packed_losses(model, rows).sum(), padded, rtol=1e-4, atol=1e-4)
 
 
 # ---- what is kept for the backward -----------------------------------------------------------------------------------

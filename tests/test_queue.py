@@ -278,6 +278,8 @@ def test_what_a_visitor_may_not_ask_for_is_named_and_a_laptop_allows_it(changes:
     with pytest.raises(StudioError) as caught:
         check_limits(config, SPACE)
     assert caught.value.code == "E_LIMIT" and named in caught.value.message
+    ((setting, most),) = caught.value.change.items()
+    assert most == {"rank": SPACE.rank, "max_length": SPACE.tokens, "steps": SPACE.steps}[setting]
 
 
 # ---- lost ------------------------------------------------------------------------------------------------------------
@@ -620,6 +622,29 @@ def test_who_does_not_answer_is_ended_at_once_only_while_nothing_can_be_lost(que
     clock.now += 2
     queue.supervisor.tick()
     assert queue.status(training) == "paused"
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_what_is_discarded_is_deleted_once_it_has_ended_and_what_is_brought_back_stays(
+    queue: Queue, dies: bool
+) -> None:
+    training, waiting = queue.put(), queue.put()
+    queue.supervisor.tick()
+    for run in (training, waiting):
+        queue.store.request_discard(run.id)
+    assert [run.id for run, _ in queue.store.deleted()] == [waiting.id]
+    queue.supervisor.tick()
+    assert queue.status(training) == "running" and asked_of(training.path) == "stopped"
+    if not dies:
+        write_end(training.path, "stopped", step=1)
+    queue.workers.end(training.path)
+    for _ in range(2):
+        queue.supervisor.tick()
+    assert [run.id for run, _ in queue.store.deleted()] == [waiting.id, training.id] and queue.store.list() == []
+    for run in (training, waiting):
+        queue.store.restore(run.id)
+        queue.supervisor.tick()
+        assert queue.status(run) == "stopped"
 
 
 # ---- the root --------------------------------------------------------------------------------------------------------
@@ -1128,7 +1153,7 @@ def test_a_new_name_and_a_note_are_bounded_encodable_and_survive_nonsense(tmp_pa
         assert store.get(run.id).status == "queued"
 
 
-@pytest.mark.parametrize("act", ["request_stop", "request_pause", "requeue", "delete"])
+@pytest.mark.parametrize("act", ["request_stop", "request_pause", "request_discard", "requeue", "delete"])
 def test_what_is_deleted_at_that_very_moment_is_not_found(
     tmp_path: Path, act: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

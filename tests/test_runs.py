@@ -198,7 +198,7 @@ def test_a_long_held_out_prompt_ends_no_run(studio: Studio, tmp_path: Path) -> N
     assert studio.runs.get(run.id).status == "done", studio.runs.get(run.id).error
     with pytest.raises(StudioError) as caught:
         studio.start(dataclasses.replace(run.config, train=dataclasses.replace(settings, max_length=65)))
-    assert caught.value.code == "E_CONTEXT"
+    assert caught.value.code == "E_CONTEXT" and caught.value.change == {"max_length": 64}
     with pytest.raises(StudioError) as caught:
         next(studio.compare([run.id], "word " * 30))
     assert caught.value.code == "E_CONTEXT"
@@ -417,7 +417,7 @@ def test_killed_again_and_again_it_still_ends_so(studio: Studio, tiny: Path, unb
     assert started[-1]["step"] > 0 and len(earlier_logs(run.path)) == attempts - 1
 
 
-@pytest.mark.parametrize("what", ["pause", "stop", "terminate"])
+@pytest.mark.parametrize("what", ["pause", "stop", "discard", "terminate"])
 @pytest.mark.parametrize("step", [0, 2, 3, 5])
 def test_paused_or_stopped_at_any_step_and_resumed_ends_so_too(
     studio: Studio, tiny: Path, unbroken: tuple, what: str, step: int, monkeypatch: pytest.MonkeyPatch
@@ -435,7 +435,8 @@ def test_paused_or_stopped_at_any_step_and_resumed_ends_so_too(
         patch.setattr(Attempt, "append", append)
         attempt(run)
     view = studio.runs.get(run.id)
-    becomes = {"pause": "paused", "stop": "stopped", "terminate": "lost"}
+    becomes = {"pause": "paused", "stop": "stopped", "discard": "stopped", "terminate": "lost"}
+    assert view.discarded == (what == "discard")
     assert view.status == becomes[what] and view.step == step and view.resumable
     if what == "stop" and step:
         assert view.has_adapter

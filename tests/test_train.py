@@ -571,6 +571,22 @@ def test_then_activations_are_computed_twice_and_then_it_ends_in_figures() -> No
         assert caught.value.code == "E_MEMORY"
 
 
+def test_without_the_memory_for_samples_these_are_left_out_and_all_else_is_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = [event for event in train(job(samples=2)) if isinstance(event, Metric)]
+
+    def no_room(*_: object) -> list[str]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("lora_studio.train.sampled", no_room)
+    events = list(train(job(samples=2)))
+    assert not any(isinstance(event, Sample) for event in events)
+    for name in ("train_loss", "heldout_loss"):
+        assert values(events, name) == values(plain, name)
+    assert [event.code for event in events if isinstance(event, Warned)] == ["W_SAMPLES"] * 3
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "qwen3"])
 def test_activation_checkpointing_changes_no_loss_and_keeps_less(family: str) -> None:
     losses, kept = [], []

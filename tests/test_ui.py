@@ -1,5 +1,7 @@
 """The page's handlers as plain functions: estimate line, errors in words, escaping, polling, form and knobs."""
 
+import copy
+import html
 import json
 import re
 from dataclasses import replace
@@ -17,11 +19,11 @@ from lora_studio.events import Event, Metric, Probed, Sample, Saved, Started, Wa
 from lora_studio.generate import Answer
 from lora_studio.models import STARTER
 from lora_studio.results import Comparison, Wanted
-from lora_studio.runs.config import DataChoice, Run, RunConfig
+from lora_studio.runs.config import DataChoice, Run, RunConfig, change_in_words
 from lora_studio.runs.store import write_json
 from lora_studio.settings import RATES, TrainConfig
 from lora_studio.studio import Studio
-from lora_studio.ui import boundary, build, compare_tab, data_tab, export_tab, form, live, picker, train_tab
+from lora_studio.ui import boundary, build, compare_tab, data_tab, export_tab, form, live, panes, picker, train_tab
 from lora_studio.ui.desk import Desk
 from tests.tiny import tiny_encoder
 
@@ -130,6 +132,20 @@ def test_boundary_escapes_and_names_the_code() -> None:
     assert EVIL not in shown and shown.count("&lt;img") == 2 and "<code>E_X</code>" in shown
 
 
+def test_what_would_cure_a_problem_is_one_button_and_changes_what_it_says() -> None:
+    shown = boundary.as_html(StudioError("E_X", "Too long.", "Shorter.", {"max_length": 64, "learning_rate": 1e-3}))
+    (change,) = re.findall(r"data-change='([^']*)'>Use length limit 64, learning rate 0.001<", shown)
+    assert json.loads(html.unescape(change)) == {"max_length": 64, "learning_rate": 1e-3}
+    assert "<button" not in boundary.as_html(StudioError("E_X", "Too long.", "", {"of no form": 1}))
+    for code in ("E_NO_DATA", "E_NO_RUN", "E_NO_ANSWER", "E_NO_ANSWERS", "E_NO_TEXT"):
+        assert boundary.as_html(StudioError(code, "m")).count("<button") == 1
+
+
+def test_an_error_with_its_change_is_the_same_on_another_side() -> None:
+    again = copy.copy(StudioError("E_X", "m", "h", {"steps": 3}))
+    assert (again.code, str(again), again.change) == ("E_X", "m h", {"steps": 3})
+
+
 def test_boundary_hides_what_was_not_written_for_a_person(caplog: pytest.LogCaptureFixture) -> None:
     @boundary.problem_last(1)
     def broken() -> str:
@@ -167,8 +183,8 @@ def test_panes_are_plain_values_and_what_is_html_is_escaped() -> None:
     assert compare_tab.picture(growing, [("", "")] * 2, [1, 1])[1]["parts"] == [[f"a {EVIL}", False]]
     chosen = compare_tab.picture(replace(moment, chances=[{"a": 0.5}, {"a": 1.0}]), [("", "")] * 2, [1, 1])
     assert not any(pane["pace"] for pane in chosen) and "has learnt nothing" in chosen[0]["about"]
-    assert "max difference 0)" in compare_tab.badge(0.0)[1] and compare_tab.badge(1e-6)[0] == "bad"
-    assert compare_tab.badge(float("nan"))[0] == "bad" and compare_tab.badge(1e-6, exact=False)[0] == "plain"
+    assert "max difference 0)" in panes.badge(0.0)[1] and panes.badge(1e-6)[0] == "bad"
+    assert panes.badge(float("nan"))[0] == "bad" and panes.badge(1e-6, exact=False)[0] == "plain"
     found = Wanted(("base", "run"), ("a", "b"), [[0.25, 0.75], [1.0, 0.0]], 3)
     shown = compare_tab.expectation(EVIL) + compare_tab.tokens_line(found, ["Base", EVIL])
     assert EVIL not in shown and "Base 50 %" in shown and "The first 2 tokens; 3 more" in shown
@@ -489,9 +505,9 @@ def test_the_probe_replaces_the_estimate(desk: Desk, tiny: Path, choice: dict) -
 
 
 def test_every_change_of_a_setting_has_words() -> None:
-    assert live.in_words({"learning_rate": 5e-4}) == "learning rate 0.0005"
-    assert live.in_words({"steps": 40, "checkpointing": "auto"}) == "steps 40, activation checkpointing auto"
-    assert live.in_words({}) == live.in_words({"unknown": EVIL}) == ""
+    assert change_in_words({"learning_rate": 5e-4}) == "learning rate 0.0005"
+    assert change_in_words({"steps": 40, "checkpointing": "auto"}) == "steps 40, activation checkpointing auto"
+    assert change_in_words({}) == change_in_words({"unknown": EVIL}) == ""
 
 
 def test_run_list_is_sent_only_when_it_changed(desk: Desk, tiny: Path, choice: dict) -> None:

@@ -48,6 +48,8 @@ def test_a_set_of_prompts_becomes_a_table_and_a_file(url: str, browser: Browser,
     heads = page.locator("#set-table thead th")
     expect(heads).to_have_count(4)
     assert heads.nth(3).inner_text().startswith(NAME) and "ROUGE-L" in heads.nth(3).inner_text()
+    expect(heads.nth(2).locator(".badge.good")).to_contain_text("max difference 0")
+    assert page.locator("#set-table tbody mark").count() and not page.locator("#set-table td:nth-child(3) mark").count()
     expect(page.locator("#set-table tbody tr")).to_have_count(10)
 
     page.locator("#set-source").get_by_label("Typed").check()
@@ -105,6 +107,8 @@ def test_a_talk_with_both_models(url: str, browser: Browser) -> None:
     expect(newest.locator(".said")).to_have_text(NAME)
     base, adapted = (newest.locator(f".{side} p").inner_text() for side in ("base", "adapted"))
     assert base and adapted and base != adapted
+    expect(page.locator("#talk .badge.good")).to_contain_text("max difference 0")
+    assert newest.locator(".adapted mark").count() and not newest.locator(".base mark").count()
     expect(newest.locator(".adapted h4")).to_have_text(f"{NAME} · strength 1")
     expect(box).to_have_value("")
     assert overflow(page) <= 0

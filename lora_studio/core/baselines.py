@@ -45,6 +45,8 @@ class Piece:
     layer: int  # number of its block; -1 outside the blocks
     shape: tuple[int, ...]
     parameters: int
+    keeps_input: bool  # as Part's
+    keeps: int
 
 
 def add(lora: LoRA, name: str, method: Method, seed: int = 0) -> None:
@@ -81,8 +83,8 @@ def plan(model: Any, method: Method) -> list[Piece]:
             shape = part.shape if isinstance(part, LowRank) else tuple(own[0].shape) if own else ()
             role = part.role if isinstance(part, LowRank) else path.removeprefix(f"{prefix}{inside}.") or _name(method)
             count = sum(tensor.numel() for tensor in own)
-            piece = Piece(name=path, role=role, layer=int(inside or -1), shape=shape, parameters=count)
-            pieces.append(piece)
+            kept = {"keeps_input": part.keeps_input, "keeps": part.keeps}
+            pieces.append(Piece(name=path, role=role, layer=int(inside or -1), shape=shape, parameters=count, **kept))
     return pieces
 
 
@@ -126,6 +128,7 @@ class Bottleneck(Part):
     def __init__(self, hidden: int, spec: BaselineSpec, device: torch.device) -> None:
         super().__init__()
         _, self.activation, normed = BEHIND[spec.kind]
+        self.keeps = hidden + 2 * spec.size  # what it is added to, and both sides of the activation
         self.down = nn.Linear(hidden, spec.size, device=device)
         self.up = nn.Linear(spec.size, hidden, device=device)
         self.norm = nn.LayerNorm(hidden, device=device) if normed else None

@@ -3,8 +3,8 @@
 A step's sequences are laid end to end in one row with their own position ids. Attention runs per sequence
 through transformers' attention interface, so no sequence sees another and no quadratic mask is built. The
 head is applied to supervised positions alone, a chunk at a time, and its gradient is made in the forward, so
-the logits of a step are never in memory together. Both give the loss of the plain padded path, which
-`padded_losses` keeps for models and methods that they do not fit.
+the logits of a step are never in memory together. Both give the loss of the plain padded path; models and
+methods that cannot be packed are padded, with the same head: `padded_losses`.
 
 A model that chooses a label instead of writing text gets its rows padded on the right: `class_logits`.
 """
@@ -354,15 +354,29 @@ def packed_losses(model: nn.Module, batch: Packed) -> torch.Tensor:
 
 
 def padded_losses(model: nn.Module, batch: Packed) -> torch.Tensor:
-    """The plain path: the same sequences padded on the right, all logits, the same losses."""
-    rows = list(zip(batch.ids[0].split(batch.lengths), batch.labels[0].split(batch.lengths), strict=True))
-    labels = nn.utils.rnn.pad_sequence([row for _, row in rows], batch_first=True, padding_value=IGNORED)
-    call = _padded([row for row, _ in rows])
-    logits = model(**call, position_ids=_positions(call["input_ids"]), use_cache=False).logits
-    wanted = labels.flatten() != IGNORED
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none")[
-        wanted
-    ]
+    """The same losses of the same sequences padded on the right, for models and methods that cannot be packed."""
+    call = _padded(batch.ids[0].split(batch.lengths))
+    call |= {"position_ids": _positions(call["input_ids"]), "use_cache": False}
+    each = batch.labels[0].split(batch.lengths)
+    labels = nn.utils.rnn.pad_sequence(list(each), batch_first=True, padding_value=IGNORED)
+    wanted = labels != IGNORED  # (rows, longest)
+    if not plain_head(model):
+        return F.cross_entropy(model(**call).logits[wanted].float(), labels[wanted], reduction="none")
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    with _open(head):  # what stands before the model, such as virtual tokens, is passed as always
+        hidden = model(**call).logits  # (rows, longest, d)
+    hidden = hidden[wanted].to(head.weight.dtype)
+    return functions.CrossEntropy.apply(hidden, head.weight, labels[wanted])  # type: ignore[return-value]
+
+
+@contextmanager
+def _open(layer: Any) -> Iterator[None]:
+    """Inside, the layer gives what it gets."""
+    layer.forward = lambda x: x
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 def class_logits(model: nn.Module, batch: Sequence[Tokens]) -> torch.Tensor:

@@ -108,7 +108,12 @@ class Gates:
 
 
 class Part(nn.Module):
-    """What one adapter does to one layer."""
+    """What one adapter does to one layer.
+
+    keeps_input, keeps: for its backward the layer's input, and so many elements per token besides.
+    """
+
+    keeps_input, keeps = False, 0
 
     def delta(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         """What is added to the layer's own `output`; the slot gates it."""
@@ -141,6 +146,8 @@ class LowRank(Part):
         rows, width = target.shape
         device = next(layer.parameters()).device
         self.role, self.scale, self.variant, self.dropout = target.role, scale, variant, dropout
+        self.keeps_input = variant != "lora-fa"
+        self.keeps = {"lora-fa": rank, "dora": rows}.get(variant, 0)
         self.A = nn.Parameter(torch.zeros(rank, width, device=device), requires_grad=variant != "lora-fa")
         self.B = nn.Parameter(torch.zeros(rows, rank, device=device))
         self.register_buffer("rows", None if target.rows is None else target.rows.to(device), persistent=False)
@@ -265,6 +272,8 @@ class Copied(Part):
     While one adapter has every row, the copies stand in place of the base's tensors, which are put aside, not
     written. In a mixed batch the layer is computed a second time with them, and the difference is gated.
     """
+
+    keeps_input = True
 
     def __init__(self, tensors: Mapping[str, nn.Parameter]) -> None:
         super().__init__()

@@ -30,6 +30,7 @@ from lora_studio.runs.store import (
     asked_of,
     checkpoint_bytes,
     earlier_logs,
+    is_unwanted,
     open_journal,
     read_json,
     standing,
@@ -245,7 +246,11 @@ class Attempt:
             job.leave()
             self.end(asked)
         elif asked:
-            if self._save(job) or asked == "stopped":  # a pause that could not be saved would be a loss
+            saved = self._save(job)
+            if is_unwanted(self.path):  # nobody waits for its figures; brought back, it can go on
+                job.leave()
+                self.end(asked)
+            elif saved or asked == "stopped":  # a pause that could not be saved would be a loss
                 self.finish(job, asked)
         elif self.terminated:
             if job.step:

@@ -68,6 +68,7 @@ class Run:
     shared: bool = False  # whether others may see its figures and its config, never its rows or what it wrote
     renamed: str = ""  # what its owner calls it since; empty: as its config does
     remarks: str = ""  # what its owner has noted about it
+    discarded: bool = False  # it has ended and is to be deleted, as was asked while it trained
 
     @property
     def name(self) -> str:
@@ -112,16 +113,17 @@ def check_limits(config: RunConfig, limits: Limits) -> None:
     """
     method, train = config.method, config.train
     ranks = [method.rank, *method.rank_pattern.values()] if isinstance(method, LoraSpec) else [0]
-    check_limit("rank", max(ranks), limits.rank)
-    check_limit("length limit", train.max_length, limits.tokens)
-    check_limit("number of steps", train.steps, limits.steps)
+    check_limit("rank", max(ranks), limits.rank, "rank")
+    check_limit("length limit", train.max_length, limits.tokens, "max_length")
+    check_limit("number of steps", train.steps, limits.steps, "steps")
 
 
-def check_limit(name: str, value: float, most: float) -> None:
-    """Raise E_LIMIT when it is more than there is."""
+def check_limit(name: str, value: float, most: float, setting: str = "") -> None:
+    """Raise E_LIMIT when it is more than there is; setting: of the form, which would have to be less."""
     if value > most:
         message = f"The {name} is {value:,}; here it is at most {most:,.0f}."
-        raise StudioError("E_LIMIT", message, "Ask for less, or run LoRA Studio on a machine of your own.")
+        hint = "Ask for less, or run LoRA Studio on a machine of your own."
+        raise StudioError("E_LIMIT", message, hint, {setting: int(most)} if setting else None)
 
 
 def method_of(name: str, width: int = 0, lora: Mapping[str, Any] | None = None) -> Method:
@@ -147,6 +149,13 @@ def width_in_words(method: BaselineSpec) -> str:
     """16 virtual tokens, bottleneck width 8; empty for a method without a width."""
     means = BASELINES[method.kind][1]
     return f"{method.size} {means}" if means.endswith("s") else f"{means} {method.size}" if means else ""
+
+
+def change_in_words(change: Mapping[str, Any]) -> str:
+    """learning rate 0.0005, steps 40; empty for no change."""
+    labels = knobs(LoraSpec) | knobs(TrainConfig)
+    known = [(labels[name].label.lower(), value) for name, value in change.items() if name in labels]
+    return ", ".join(f"{label} {value:g}" if isinstance(value, float) else f"{label} {value}" for label, value in known)
 
 
 def settings_in_words(run: Run) -> dict[str, str]:
@@ -188,8 +197,9 @@ def base_precision(method: Method, asked: str, on: str, parameters: int) -> str:
 
     whole = isinstance(method, BaselineSpec) and method.kind in ("full", "top")
     if whole and asked in QUANTISED:
-        raise StudioError("E_METHOD", f"This method trains the weights that {asked} packs.", "Take LoRA, or auto.")
+        message = f"This method trains the weights that {asked} packs."
+        raise StudioError("E_METHOD", message, "Take LoRA, or auto.", {"precision": "auto"})
     if isinstance(method, LoraSpec) and method.variant in ("dora", "pissa") and asked in QUANTISED:
         message = f"Variant {method.variant} needs the weights that {asked} packs."
-        raise StudioError("E_QUANTISED", message, "Take variant lora, or precision auto.")
+        raise StudioError("E_QUANTISED", message, "Take variant lora, or precision auto.", {"precision": "auto"})
     return asked if asked != "auto" else "float32" if whole else training_precision(on, parameters)

@@ -161,7 +161,12 @@ def sweep(path: Path) -> None:
 def asked_of(path: Path) -> Status | None:
     """What a person asked of a run: to stop, or to pause."""
     control = read_json(path / "control.json") or {}
-    return "stopped" if control.get("stop") else "paused" if control.get("pause") else None
+    return "stopped" if control.get("stop") or control.get("discard") else "paused" if control.get("pause") else None
+
+
+def is_unwanted(path: Path) -> bool:
+    """Whether a person asked to stop a run and to keep nothing of it."""
+    return bool((read_json(path / "control.json") or {}).get("discard"))
 
 
 def in_turn(waiting: Iterable[Run], served: Mapping[str, int]) -> list[Run]:
@@ -495,6 +500,12 @@ class RunStore:
         """Ask the worker to end after its current step, to be resumed later; a queued run is paused at once."""
         self._request(run, "pause", "paused")
 
+    def request_discard(self, run: str) -> None:
+        """Ask the worker to end after its current step, to be deleted then; a queued run is deleted at once."""
+        self._request(run, "discard", "stopped")
+        if self.get(run).status not in ("running", "lost"):
+            self.delete(run)
+
     def _request(self, run: str, what: str, status: Status) -> None:
         view = self.get(run)
         path = view.path
@@ -589,6 +600,7 @@ class RunStore:
                     return  # somebody else was quicker
                 raise StudioError("E_RUN_ACTIVE", f"{quote(view.name)} is still running.", "Stop it first.")
             self._deleted[view.id] = time.monotonic() + UNDO_S, view  # before it looks like what a crash has left
+            (view.path / "control.json").unlink(missing_ok=True)  # else what is brought back may be deleted once more
             try:
                 disk.at_any_rate(self.folder.parent, view.path.rename, self._aside(view.id))
             except OSError:
@@ -698,6 +710,7 @@ class RunStore:
             owner=str(record.get("owner", NOBODY)),
             renamed=str(about.get("name", "")),
             remarks=str(about.get("remarks", "")),
+            discarded=status not in ("queued", "running", "lost") and is_unwanted(path),
         )
 
     def _seen(self, run: str, path: Path) -> dict[str, Any]:

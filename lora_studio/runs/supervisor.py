@@ -100,6 +100,9 @@ class Supervisor:
             now = time.monotonic()  # one for all: the runs of a study go on together
             for run in lost:
                 self._recover(run, now)
+            for run in runs:
+                if run.discarded:
+                    self._discard(run)
             if self._owned:
                 self._keep_house()
             runs = self.store.list() if lost else runs
@@ -234,6 +237,13 @@ class Supervisor:
             return Warned(step=behind, code=OUT_OF_MEMORY, message=f"{message} The batch stays what it is.")
         how = f"with signal {-code}" if code and code < 0 else f"with code {code}" if code else "without saying why"
         return Warned(step=behind, code=LOST, message=f"The worker ended {how}, at step {run.step}. {attempt}.")
+
+    def _discard(self, run: Run) -> None:
+        """Delete a run that has ended, as was asked while it trained; where that cannot be done yet, the next time."""
+        try:
+            self.store.delete(run.id)
+        except (StudioError, OSError) as error:
+            log.info("%s cannot be deleted yet: %s", run.id, error)
 
     # ---- the root ------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ and shown as one plain sentence. A handler is wrapped by where its problem is to
 import functools
 import html
 import inspect
+import json
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,13 +17,27 @@ from typing import Any
 import gradio as gr
 
 from lora_studio.errors import StudioError, redacted
+from lora_studio.runs.config import change_in_words
 
 log = logging.getLogger(__name__)
 
 TRY = "<button type='button' class='try-example'>Try the example</button>"  # header.js knows what it does
 NONE = "no-runs"  # the class of a list of runs that is empty; only beside one the offer is seen
 OFFER = f"<span class='no-run'>There is no run to choose yet. {TRY}</span>"
-CURES = {"E_NO_DATA": TRY, "E_NO_RUN": TRY}  # one button, where one is enough
+
+
+def _press(control: str, words: str) -> str:
+    """A button that presses a control of the page; header.js knows what it does."""
+    return f"<button type='button' class='cure' data-press='{control}'>{words}</button>"
+
+
+CURES = {  # one button, where one is enough
+    "E_NO_DATA": TRY,
+    "E_NO_RUN": TRY,
+    "E_NO_ANSWER": _press("#chips button", "Take a held-out row"),
+    "E_NO_ANSWERS": _press("#answer-all", "Answer all"),
+    "E_NO_TEXT": _press("#compare-ways button[role=tab]", "Open Answers"),
+}
 UNEXPECTED = StudioError(
     "E_UNEXPECTED", "Something went wrong inside the app.", "Try again; the app's own output has the details."
 )
@@ -42,8 +57,15 @@ def as_html(error: Exception) -> str:
     hint = f" {html.escape(redacted(said.hint))}" if said.hint else ""
     return (
         f"<div class='problem' role='alert'><b>{html.escape(redacted(said.message))}</b>{hint}"
-        f" <code>{html.escape(said.code)}</code>{CURES.get(said.code, '')}</div>"
+        f" <code>{html.escape(said.code)}</code>{_cure(said)}</div>"
     )
+
+
+def _cure(said: StudioError) -> str:
+    if words := change_in_words(said.change):
+        change = html.escape(json.dumps(said.change))
+        return f"<button type='button' class='cure' data-change='{change}'>Use {html.escape(words)}</button>"
+    return CURES.get(said.code, "")
 
 
 def as_toast(error: Exception) -> gr.Error:

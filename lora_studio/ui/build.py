@@ -77,11 +77,12 @@ def build(desk: Desk) -> gr.Blocks:
         report_file = fetch.build("report-file")  # outside the tabs, whose parts are there only once they are opened
         cured = [data.problem, train.problem, study.problem]
         head.example(desk.mine(_to_example), None, [tabs, *_opened(data), *cured], **QUIET)
+        _join_cure(head, train, study)
         _join_data(desk, data, train, tabs)
         _join_settings(desk, page, data, train)
         _join_run(desk, page, data, train, study, compare, export, tabs)
         _join_study(desk, study, study_page, data, train, compare, export, tabs)
-        _join_runs(desk, runs, data, train, study, compare, tabs)
+        _join_runs(desk, runs, data, train, study, compare, inside, export, tabs)
         _join_compare(desk, compare)
         _join_prompt_set(desk, questions, [compare_page.select, set_page.select])
         _join_chat(desk, talk)
@@ -154,6 +155,16 @@ def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
     # the control of the Train tab says nothing of a change before that tab was opened once
     data.use_limit.click(inspect, [data.choice, train.model, data.limit, *split], data.seen, **LATEST)
     data.use_limit.click(show_row, [*row, data.limit, train.task], data.preview, **LATEST)
+
+
+def _join_cure(head: gr.HTML, train: TrainTab, study: StudyTab) -> None:
+    solved = {train.problem: "", study.problem: ""}
+
+    def cure(event: gr.EventData) -> dict[Any, Any]:
+        """The settings as a problem said that they should be, and no problem any more."""
+        return {train.settings[name]: value for name, value in event.change.items() if name in train.settings} | solved
+
+    head.cure(cure, None, [*train.settings.values(), *solved], **QUICK)
 
 
 def _join_settings(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab) -> None:
@@ -264,6 +275,8 @@ def _join_runs(
     train: TrainTab,
     study: StudyTab,
     compare: CompareTab,
+    inside: InsideTab,
+    export: ExportTab,
     tabs: gr.Tabs,
 ) -> None:
     runs.watch(_cell_to_run, None, [tabs, train.live], **QUICK)
@@ -271,6 +284,9 @@ def _join_runs(
     comparing = [tabs, compare.run, compare.followed]
     picked = runs.compare(desk.mine(_cell_to_compare), train.live, comparing, **QUICK)
     picked.then(desk.mine(compare_tab.list_prompts), compare.run, compare.chips, **QUIET)
+    looking = runs.inside(desk.mine(_cell_to_inside), train.live, [tabs, inside.run, inside.followed], **QUICK)
+    looking.then(desk.mine(inside_tab.list_others), [inside.run, inside.other], inside.other, **QUICK)
+    runs.export(desk.mine(_cell_to_export), train.live, [tabs, export.run, export.followed], **QUICK)
     filled = [tabs, *_opened(data), *_form(train)]
     # queued, as the restored choice of `_join_run` is
     runs.clone(desk.mine(_to_form, tuple(train.settings)), None, filled, **QUIET)
@@ -431,10 +447,11 @@ def _join_inside(desk: Desk, inside: InsideTab) -> None:
     )
     dial = [inside.measured, inside.rank]
     gr.on([inside.rank.change, inside.measured.change], inside_tab.read_dial, dial, inside.rank_line, **LATEST)
+    gr.on([inside.run.change, inside.rank.change], inside_tab.forget, None, inside.proof, **QUICK)
     inside.download.click(
         desk.mine(inside_tab.pack_smaller),
         [inside.run, inside.rank],
-        [inside.file, inside.dial_problem],
+        [inside.file, inside.proof, inside.dial_problem],
         concurrency_id="model",
         concurrency_limit=1,
         show_progress_on=[inside.download],
@@ -522,6 +539,10 @@ def _cell_to_compare(desk: Desk, live: str, event: gr.EventData) -> tuple[Any, .
 
 def _cell_to_export(desk: Desk, live: str, event: gr.EventData) -> tuple[Any, ...]:
     return _to_export(desk, str(event.run), live)
+
+
+def _cell_to_inside(desk: Desk, live: str, event: gr.EventData) -> tuple[Any, ...]:
+    return gr.Tabs(selected="inside"), *compare_tab.list_runs(desk, str(event.run), live, followed=live)
 
 
 def _to_study(event: gr.EventData) -> tuple[Any, str]:

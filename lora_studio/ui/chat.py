@@ -6,7 +6,6 @@ The conversation's script is chat.js; everything that a model or a person wrote 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -14,13 +13,12 @@ import gradio as gr
 from lora_studio.errors import StudioError
 from lora_studio.fields import knobs
 from lora_studio.settings import Sampling
-from lora_studio.ui import answering, form, script
+from lora_studio.ui import answering, form, panes, script
 from lora_studio.ui.boundary import problem_last
 from lora_studio.ui.desk import Desk
 
-HERE = Path(__file__).parent
 MOST_TURNS = 100
-NOTHING: dict[str, Any] = {"name": "Adapted", "turns": [], "note": ""}
+NOTHING: dict[str, Any] = {"name": "Adapted", "turns": [], "note": "", "badge": None, "growing": False}
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def build() -> Chat:
         talk = gr.HTML(
             NOTHING,
             html_template=script.template("chat"),
-            js_on_load=(HERE / "chat.js").read_text(encoding="utf-8"),
+            js_on_load=script.of("chat"),
             apply_default_css=False,
             elem_id="talk",
         )
@@ -105,18 +103,20 @@ def say(
         for moment, due in answering.paced(moments):
             if due:
                 talked = [*talked[:-1], _answered(talked[-1], moment)]
-                yield "", picture(talked, remark(moment), name), talked
+                yield "", picture(talked, moment, name, growing=True), talked
     if moment:
         talked = [*talked[:-1], _answered(talked[-1], moment)]
-        yield "", picture(talked, remark(moment), name), talked
+        yield "", picture(talked, moment, name), talked
 
 
 # ---- plain values out of plain values ----------------------------------------------------------------------------
 
 
-def picture(turns: Sequence[Any], note: str, name: str) -> Mapping[str, Any]:
-    """What the conversation's script draws."""
-    return {"name": name, "turns": [vars(turn) for turn in turns], "note": note}
+def picture(turns: Sequence[Any], moment: Any, name: str, *, growing: bool = False) -> Mapping[str, Any]:
+    """What the conversation's script draws; words that the base does not say are marked where no more are to come."""
+    sign = panes.badge(moment.base_difference, moment.exact)
+    told = {"name": name, "turns": [vars(turn) for turn in turns], "note": remark(moment)}
+    return {**told, "badge": sign, "growing": growing}
 
 
 def remark(moment: Any) -> str:

@@ -85,5 +85,33 @@ function chart(height, x, y) {  // a layout in the page's own font and colours
 
 const BARE = { responsive: true, displayModeBar: false, displaylogo: false };
 
+// ---- what is new in a text ---------------------------------------------------------------------------------------
+
+const WORD = /\s+|[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu, MOST_WORDS = 800;
+
+function changed(before, after) {  // the words of `after` as [text, whether it is not of their longest common sequence]
+  const a = before.match(WORD) || [], b = after.match(WORD) || [];
+  if (a.length > MOST_WORDS || b.length > MOST_WORDS) return [[after, false]];
+  const rest = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));  // common words from i, j on
+  for (let i = a.length - 1; i >= 0; i--)
+    for (let j = b.length - 1; j >= 0; j--)
+      rest[i][j] = a[i] === b[j] ? rest[i + 1][j + 1] + 1 : Math.max(rest[i + 1][j], rest[i][j + 1]);
+  const pieces = [];
+  const put = (text, fresh) => {
+    const last = pieces.at(-1);
+    if (last && last[1] === fresh) last[0] += text; else pieces.push([text, fresh]);
+  };
+  for (let i = 0, j = 0; j < b.length;) {
+    if (i < a.length && a[i] === b[j]) { put(b[j], false); i++; j++; }
+    else if (i < a.length && rest[i + 1][j] >= rest[i][j + 1]) i++;
+    else put(b[j++], true);
+  }
+  return pieces;
+}
+
+function marked(before, after) {  // the same as parts of a page
+  return changed(before, after).map(([text, fresh]) => made(fresh ? 'mark' : 'span', text));
+}
+
 // ---- the view's own ----------------------------------------------------------------------------------------------
 

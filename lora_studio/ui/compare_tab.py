@@ -403,19 +403,9 @@ def picture(moment: Comparison, titles: Sequence[tuple[str, str]], spent_s: Sequ
         pace = "" if moment.chances else _pace(answer.tokens, spent)
         if moment.chances and not place:
             about = "with the head it began with, which has learnt nothing"
-        sign = None if place else badge(moment.base_difference, moment.exact)
+        sign = None if place else panes.badge(moment.base_difference, moment.exact)
         made.append(panes.pane(title, about=about, parts=parts, pace=pace, badge=sign))
     return made
-
-
-def badge(difference: float, exact: bool = True) -> tuple[str, str]:
-    """Whether the base pane is the untouched model, by its logits; virtual tokens leave a difference of rounding."""
-    if not exact:
-        about = f"Virtual tokens are masked in this row: max difference to the untouched model {difference:.2g}"
-        return "plain", about
-    if difference == 0:
-        return "good", "Checked: equal to the untouched model (max difference 0)"
-    return "bad", f"Not the untouched model: max difference {difference:.3g}"
 
 
 def expectation(text: str, before: int = 0) -> str:

@@ -33,6 +33,7 @@ from lora_studio.ui.form import SETTINGS, training
 from lora_studio.ui.terms import term
 
 SLOTS = max(len(format.roles) + len(format.optional) for format in FORMATS.values())
+CALLED = {"completion": "answer", "output": "answer"}  # a role of a column, on the page
 PREVIEW_CHARACTERS = 100_000
 NO_COLUMN = ("none", "")
 EMPTY = "<div class='empty'><b>Nothing chosen yet.</b> Take an example with one click, or bring your own data.</div>"
@@ -263,7 +264,7 @@ def slot_updates(dataset: Dataset, format: str, columns: Mapping[str, str]) -> l
             gr.Dropdown(
                 choices=choices,
                 value=columns.get(role, "" if role in optional else None),
-                label=f"{role.capitalize()} column",
+                label=f"{CALLED.get(role, role).capitalize()} column",
                 visible=True,
             )
         )

@@ -1,6 +1,6 @@
-// The page's head: news and hardware; what its words mean; and the example that an empty tab offers.
-// The last two listen to the whole page, so that a view need only name a word (data-term, which can have the focus) or
-// a button (.try-example).
+// The page's head: news and hardware; what its words mean; the example that an empty tab offers; what cures a problem.
+// The last three listen to the whole page, so that a view need only name a word (data-term, which can have the focus) or
+// a button: .try-example, and .cure with a control that it presses or settings that it changes.
 const news = element.querySelector('.news'), chip = element.querySelector('.chip'), says = element.querySelector('.says');
 
 async function tick() {
@@ -49,4 +49,9 @@ document.addEventListener('focusin', event => { enough = false; explain(wordAt(e
 document.addEventListener('focusout', () => explain(null));
 document.addEventListener('keydown', event => { if (event.key === 'Escape') { enough = true; explain(null); } });
 document.addEventListener('scroll', () => told && stand(), { capture: true, passive: true });
-document.addEventListener('click', event => event.target.closest?.('.try-example') && trigger('example'));
+document.addEventListener('click', event => {
+  if (event.target.closest?.('.try-example')) trigger('example');
+  const { press, change } = event.target.closest?.('.cure')?.dataset || {};
+  if (press) document.querySelector(press)?.click();
+  if (change) trigger('cure', { change: JSON.parse(change) });
+});

@@ -1,4 +1,4 @@
-"""The page's head: logo, news, hardware; it also explains words and takes the example that an empty tab offers."""
+"""The page's head: logo, news, hardware; it also explains words, and takes what an empty tab or a problem offers."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ HEADER = f"""<header class="top">{style.LOGO}<h1>LoRA Studio</h1>
 
 
 def build(desk: Desk) -> gr.HTML:
-    """The component; it raises `example` when the person wants to try the example."""
+    """The component; it raises `example` to try the example, and `cure` with settings to change."""
 
     def status(desk: Desk, _: Any = None) -> dict:
         return desk.status()

@@ -16,6 +16,7 @@ from lora_studio.runs.config import Run
 from lora_studio.ui import fetch, figure
 from lora_studio.ui.boundary import OFFER, problem_instead, problem_last
 from lora_studio.ui.desk import Desk
+from lora_studio.ui.export_tab import proof_of
 from lora_studio.ui.live import run_label
 from lora_studio.ui.terms import term
 
@@ -78,6 +79,7 @@ class InsideTab:
     rank_line: gr.HTML
     download: gr.Button
     file: gr.HTML
+    proof: gr.HTML  # of the smaller adapter that was downloaded last
     dial_problem: gr.HTML
     amplification: gr.HTML
     table: gr.HTML
@@ -170,6 +172,7 @@ def _dial() -> dict[str, Any]:
         download = gr.Button("Download the smaller adapter", min_width=200, elem_id="get-smaller")
     rank_line = gr.HTML("", apply_default_css=False, elem_id="smaller-rank-line")
     file = fetch.build("smaller-archive")
+    proof = gr.HTML("", apply_default_css=False, elem_id="smaller-proof")
     problem = gr.HTML("", apply_default_css=False, elem_id="dial-problem")
     return {
         "measure": measure,
@@ -180,6 +183,7 @@ def _dial() -> dict[str, Any]:
         "rank_line": rank_line,
         "download": download,
         "file": file,
+        "proof": proof,
         "dial_problem": problem,
     }
 
@@ -290,13 +294,19 @@ def read_dial(told: Mapping[str, Any] | None, rank: float | None) -> str:
     return rank_line(told, int(rank)) if told and rank else ""
 
 
-@problem_last(1)
-def pack_smaller(desk: Desk, run: str | None, rank: float | None) -> str:
-    """The address of a fresh archive of the adapter at a lower rank."""
+def forget() -> str:
+    """No proof: what was downloaded was of another rank or run."""
+    return ""
+
+
+@problem_last(2)
+def pack_smaller(desk: Desk, run: str | None, rank: float | None) -> tuple[str, str]:
+    """The address of a fresh archive of the adapter at a lower rank, and its proof."""
     view = desk.run(run)
     if rank is None or rank != int(rank):
         raise StudioError("E_RANK", "No rank is given.", "Give a whole number of at least 1.")
-    return desk.hand_out(desk.ready(view.config.model).archive(view.id, rank=int(rank)).files[-1])
+    done = desk.ready(view.config.model).archive(view.id, rank=int(rank))
+    return desk.hand_out(done.files[-1]), proof_of(done.proof)
 
 
 # ---- HTML out of plain values ------------------------------------------------------------------------------------

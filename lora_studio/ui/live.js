@@ -135,35 +135,9 @@ function part(kind, label, text, against = null) {  // against: the text from wh
   row.className = kind;
   name.textContent = label;
   if (!text || against == null) said.textContent = text || '(nothing)';
-  else for (const [piece, fresh] of changed(against, text)) {
-    const made = document.createElement(fresh ? 'mark' : 'span');
-    made.textContent = piece;
-    said.append(made);
-  }
+  else said.append(...marked(against, text));
   row.append(name, said);
   return row;
-}
-
-const WORD = /\s+|[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu, MOST_WORDS = 800;
-
-function changed(before, after) {  // the words of `after` as [text, whether it is not of their longest common sequence]
-  const a = before.match(WORD) || [], b = after.match(WORD) || [];
-  if (a.length > MOST_WORDS || b.length > MOST_WORDS) return [[after, false]];
-  const rest = Array.from({ length: a.length + 1 }, () => new Uint16Array(b.length + 1));  // common words from i, j on
-  for (let i = a.length - 1; i >= 0; i--)
-    for (let j = b.length - 1; j >= 0; j--)
-      rest[i][j] = a[i] === b[j] ? rest[i + 1][j + 1] + 1 : Math.max(rest[i + 1][j], rest[i][j + 1]);
-  const pieces = [];
-  const put = (text, fresh) => {
-    const last = pieces.at(-1);
-    if (last && last[1] === fresh) last[0] += text; else pieces.push([text, fresh]);
-  };
-  for (let i = 0, j = 0; j < b.length;) {
-    if (i < a.length && a[i] === b[j]) { put(b[j], false); i++; j++; }
-    else if (i < a.length && rest[i + 1][j] >= rest[i][j + 1]) i++;
-    else put(b[j++], true);
-  }
-  return pieces;
 }
 
 function answered() { return [...evaluations.keys()].sort((a, b) => a - b); }
@@ -213,7 +187,7 @@ function figures(news) {
   $('.bar i').style.width = `${share}%`;
   $('.bar').setAttribute('aria-valuenow', share);
   if (!active && asked !== 'again') asked = '';
-  buttons(own ? { pause: state === 'running', stop: active, resume: !active && news.resumable,
+  buttons(own ? { pause: state === 'running', stop: active, discard: active, resume: !active && news.resumable,
     share: visitors, delete: !active } : {});
   $('[data-ask=share]').setAttribute('aria-pressed', shared);
   $('.safe').hidden = !active || !own;
@@ -236,10 +210,12 @@ function figures(news) {
 }
 
 const ASKED = { stop: 'Stopping after the current step; the adapter is kept.',
+  discard: 'Stopping after the current step, to be deleted.',
   pause: 'Pausing after the current step; it can be resumed from there.', resume: 'Going back into the queue.',
   again: 'Starting again.' };
 
-function may(wanted) { return !asked || (asked === 'pause' && wanted === 'stop'); }  // who paused may still stop
+const ENDS = ['pause', 'stop', 'discard'];  // who asked for one may still ask for one behind it
+function may(wanted) { return !asked || (ENDS.includes(asked) && ENDS.indexOf(wanted) > ENDS.indexOf(asked)); }
 
 function buttons(shown) {  // where the one with the focus goes, the next one takes it
   const all = [...element.querySelectorAll('[data-ask]')], focused = all.find(one => one === document.activeElement);

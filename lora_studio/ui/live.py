@@ -18,10 +18,8 @@ import gradio as gr
 from lora_studio.core.spec import BASELINES, LoraSpec, Method
 from lora_studio.errors import StudioError, redacted
 from lora_studio.events import EVENTS, Learned
-from lora_studio.fields import knobs
-from lora_studio.runs.config import Run, width_in_words
+from lora_studio.runs.config import Run, change_in_words, width_in_words
 from lora_studio.runs.store import ID, RunStore, standing
-from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
 from lora_studio.study import short
 from lora_studio.ui import script
@@ -60,6 +58,9 @@ def build(desk: Desk) -> gr.HTML:
     def stop(desk: Desk, ask: dict) -> dict:
         return stop_run(desk.studio, ask)
 
+    def discard(desk: Desk, ask: dict) -> dict:
+        return discard_run(desk.studio, ask)
+
     def pause(desk: Desk, ask: dict) -> dict:
         return pause_run(desk.studio, ask)
 
@@ -84,7 +85,7 @@ def build(desk: Desk) -> gr.HTML:
     def restore(desk: Desk, ask: dict) -> dict:
         return restore_run(desk.studio, ask)
 
-    asked = [poll, stop, pause, resume, restart, another, share, delete, restore]
+    asked = [poll, stop, discard, pause, resume, restart, another, share, delete, restore]
     tiles = "".join(
         f"<div><span>{term(label)}</span><b data-tile='{name}'>–</b></div>" for name, label in TILES.items()
     )
@@ -165,6 +166,11 @@ def public(news: Mapping[str, Any], view: Run) -> dict[str, Any]:
 def stop_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
     """Ask a run to end and keep its adapter."""
     return said_of(lambda: studio.stop(id_of(ask.get("run"))))
+
+
+def discard_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
+    """Ask a run to end and to leave nothing behind."""
+    return said_of(lambda: studio.discard(id_of(ask.get("run"))))
 
 
 def pause_run(studio: Studio, ask: Mapping[str, Any]) -> dict[str, Any]:
@@ -274,21 +280,9 @@ def advice(store: RunStore, run: Run) -> list[dict[str, Any]]:
     for record in [*warnings, run.error] if run.error and not run.active else warnings:
         said = {name: redacted(record.get(name) or "") for name in ("code", "message", "hint")}
         change = dict(record.get("change") or {})
-        found[said["code"] if change else said["message"]] = {**said, "change": change, "again": in_words(change)}
+        key = said["code"] if change else said["message"]
+        found[key] = {**said, "change": change, "again": change_in_words(change)}
     return list(found.values())
-
-
-def in_words(change: Mapping[str, Any]) -> str:
-    """learning rate 0.0005, steps 40; empty for no change."""
-    labels = knobs(TrainConfig)
-    parts = [
-        f"{labels[name].label.lower()} {value:g}"
-        if isinstance(value, float)
-        else f"{labels[name].label.lower()} {value}"
-        for name, value in change.items()
-        if name in labels
-    ]
-    return ", ".join(parts)
 
 
 def _news(store: RunStore, view: Run, start: int, curve: str) -> dict[str, Any]:

@@ -31,3 +31,13 @@ def pane(
 ) -> dict[str, Any]:
     """One answer. parts: its text in pieces, each with whether it is marked; badge: good, bad or plain, and words."""
     return {"title": title, "about": about, "parts": [list(part) for part in parts], "pace": pace, "badge": badge}
+
+
+def badge(difference: float, exact: bool = True) -> tuple[str, str]:
+    """Whether the base answers as the untouched model does, by its logits; virtual tokens leave one of rounding."""
+    if not exact:
+        about = f"Virtual tokens are masked in this row: max difference to the untouched model {difference:.2g}"
+        return "plain", about
+    if difference == 0:
+        return "good", "Checked: equal to the untouched model (max difference 0)"
+    return "bad", f"Not the untouched model: max difference {difference:.3g}"

@@ -1,39 +1,36 @@
-// Draws props.value, {names, rows: [{prompt, target, answers: [{text, score}]}], line, scores}, a row when it changed.
-const $ = name => element.querySelector(name);
+// Draws props.value, {names, rows: [{prompt, target, answers: [{text, score}]}], line, scores, badge}, a row when it
+// changed. The first answer is the base model's; words of the others that it does not say are marked.
 let drawn = [];  // per row, what stands there
 
-function cell(kind, text, name) {
-  const made = document.createElement(kind);
-  made.textContent = text;
-  if (name) made.className = name;
-  if (kind === 'th') made.scope = name === 'prompt' ? 'row' : 'col';
-  return made;
+function heading(text, scope, name) { return Object.assign(made('th', text, name), { scope }); }
+
+function answer(found, base) {
+  if (!found) return made('td', '…', 'soft');
+  const cell = made('td');
+  cell.append(...(base && found !== base ? marked(base.text, found.text) : [found.text]));
+  if (found.score) cell.append(made('small', found.score, found.score === 'exact match' ? 'hit' : ''));
+  return cell;
 }
 
 function line(row, wanted, columns) {
-  const made = document.createElement('tr');
-  made.append(cell('th', row.prompt, 'prompt'));
-  if (wanted) made.append(cell('td', row.target));
-  for (let place = 0; place < columns; place++) {
-    const found = row.answers[place], answer = cell('td', found ? found.text : '…');
-    if (!found) answer.className = 'soft';
-    if (found?.score) answer.append(cell('small', found.score, found.score === 'exact match' ? 'hit' : ''));
-    made.append(answer);
-  }
-  return made;
+  const all = made('tr');
+  all.append(heading(row.prompt, 'row', 'prompt'), ...(wanted ? [made('td', row.target)] : []));
+  for (let place = 0; place < columns; place++) all.append(answer(row.answers[place], row.answers[0]));
+  return all;
 }
 
 function draw() {
-  const { names = [], rows = [], line: said = '', scores = [] } = props.value || {};
+  const { names = [], rows = [], line: said = '', scores = [], badge } = props.value || {};
   const wanted = rows.some(row => row.target), body = $('tbody');
   $('.line').textContent = said;
   $('.empty').hidden = rows.length > 0;
   $('.scroll').hidden = !rows.length;
-  const head = document.createElement('tr');
-  head.append(...['Prompt', ...(wanted ? ['Wanted'] : [])].map(name => cell('th', name)), ...names.map((name, place) => {
-    const made = cell('th', name);
-    if (scores[place]) made.append(cell('small', scores[place]));
-    return made;
+  const head = made('tr');
+  head.append(...['Prompt', ...(wanted ? ['Wanted'] : [])].map(name => heading(name, 'col')), ...names.map((name, place) => {
+    const cell = heading(name, 'col');
+    if (scores[place]) cell.append(made('small', scores[place]));
+    if (badge && !place) cell.append(made('span', badge[1], `badge ${badge[0]}`));
+    return cell;
   }));
   $('thead').replaceChildren(head);
   while (body.children.length > rows.length) body.lastChild.remove();
@@ -42,8 +39,8 @@ function draw() {
     const now = JSON.stringify([row, wanted, names.length]);
     if (drawn[number] === now) return;
     drawn[number] = now;
-    const made = line(row, wanted, names.length);
-    body.children[number] ? body.children[number].replaceWith(made) : body.append(made);
+    const fresh = line(row, wanted, names.length);
+    body.children[number] ? body.children[number].replaceWith(fresh) : body.append(fresh);
   });
 }
 

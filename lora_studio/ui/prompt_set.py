@@ -13,16 +13,15 @@ import gradio as gr
 
 from lora_studio.data.readers import EXTENSIONS
 from lora_studio.errors import StudioError
-from lora_studio.ui import answering, fetch, form, script
+from lora_studio.ui import answering, fetch, form, panes, script
 from lora_studio.ui.answering import BASE, HELDOUT, TYPED
 from lora_studio.ui.boundary import problem_last
 from lora_studio.ui.data_tab import claimed
 from lora_studio.ui.desk import Desk
 
-HERE = Path(__file__).parent
 UPLOADED = "A file"
 MOST_RUNS = 4
-NOTHING: dict[str, Any] = {"names": [], "rows": [], "line": "", "scores": []}
+NOTHING: dict[str, Any] = {"names": [], "rows": [], "line": "", "scores": [], "badge": None}
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def build(desk: Desk) -> PromptSet:
         table = gr.HTML(
             NOTHING,
             html_template=script.template("prompt_set"),
-            js_on_load=(HERE / "prompt_set.js").read_text(encoding="utf-8"),
+            js_on_load=script.of("prompt_set"),
             apply_default_css=False,
             elem_id="set-table",
         )
@@ -139,16 +138,17 @@ def answer(
 
     prompts = uploaded if source == UPLOADED else answering.asked(studio, views[0].id, source, typed, count)
     check_set(prompts, len(sides), how.max_new_tokens, studio.limits)
-    shown = Answers(names, tuple(prompts), {})
-    yield picture(shown, "Loading the base model"), shown
+    shown, sign = Answers(names, tuple(prompts), {}), None
+    yield picture(shown, line="Loading the base model"), shown
     with closing(studio.answer_prompts(sides, prompts, how)) as news:
         for fresh, due in answering.paced(news):
-            if fresh:
-                texts = {number: tuple(ones) for number, ones in fresh.items()}
+            sign = sign or panes.badge(fresh.base_difference, fresh.exact)
+            if fresh.texts:
+                texts = {number: tuple(ones) for number, ones in fresh.texts.items()}
                 shown = Answers(shown.names, shown.prompts, {**shown.texts, **texts})
-            if fresh or due:
-                yield picture(shown), shown
-    yield picture(shown), shown
+            if fresh.texts or due:
+                yield picture(shown, sign), shown
+    yield picture(shown, sign), shown
 
 
 @problem_last(1)
@@ -168,8 +168,8 @@ def download(desk: Desk, kind: str, answers: Any) -> str:
 # ---- plain values out of plain values ----------------------------------------------------------------------------
 
 
-def picture(answers: Any, line: str = "") -> Mapping[str, Any]:
-    """What the table's script draws of prompts.Answers."""
+def picture(answers: Any, sign: tuple[str, str] | None = None, *, line: str = "") -> Mapping[str, Any]:
+    """What the table's script draws of prompts.Answers; sign: the badge of the base model, which is the first."""
     from lora_studio.prompts import means, scores
 
     rows = []
@@ -182,6 +182,7 @@ def picture(answers: Any, line: str = "") -> Mapping[str, Any]:
         "names": list(answers.names),
         "rows": rows,
         "line": line or done,
+        "badge": sign,
         "scores": [mean_words(mean) for mean in means(answers)] if answers.scored else [],
     }
 

@@ -18,6 +18,8 @@ const big = value => value == null ? '' : value.toLocaleString('en');
 const when = seconds => new Date(1000 * seconds).toLocaleString('en-GB', { dateStyle: 'short', timeStyle: 'short' });
 const standing = one => one.state === 'running' ? `${one.step} of ${one.steps}` : big(one.step);
 
+const OF_ADAPTER = ['compare', 'inside', 'export'], OF_ONE = ['watch', 'clone', ...OF_ADAPTER];  // what is done to a run
+
 const COLUMNS = {  // name: heading, what is shown, what is sorted by
   state: ['State', one => WORDS[one.state], one => one.state],
   name: ['Name', one => one.name, one => one.name.toLowerCase()],
@@ -70,7 +72,8 @@ function draw() {
   const focused = document.activeElement?.dataset?.focus, all = groups(), pages = Math.max(1, Math.ceil(all.length / PAGE));
   page = Math.min(page, pages - 1);
   const labelled = rows.some(one => one.accuracy != null || one.base_accuracy != null);
-  const shown = Object.keys(COLUMNS).filter(name => name !== 'accuracy' || labelled);
+  const first = element.clientWidth < 600 ? ['state', 'name', 'loss'] : [];  // so that a phone has them in view
+  const shown = [...new Set([...first, ...Object.keys(COLUMNS)])].filter(name => name !== 'accuracy' || labelled);
   $('.empty').hidden = rows.length > 0;
   $('.live-head input').hidden = $('.scroll').hidden = !rows.length;
   $('thead tr').replaceChildren(made('td'), ...shown.map(heading));
@@ -189,8 +192,8 @@ function stand() {
   const count = chosen.size, one = count === 1 && rows.find(row => chosen.has(row.run));
   $('.chosen-bar').hidden = !count;
   $('.count').textContent = `${count} chosen`;
-  for (const does of ['watch', 'clone', 'compare'])
-    $(`.chosen-bar [data-does=${does}]`).hidden = !one || one.state === 'damaged' || (does === 'compare' && !one.adapter);
+  for (const does of OF_ONE)
+    $(`.chosen-bar [data-does=${does}]`).hidden = !one || one.state === 'damaged' || (OF_ADAPTER.includes(does) && !one.adapter);
   $('.chosen-bar [data-does=delete]').textContent = count > 1 ? `Delete ${count}` : 'Delete';
   if (!one || one.state === 'damaged') form.hidden = true;
   if (!count) { sheet = null; $('.overlay').hidden = $('.sheet').hidden = true; }
@@ -287,7 +290,7 @@ element.addEventListener('click', async event => {
   if (fold) await unfold(fold);
   if (whole) trigger('study', { study: whole });
   if (does === 'none') choose([...chosen], false);
-  if (['watch', 'compare', 'clone'].includes(does)) trigger(does, { run: [...chosen][0] });
+  if (OF_ONE.includes(does)) trigger(does, { run: [...chosen][0] });
   if (does === 'delete') {
     const { problem } = await done(() => server.delete({ runs: [...chosen] }));
     say($('.problem'), problem);

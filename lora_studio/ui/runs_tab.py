@@ -27,7 +27,7 @@ GLIMPSE = 120  # characters of a note in the table
 
 
 def build(desk: Desk) -> gr.HTML:
-    """The component; it raises `watch`, `compare` and `clone` with a run, and `study` with a study."""
+    """The component; it raises `watch`, `compare`, `inside`, `export`, `clone` with a run, and `study` with a study."""
 
     def poll(desk: Desk, ask: dict) -> dict:
         return answer(desk.studio, ask)
