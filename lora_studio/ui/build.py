@@ -77,7 +77,7 @@ def build(desk: Desk) -> gr.Blocks:
         report_file = fetch.build("report-file")  # outside the tabs, whose parts are there only once they are opened
         cured = [data.problem, train.problem, study.problem]
         head.example(desk.mine(_to_example), None, [tabs, *_opened(data), *cured], **QUIET)
-        _join_cure(head, train, study)
+        _join_cure(desk, head, data, train, study)
         _join_data(desk, data, train, tabs)
         _join_settings(desk, page, data, train)
         _join_run(desk, page, data, train, study, compare, export, tabs)
@@ -157,14 +157,16 @@ def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
     data.use_limit.click(show_row, [*row, data.limit, train.task], data.preview, **LATEST)
 
 
-def _join_cure(head: gr.HTML, train: TrainTab, study: StudyTab) -> None:
+def _join_cure(desk: Desk, head: gr.HTML, data: DataTab, train: TrainTab, study: StudyTab) -> None:
     solved = {train.problem: "", study.problem: ""}
 
     def cure(event: gr.EventData) -> dict[Any, Any]:
         """The settings as a problem said that they should be, and no problem any more."""
         return {train.settings[name]: value for name, value in event.change.items() if name in train.settings} | solved
 
-    head.cure(cure, None, [*train.settings.values(), *solved], **QUICK)
+    cured = head.cure(cure, None, [*train.settings.values(), *solved], **QUICK)
+    # a control that is folded away says nothing of its change
+    cured.then(desk.mine(train_tab.cost), _asked(data, train), train.line, inputs_kwargs=train.settings, **LATEST)
 
 
 def _join_settings(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab) -> None:

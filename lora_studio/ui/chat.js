@@ -20,6 +20,8 @@ function put(place, text, against = null) {  // against: the text from which wha
   else place.replaceChildren(...marked(against, text));
 }
 
+function lower(words) { return words[0].toLowerCase() + words.slice(1); }
+
 function draw() {
   const { name = '', turns = [], note = '', badge, growing } = props.value || {};
   const low = box.scrollHeight - box.scrollTop - box.clientHeight < 40;
@@ -27,7 +29,7 @@ function draw() {
   box.hidden = !turns.length;
   put($('.note'), note);
   sign.hidden = !badge;
-  [sign.className, sign.textContent] = badge ? [`badge ${badge[0]}`, `Base: ${badge[1]}`] : ['badge', ''];
+  [sign.className, sign.textContent] = badge ? [`badge ${badge[0]}`, `Base side, ${lower(badge[1])}`] : ['badge', ''];
   while (box.children.length > turns.length) box.lastChild.remove();
   while (box.children.length < turns.length) box.append(turn());
   turns.forEach((one, number) => {
