@@ -399,6 +399,8 @@ def analyze(
     if as_json:
         return _print_json(result)
     _print_analysis(result)
+    if to:
+        print(f"Proof {done.proof.verdict}. {done.proof.sentence}")
 
 
 @app.command()

@@ -13,7 +13,7 @@
 
 A layer keeps the inputs of its two norms, q, k, v, attention's output, the feed-forward's gate and up, and what its
 Parts keep, mostly the input of each matrix that is trained: core.functions says why no more. Rows that are padded are
-counted as long as the longest, and their attention keeps a key and a value for each head.
+all as long as the longest, and their attention keeps a key and a value for each head.
 
 Time counts floating-point operations: 2 per parameter and token forward, 2 more in the blocks that the gradient
 passes, 2 more for each trained parameter, at a share of the matrix rate that this machine shows in a short
@@ -128,7 +128,7 @@ def _pass_tokens(config: TrainConfig, data: Lengths, rows: int, device: str, *, 
     together = min(config.batch_tokens / mean if config.batch_tokens else config.batch_size, rows)
     count, tokens = _passes(config, data, together, mean if config.batch_tokens else long, device)
     if pads:
-        return math.ceil(together / count) * min(config.max_length, data.p95)
+        return math.ceil(together / count) * min(config.max_length, data.max)  # the longest row is in some batch
     return int(max(long, tokens + ((long - data.shared_prefix) / 2 if count > 1 else 0)))  # rows are whole
 
 

@@ -28,7 +28,6 @@ from lora_studio.at_hand import AtHand, Loaded, check_adapter, no_run
 from lora_studio.ballots import Ballots
 from lora_studio.core.spec import VIRTUAL, BaselineSpec, LoraSpec, Method
 from lora_studio.data.library import DataLibrary, split
-from lora_studio.doctor import remedy
 from lora_studio.errors import StudioError, quote
 from lora_studio.fields import build, check
 from lora_studio.limits import Limits, limits_here
@@ -254,7 +253,8 @@ class Studio:
         if seen and not seen.lengths.supervised:
             message = f"None of the {seen.health.rows:,} examples has a token to learn from."
             hint = "Raise the length limit, or check which column holds the answer."
-            change = remedy("E_NO_TARGET", config) if seen.lengths.cut else {}
+            longer = int(min(2 * config.max_length, most or math.inf, self.limits.tokens))
+            change = {"max_length": longer} if seen.lengths.cut and longer > config.max_length else None
             raise StudioError("E_NO_TARGET", message, hint, change)
         on = device()
         precision = base_precision(method, config.precision, on, parameter_count(skeleton))

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
-from lora_studio.core.baselines import plan
+from lora_studio.core.baselines import add, plan
+from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
 from lora_studio.data.batches import Lengths
-from lora_studio.estimate import ASSUMED, Estimate, estimate
+from lora_studio.estimate import ASSUMED, Estimate, _pads, estimate
+from lora_studio.measure import packs
 from lora_studio.settings import TrainConfig
 from tests.tiny import causal, classifier
 
@@ -49,6 +51,42 @@ def test_every_control_moves_the_forecast_the_right_way() -> None:
     assert every.memory_bytes["activations"] > base.memory_bytes["activations"]
     assert more(batch_tokens=40).memory_bytes["peak"] < base.memory_bytes["peak"]
     assert forecast(precision="bfloat16").memory_bytes["weights"] * 2 == base.memory_bytes["weights"]
+
+
+def test_what_a_method_keeps_for_its_backward_moves_the_forecast() -> None:
+    def activations(spec: Method) -> int:
+        return forecast(spec=spec).memory_bytes["activations"]
+
+    plain = activations(LoraSpec(rank=2))
+    assert activations(LoraSpec(rank=2, variant="dora")) > plain > activations(LoraSpec(rank=2, variant="lora-fa"))
+    assert activations(LoraSpec(rank=2, variant="lora-fa", dropout=0.1)) > activations(
+        LoraSpec(rank=2, variant="lora-fa")
+    )
+    assert activations(BaselineSpec(kind="adapter_h")) > activations(BaselineSpec(kind="bitfit"))
+
+
+@pytest.mark.parametrize(
+    ("model", "spec"),
+    [
+        ("llama", LoraSpec()),
+        ("gemma2", LoraSpec()),
+        ("llama", BaselineSpec(kind="bitfit")),
+        ("llama", BaselineSpec(kind="prefix", width=2)),
+        ("llama", BaselineSpec(kind="prompt", width=2)),
+    ],
+)
+def test_rows_are_forecast_as_they_are_trained_padded_or_packed(model: str, spec: Method) -> None:
+    lora = LoRA(causal(model))
+    add(lora, "x", spec)
+    packed = packs(lora, ["x"])
+    assert _pads(lora.model, plan(lora.model, spec)) != packed
+    longer = dataclasses.replace(ASSUMED, max=512)
+    config = dataclasses.replace(CONFIG, max_length=1024)
+    peaks = [
+        estimate(lora.model, plan(lora.model, spec), config, precision="float32", device="cpu", lengths=lengths)
+        for lengths in (ASSUMED, longer)
+    ]
+    assert (peaks[0].memory_bytes == peaks[1].memory_bytes) == packed
 
 
 def test_a_prefix_that_the_rows_share_is_counted_once_a_pass() -> None:

@@ -326,6 +326,17 @@ def test_a_head_with_a_hook_is_not_walked_around() -> None:
         handle.remove()
 
 
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [(name, False) for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_scale")]
+    + [("attn_logit_softcapping", True), ("logits_to_keep", True)],
+)
+def test_a_head_whose_logits_are_capped_or_scaled_is_left_to_the_model(name: str, plain: bool) -> None:
+    model = causal("llama").requires_grad_(False)
+    setattr(model.config, name, 30.0)
+    assert lean.plain_head(model) == plain
+
+
 LABELLED = [lean.Tokens(list(range(3, 3 + length)), (), label) for length, label in ((9, 0), (4, 2), (7, 1), (4, 2))]
 
 

@@ -449,6 +449,22 @@ def test_paused_or_stopped_at_any_step_and_resumed_ends_so_too(
         assert [one for one in heldout if one[0] != step] == unbroken[2]
 
 
+def test_a_run_whose_samples_found_no_memory_is_saved_and_can_be_stopped_all_the_same(
+    studio: Studio, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*_: object) -> list[str]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("lora_studio.train.sampled", no_room)
+    run = begun(studio, tiny, samples=2, evaluations=STEPS["steps"])  # every step is measured
+    with monkeypatch.context() as patch:
+        patch.setattr(Attempt, "asked", lambda self: "paused" if self.step == 3 else None)
+        attempt(run)
+    view = studio.runs.get(run.id)
+    assert (view.status, view.step) == ("paused", 3) and view.resumable
+    assert sum(one.get("code") == "W_SAMPLES" for one in studio.runs.events(run.id)) == 4
+
+
 @pytest.mark.parametrize("what", ["paused", "stopped"])
 def test_the_best_adapter_of_before_comes_back_although_a_stop_kept_another(
     studio: Studio, tiny: Path, what: str, monkeypatch: pytest.MonkeyPatch

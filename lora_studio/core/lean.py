@@ -12,6 +12,7 @@ A model that chooses a label instead of writing text gets its rows padded on the
 import functools
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -409,7 +410,7 @@ def _positions(ids: torch.Tensor) -> torch.Tensor:
     return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
 
-CAPPED = ("final_logit_softcapping", "logits_soft_cap", "logits_scaling", "logit_scale")  # where a config says so
+ALTERED = re.compile(r"^(?!attn).*logits?_?(soft|scal|cap)")  # what a config calls a cap or a factor of its logits
 
 
 def plain_head(model: nn.Module) -> bool:
@@ -417,7 +418,7 @@ def plain_head(model: nn.Module) -> bool:
     head = model.get_output_embeddings()  # type: ignore[operator]
     config: Any = model.config
     text = config.get_text_config()
-    altered = any(getattr(text, name, None) for name in CAPPED)
+    altered = any(value for name, value in vars(text).items() if ALTERED.match(name))
     if altered or not isinstance(head, nn.Linear) or head.bias is not None:
         return False
     trained = head.weight.requires_grad and torch.is_grad_enabled()

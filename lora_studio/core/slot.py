@@ -27,7 +27,7 @@ from transformers import DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from lora_studio.core import upcast
-from lora_studio.core.layout import Target, embedding_scale
+from lora_studio.core.layout import Target, dimensions, embedding_scale
 from lora_studio.errors import StudioError
 
 FEW = 64  # tokens of a pass up to which a CPU is faster with the fp32 masters than with casts of them
@@ -146,8 +146,8 @@ class LowRank(Part):
         rows, width = target.shape
         device = next(layer.parameters()).device
         self.role, self.scale, self.variant, self.dropout = target.role, scale, variant, dropout
-        self.keeps_input = variant != "lora-fa"
-        self.keeps = {"lora-fa": rank, "dora": rows}.get(variant, 0)
+        self.keeps_input = variant != "lora-fa" or dropout > 0
+        self.keeps = {"lora-fa": rank, "dora": dimensions(layer)[0]}.get(variant, 0)
         self.A = nn.Parameter(torch.zeros(rank, width, device=device), requires_grad=variant != "lora-fa")
         self.B = nn.Parameter(torch.zeros(rows, rank, device=device))
         self.register_buffer("rows", None if target.rows is None else target.rows.to(device), persistent=False)

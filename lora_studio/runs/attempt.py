@@ -229,6 +229,8 @@ class Attempt:
     def _is_told(self, job: Any, event: Event) -> bool:
         """Whether this is the last event of its step: the training metric, then the held-out loss, then the samples."""
         measured = event.step in self._measured_at
+        if isinstance(event, Warned):
+            return event.code == "W_SAMPLES"  # there are none
         if isinstance(event, Sample):
             return event.index == len(job.samples) - 1
         if not isinstance(event, Metric):

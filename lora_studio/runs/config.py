@@ -113,7 +113,7 @@ def check_limits(config: RunConfig, limits: Limits) -> None:
     """
     method, train = config.method, config.train
     ranks = [method.rank, *method.rank_pattern.values()] if isinstance(method, LoraSpec) else [0]
-    check_limit("rank", max(ranks), limits.rank, "rank")
+    check_limit("rank", max(ranks), limits.rank)
     check_limit("length limit", train.max_length, limits.tokens, "max_length")
     check_limit("number of steps", train.steps, limits.steps, "steps")
 

@@ -2,7 +2,7 @@
 
     run.json       config, dataset, model revision; written last, by rename: a folder without it is no run
     events.jsonl   appended by the worker, one write per line
-    control.json   what the user asked of the worker: stop or pause
+    control.json   what the user asked of the worker: stop, pause, or stop to be deleted
     worker.lock    held by the kernel for as long as the worker lives
     worker.log     what the worker printed; its existence says that a worker was started
     worker.1.log   what it printed at an earlier attempt
@@ -671,7 +671,7 @@ class RunStore:
 
     def _view_of_its_end(self, run: str, path: Path) -> Run:
         # before the look, so that a newer end is never taken for this one
-        stamps = _stamp(path / "exit.json"), _stamp(path / "about.json")
+        stamps = tuple(_stamp(path / name) for name in ("exit.json", "about.json", "control.json"))
         kept = self._ended.get(run)
         if stamps[0] and kept and kept[0] == stamps:
             return kept[1]

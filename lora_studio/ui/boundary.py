@@ -34,7 +34,7 @@ def _press(control: str, words: str) -> str:
 CURES = {  # one button, where one is enough
     "E_NO_DATA": TRY,
     "E_NO_RUN": TRY,
-    "E_NO_ANSWER": _press("#chips button", "Take a held-out row"),
+    "E_NO_ANSWER": _press("#chips [data-known=true]", "Take a held-out row"),
     "E_NO_ANSWERS": _press("#answer-all", "Answer all"),
     "E_NO_TEXT": _press("#compare-ways button[role=tab]", "Open Answers"),
 }

@@ -77,8 +77,8 @@ def build(desk: Desk) -> gr.Blocks:
         report_file = fetch.build("report-file")  # outside the tabs, whose parts are there only once they are opened
         cured = [data.problem, train.problem, study.problem]
         head.example(desk.mine(_to_example), None, [tabs, *_opened(data), *cured], **QUIET)
-        _join_cure(desk, head, data, train, study)
         _join_data(desk, data, train, tabs)
+        _join_cure(desk, head, data, train, study)
         _join_settings(desk, page, data, train)
         _join_run(desk, page, data, train, study, compare, export, tabs)
         _join_study(desk, study, study_page, data, train, compare, export, tabs)
@@ -136,8 +136,7 @@ def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
     settings, row = train.settings, [data.choice, data.row, train.model]
     inspect, show_row = desk.mine(data_tab.inspect), desk.mine(data_tab.show_row)
     split = [settings["holdout"], settings["seed"], train.task]
-    seen_by = [data.choice, train.model, settings["max_length"], *split]
-    shown = [*row, settings["max_length"], train.task]
+    seen_by, shown = _seen_by(data, train), _row_shown(data, train)
     changed = [train.model.change, settings["max_length"].change, train.task.change]
     gr.on([*changed, settings["holdout"].change], inspect, seen_by, data.seen, **LATEST)
     waiting = data.choice.change(
@@ -157,6 +156,17 @@ def _join_preview(desk: Desk, data: DataTab, train: TrainTab) -> None:
     data.use_limit.click(show_row, [*row, data.limit, train.task], data.preview, **LATEST)
 
 
+def _seen_by(data: DataTab, train: TrainTab) -> list[Any]:
+    """What the card of a dataset depends on, data_tab.inspect's."""
+    settings = train.settings
+    return [data.choice, train.model, *(settings[name] for name in ("max_length", "holdout", "seed")), train.task]
+
+
+def _row_shown(data: DataTab, train: TrainTab) -> list[Any]:
+    """What the tokens of one row depend on, data_tab.show_row's."""
+    return [data.choice, data.row, train.model, train.settings["max_length"], train.task]
+
+
 def _join_cure(desk: Desk, head: gr.HTML, data: DataTab, train: TrainTab, study: StudyTab) -> None:
     solved = {train.problem: "", study.problem: ""}
 
@@ -165,8 +175,12 @@ def _join_cure(desk: Desk, head: gr.HTML, data: DataTab, train: TrainTab, study:
         return {train.settings[name]: value for name, value in event.change.items() if name in train.settings} | solved
 
     cured = head.cure(cure, None, [*train.settings.values(), *solved], **QUICK)
+    asked, controls = _asked(data, train), {"inputs_kwargs": train.settings, **LATEST}
     # a control that is folded away says nothing of its change
-    cured.then(desk.mine(train_tab.cost), _asked(data, train), train.line, inputs_kwargs=train.settings, **LATEST)
+    cured.then(desk.mine(train_tab.cost), asked, train.line, **controls)
+    cured.then(desk.mine(study_tab.cost), [*asked, *study.asked], study.line, **controls)
+    cured.then(desk.mine(data_tab.inspect), _seen_by(data, train), data.seen, **LATEST)
+    cured.then(desk.mine(data_tab.show_row), _row_shown(data, train), data.preview, **LATEST)
 
 
 def _join_settings(desk: Desk, page: gr.Blocks, data: DataTab, train: TrainTab) -> None:
@@ -354,9 +368,8 @@ def _beside(compare: CompareTab) -> list[Any]:
 def _join_prompt_set(desk: Desk, part: PromptSet, shown: list[Any]) -> None:
     gr.on(shown, desk.mine(answering.list_several), part.runs, part.runs, **QUICK)
     part.source.input(prompt_set.show_source, part.source, [part.count, part.typed, part.file], **QUICK)
-    part.upload.upload(
-        desk.mine(prompt_set.open_file), part.upload, [part.uploaded, part.about_file, part.problem], **PRIVATE
-    )
+    opened = [part.uploaded, part.about_file, part.problem]
+    part.upload.upload(desk.mine(prompt_set.open_file), part.upload, opened, show_progress_on=[part.upload], **PRIVATE)
     answering_all = _with_stop(
         part.go.click,
         desk.mine(prompt_set.answer),
@@ -449,8 +462,8 @@ def _join_inside(desk: Desk, inside: InsideTab) -> None:
     )
     dial = [inside.measured, inside.rank]
     gr.on([inside.rank.change, inside.measured.change], inside_tab.read_dial, dial, inside.rank_line, **LATEST)
-    gr.on([inside.run.change, inside.rank.change], inside_tab.forget, None, inside.proof, **QUICK)
-    inside.download.click(
+    begun = inside.download.click(inside_tab.forget, None, inside.proof, **QUICK)
+    packing = begun.then(
         desk.mine(inside_tab.pack_smaller),
         [inside.run, inside.rank],
         [inside.file, inside.proof, inside.dial_problem],
@@ -459,6 +472,8 @@ def _join_inside(desk: Desk, inside: InsideTab) -> None:
         show_progress_on=[inside.download],
         **PRIVATE,
     )
+    gone = [inside.run.change, inside.rank.change]
+    gr.on(gone, inside_tab.forget, None, inside.proof, cancels=[packing], **QUICK)
 
 
 def _join_export(desk: Desk, export: ExportTab) -> None:

@@ -102,6 +102,7 @@ function chip(one, place) {
   made.textContent = one.prompt;
   made.title = one.prompt;
   made.dataset.place = place;
+  made.dataset.known = Boolean(one.target_text);  // whether the wanted answer is
   return made;
 }
 function draw() {
@@ -365,7 +366,10 @@ def look_at_tokens(
     """How likely each model finds each token of the answer that a held-out row has."""
     views = [desk.run(one) for one in (run, *(others or []))]
     if row is None:
-        raise StudioError("E_NO_ANSWER", "No answer to this prompt is known.", "Pick one of the held-out rows above.")
+        message = "No answer to this prompt is known."
+        if any(chip["target_text"] for chip in list_prompts(desk, run)):
+            raise StudioError("E_NO_ANSWER", message, "Pick one of the held-out rows above.")
+        raise StudioError("E_NO_HELDOUT", message, "This run has no held-out rows that could be read.")
     yield {}, f"<p class='soft'>{LOADING}</p>"
     found = desk.ready(views[0].config.model).wanted([view.id for view in views], row, strength=float(strength))
     names = ["Base", *map(_name, views)]

@@ -16,6 +16,7 @@ let state, asked, trouble, estimate, probe, findings;
 let figure = 'train_loss', forgetting = false;  // what the chart shows
 let runs = [], token = '', listed = 0;
 let own = true, shared = false, visitors = false;  // whose run it is, and whether there is anybody else
+let leaving = false;  // it has ended and is about to be deleted
 
 // ---- figures in words --------------------------------------------------------------------------------------------
 
@@ -186,8 +187,9 @@ function figures(news) {
   $('.state').dataset.state = state;
   $('.bar i').style.width = `${share}%`;
   $('.bar').setAttribute('aria-valuenow', share);
-  if (!active && asked !== 'again') asked = '';
-  buttons(own ? { pause: state === 'running', stop: active, discard: active, resume: !active && news.resumable,
+  leaving = news.discarded;
+  if (!active && asked !== 'again') asked = leaving ? 'discard' : '';
+  buttons(own && !leaving ? { pause: state === 'running', stop: active, discard: active, resume: !active && news.resumable,
     share: visitors, delete: !active } : {});
   $('[data-ask=share]').setAttribute('aria-pressed', shared);
   $('.safe').hidden = !active || !own;
@@ -205,7 +207,7 @@ function figures(news) {
   say($('.note'), trouble || ASKED[asked] || (active && !told ? waiting : ''));
   if (news.probe.length) [probe] = news.probe;
   forecast(active);
-  ended(news, active);
+  ended(news, active || leaving);
   advise(news.findings || findings, active);
 }
 
@@ -544,7 +546,7 @@ const tick = asking(async () => {
   const news = await server.poll({ run: run || '', start: seen, curve: figure, list: fresh, known: token, log: log.open });
   if (fresh) listed = Date.now();
   await take(news);
-  return !listed || state === 'deleted' || ACTIVE.includes(state) || runs.some(one => ACTIVE.includes(one.state)) ? EAGER : IDLE;
+  return !listed || leaving || state === 'deleted' || ACTIVE.includes(state) || runs.some(one => ACTIVE.includes(one.state)) ? EAGER : IDLE;
 });
 
 function address() {

@@ -307,6 +307,7 @@ def _news(store: RunStore, view: Run, start: int, curve: str) -> dict[str, Any]:
         "note": redacted(view.note),
         "own": True,
         "brought": view.brought,
+        "discarded": view.discarded,
         "shared": view.shared,
         "place": store.position(view.id) if view.status == "queued" else 0,
         "adapter": view.has_adapter,
