@@ -153,7 +153,7 @@ def width_in_words(method: BaselineSpec) -> str:
 
 def change_in_words(change: Mapping[str, Any]) -> str:
     """learning rate 0.0005, steps 40; empty for no change."""
-    labels = knobs(LoraSpec) | knobs(TrainConfig)
+    labels = {**knobs(LoraSpec), **knobs(TrainConfig)}
     known = [(labels[name].label.lower(), value) for name, value in change.items() if name in labels]
     return ", ".join(f"{label} {value:g}" if isinstance(value, float) else f"{label} {value}" for label, value in known)
 

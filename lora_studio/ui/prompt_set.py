@@ -142,6 +142,7 @@ def answer(
     yield picture(shown, line="Loading the base model"), shown
     with closing(studio.answer_prompts(sides, prompts, how)) as news:
         for fresh, due in answering.paced(news):
+            assert fresh.base_difference is not None, "the base is among the sides"
             sign = sign or panes.badge(fresh.base_difference, fresh.exact)
             if fresh.texts:
                 texts = {number: tuple(ones) for number, ones in fresh.texts.items()}
