@@ -1,6 +1,7 @@
 """The memory that a run is forecast to take, against what its process then took.
 
-    python -m benchmarks.training --data pairs.jsonl --forecast
+    python -m benchmarks.training --data pairs.jsonl --forecast             eight settings of LoRA, ten minutes
+    python -m benchmarks.training --data pairs.jsonl --forecast methods     its variants and the paper's other methods
 
 Called by `training`. Every setting is a run of the app: planned by Studio, started, trained for a few steps in a worker
 of its own and stopped. The models besides the starter get random weights in a temporary folder. The constants of
@@ -28,21 +29,25 @@ WITHIN = 0.10
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One run; model: the command line's, or a name of SHAPES."""
+    """One run; model: the command line's, or a name of SHAPES. kind: of another method than LoRA."""
 
     model: str = ""
     precision: str
     batch: int
     longest: int = 512
     lora: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""
 
     @property
     def label(self) -> str:
+        if self.kind:
+            return f"{self.kind}, {self.precision}, batch {self.batch}"
         about = {"rank": 8, "targets": ("attn.q", "attn.v"), **self.lora}
         layers = f", {len(self.lora['layers'])} layers" if "layers" in self.lora else ""
         matrices = "+".join(one.removeprefix("attn.") for one in about["targets"])
         cut = f", at most {self.longest} tokens" if self.longest != 512 else ""
-        return f"{self.precision}, batch {self.batch}{cut}, r={about['rank']} {matrices}{layers}"
+        variant = f"{self.lora['variant']}, " if "variant" in self.lora else ""
+        return f"{variant}{self.precision}, batch {self.batch}{cut}, r={about['rank']} {matrices}{layers}"
 
 
 # kind, configuration; the vocabulary is the command line model's, whose tokenizer they borrow.
@@ -142,12 +147,26 @@ SETTINGS = (  # others
     Setting(model="mistral, 210 M", precision="float32", batch=6, longest=300),
     Setting(model="gpt2, 90 M", precision="bfloat16", batch=12),
 )
+METHODS = (
+    Setting(precision="bfloat16", batch=8, lora={"variant": "dora"}),
+    Setting(precision="float32", batch=8, lora={"variant": "dora"}),
+    Setting(precision="bfloat16", batch=6, lora={"variant": "dora", "targets": ("all-linear",)}),
+    Setting(precision="bfloat16", batch=8, lora={"variant": "lora-fa"}),
+    Setting(precision="float32", batch=6, kind="prefix"),
+    Setting(precision="float32", batch=4, kind="prompt"),
+    Setting(precision="float32", batch=6, kind="adapter_h"),
+    Setting(precision="bfloat16", batch=8, kind="adapter_p"),
+    Setting(precision="bfloat16", batch=8, kind="bitfit"),
+    Setting(precision="float32", batch=4, kind="full"),
+    Setting(precision="float32", batch=8, kind="top"),
+)
 
 
 def run(options: argparse.Namespace) -> int:
     """The table and its goal: every setting within a tenth."""
     print(f"# Memory forecast\n\n{time.strftime('%F')}, {machine()}.\n", flush=True)
-    settings = (SETTINGS[0], SETTINGS[4]) if options.quick else SETTINGS
+    settings = {"lora": SETTINGS, "methods": METHODS}[options.forecast]
+    settings = (settings[0], settings[4]) if options.quick else settings
     lines, found, errors = [], [], []
     with tempfile.TemporaryDirectory(prefix="lora-studio-bench-") as temporary:
         folder = Path(temporary)
@@ -168,7 +187,7 @@ def run(options: argparse.Namespace) -> int:
 
 def of(setting: Setting, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Forecast and measured peak of one run, in bytes."""
-    from lora_studio.core.spec import LoraSpec
+    from lora_studio.core.spec import BaselineSpec, LoraSpec
     from lora_studio.fields import build
     from lora_studio.runs.config import DataChoice, RunConfig
     from lora_studio.settings import TrainConfig
@@ -178,7 +197,7 @@ def of(setting: Setting, options: argparse.Namespace, folder: Path) -> dict[str,
     dataset = studio.data.add(options.data)
     columns = {"prompt": options.prompt, "completion": options.answer} if options.prompt and options.answer else {}
     choice = DataChoice(id=dataset.id, format="prompt_completion" if columns else "", columns=columns)
-    method = build(LoraSpec, {**setting.lora})
+    method = BaselineSpec(kind=setting.kind) if setting.kind else build(LoraSpec, {**setting.lora})
     train = TrainConfig(
         steps=STEPS,
         batch_size=setting.batch,

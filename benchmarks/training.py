@@ -306,7 +306,13 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--longest", type=int, default=330, help="tokens of the longest row")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--forecast", action="store_true", help="memory forecast against measured peaks")
+    parser.add_argument(
+        "--forecast",
+        nargs="?",
+        const="lora",
+        choices=("lora", "methods"),
+        help="memory forecast against measured peaks, of LoRA or of its variants and other methods",
+    )
     parser.add_argument("--parity", action="store_true", help="losses of bf16 against fp32, and against a plain loop")
     parser.add_argument("--quick", action="store_true", help="one repetition and few steps")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
