@@ -585,7 +585,7 @@ class Studio:
             most = self.limits.prompt_characters
             fitted = [fitting(loaded.tokenizer, turns, side, room, most) for side in SIDES]
             left_out, remark = (fitted[0][1], fitted[1][1]), template_remark(loaded.tokenizer)
-            checked = base_difference(loaded.lora, fitted[0][0], [None, row]), loaded.lora.packs(run)
+            checked = base_difference(loaded.lora, fitted[0][0], [None, row]), loaded.lora.packs(views[0].id)
             with loaded.lora.use(None, row):
                 for answers in answer(model, loaded.tokenizer, [ids for ids, _ in fitted], sampling):
                     yield Moment(answers, left_out, remark, *checked)

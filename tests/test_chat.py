@@ -70,7 +70,7 @@ def test_both_answers_are_what_each_model_says_to_its_own_conversation(desk: Des
         with loaded.lora.use(row):
             ids = prompt_ids(loaded.tokenizer, messages(TURNS, side))
             assert answers(loaded.lora.model, loaded.tokenizer, [ids], sampling) == [answer.text]
-    (*_, same) = desk.studio.chat(run.id, [Turn("one")], strength=0.0, sampling=sampling)
+    (*_, same) = desk.studio.chat(run.id[:8], [Turn("one")], strength=0.0, sampling=sampling)
     assert same.answers[0] == same.answers[1]
 
 

@@ -4,9 +4,8 @@ Runs of one study that share a base model and rows are given to one worker, whic
 
 The one app of a root does more: what lost its worker goes back into the queue, after a while that grows, until it was
 lost MOST_LOST times with nothing gained in between; a worker that does nothing is ended; what is too old is deleted.
-What a person discarded is deleted once it has ended, as the app alone can bring it back; what a person stopped or
-paused, and what failed with a reason, stays as it is. All waiting goes by a clock that no
-change of the date moves.
+What a person discarded is deleted once it has ended, because the app alone can bring it back; what was stopped or
+paused, and what failed with a reason, stays as it is. All waiting goes by a clock that no change of the date moves.
 """
 
 import fcntl
