@@ -118,6 +118,8 @@ def finished(page: Page, address: str, variant: str, folder: Path) -> None:
     page.locator("#blind-typed textarea").fill(ORDER)
     page.locator("#blind-tokens input").fill("48")
     page.get_by_role("button", name="Start blind").click()
+    expect(page.locator("#blind-start")).to_be_disabled(timeout=30_000)  # else the last test is still there
+    expect(page.locator("#blind-start")).to_be_enabled(timeout=600_000)
     expect(page.locator("#arena .place")).to_have_text(re.compile(r"^Pair 1 of"), timeout=600_000)
     shoot(page, folder, f"blind_{variant}")
     page.get_by_role("tab", name="4 Inside").click()
