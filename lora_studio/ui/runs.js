@@ -30,7 +30,7 @@ const COLUMNS = {  // name: heading, what is shown, what is sorted by
   loss: ['Held-out loss', one => change(one.base_loss, one.loss, loss), one => one.loss],
   accuracy: ['Accuracy', one => change(one.base_accuracy, one.accuracy, percent), one => one.accuracy],
   parameters: ['Parameters', one => one.most > one.parameters ? `${big(one.parameters)} to ${big(one.most)}` : big(one.parameters), one => one.parameters],
-  seconds: ['Time', one => one.seconds == null ? '' : duration(one.seconds), one => one.seconds],
+  seconds: ['Time', one => one.seconds == null ? '' : one.runs ? `up to ${duration(one.seconds)} each` : duration(one.seconds), one => one.seconds],
   created: ['Started', one => when(one.created), one => one.created],
 };
 
@@ -65,7 +65,7 @@ function study(key, runs) {
   return { ...first, key, runs, state, run: null, name: `Study of ${runs.length} runs: ${first.dataset}`, method: 'rank × matrices',
     step: figures('step').reduce((a, b) => a + b, 0), loss: best?.loss, accuracy: best?.accuracy,
     parameters: sizes.length ? Math.min(...sizes) : null, most: Math.max(...sizes),
-    seconds: seconds.length ? seconds.reduce((a, b) => a + b, 0) : null };
+    seconds: seconds.length ? Math.max(...seconds) : null };  // they may have trained together
 }
 
 function draw() {
