@@ -12,7 +12,6 @@ A model that chooses a label instead of writing text gets its rows padded on the
 import functools
 import inspect
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -410,7 +409,9 @@ def _positions(ids: torch.Tensor) -> torch.Tensor:
     return torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
 
 
-ALTERED = re.compile(r"^(?!attn).*logits?_?(soft|scal|cap)")  # what a config calls a cap or a factor of its logits
+def _alters(name: str) -> bool:
+    """Whether a config calls a cap or a factor of its logits so; attention's scores are another matter."""
+    return "logit" in name and ("cap" in name or "scal" in name) and not name.startswith("attn")
 
 
 def plain_head(model: nn.Module) -> bool:
@@ -418,7 +419,7 @@ def plain_head(model: nn.Module) -> bool:
     head = model.get_output_embeddings()  # type: ignore[operator]
     config: Any = model.config
     text = config.get_text_config()
-    altered = any(value for name, value in vars(text).items() if ALTERED.match(name))
+    altered = any(value for name, value in vars(text).items() if _alters(name))
     if altered or not isinstance(head, nn.Linear) or head.bias is not None:
         return False
     trained = head.weight.requires_grad and torch.is_grad_enabled()
