@@ -8,7 +8,8 @@
                                                           SPARE for the allocator and the backward; a attention weights
                                                           per token, which only a model that drops some of them keeps;
                                                           with checkpointing a layer keeps h, and one at a time the rest
-    head         CHUNK · V · (4 fp32 | 6 bf16)            the logits of one chunk, in fp32 too; a classifier has none
+    head         CHUNK · V · (4 | 6 bf16)                 the logits of one chunk in fp32, and in bf16 where that is what
+                                                          is multiplied; a classifier has none
     runtime      the interpreter, its libraries and their buffers
 
 A layer keeps the inputs of its two norms, q, k, v, attention's output, the feed-forward's gate and up, and what its
@@ -93,7 +94,7 @@ def estimate(
         "weights": total_bytes(model, precision),
         "adapter": 16 * trainable,
         "activations": int(_pass_tokens(config, data, rows, device, pads=pads) * layers),
-        "head": CHUNK[device] * _vocabulary(model) * (4 if size == 4 else 6),
+        "head": CHUNK[device] * _vocabulary(model) * (4 if size == 4 or _upcasts(device) else 6),
         "runtime": RUNTIME_BYTES if device == "cpu" else 0,
     }
     memory["peak"] = sum(memory.values())
@@ -115,6 +116,11 @@ def _lowest(model: Any, pieces: Sequence[Piece]) -> int:
 def _vocabulary(model: Any) -> int:
     """Outputs of the head that writes text; 0 for a classifier."""
     return model.config.get_text_config().vocab_size if model.get_output_embeddings() is not None else 0
+
+
+def _upcasts(device: str) -> bool:
+    """Whether products of bfloat16 tensors are made in fp32."""
+    return device == "cpu" and upcast.lacks_bfloat16()
 
 
 def _pads(model: Any, pieces: Sequence[Piece]) -> bool:
@@ -207,8 +213,7 @@ def _seconds(
     # a classifier writes nothing, and samples are held-out rows
     written = answer if head and config.samples and config.holdout else 0
     decoding = rounds * written * total_bytes(model, precision) / _READ_RATE[device]
-    upcasts = device == "cpu" and upcast.lacks_bfloat16()
-    rate = EFFICIENCY * matrix_rate("float32" if upcasts or precision == "float32" else "bfloat16", device)
+    rate = EFFICIENCY * matrix_rate("float32" if precision == "float32" or _upcasts(device) else "bfloat16", device)
     return START_S + STEP_S * steps + operations / rate + decoding
 
 

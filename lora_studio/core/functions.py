@@ -9,7 +9,7 @@
 They are for frozen weights: none of them has a gradient for a weight.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from lora_studio.core import kernels, upcast
 
 # Positions whose logits are in memory together: as many as keep the products with the head busy.
-CHUNK = {"cpu": 128, "mps": 128, "cuda": 512}
+CHUNK = {"cpu": 256, "mps": 128, "cuda": 512}
 # Such a product has on a CPU, or a multiple: few are summed in another order, and a loss went by who shared its pass.
 ROWS = 16
 Place = tuple[slice, ...]  # of a sequence's tokens in a row: those it begins with, where they lie with another, its own
@@ -82,6 +82,53 @@ class Gated(torch.autograd.Function):
         return for_gate, acted.detach().mul_(outer[0]), None
 
 
+class Arrangement:
+    """How sequences that lie end to end are laid to be attended to: each whole, and those of one length together.
+
+    places: the tokens that each sequence consists of. Tokens that it has with another are laid again for it; what is
+    computed for such copies is dropped, and their gradients go to the tokens.
+    """
+
+    def __init__(self, places: Sequence[Place], device: torch.device) -> None:
+        alike: dict[int, list[Place]] = {}
+        for place in places:
+            alike.setdefault(sum(map(_size, place)), []).append(place)
+        self.groups: list[tuple[slice, int]] = []  # rows of the sequences of one length, and how many those are
+        order: list[int] = []  # the token in each row
+        own = [0] * sum(_size(place[-1]) for place in places)  # the row of each token in its own sequence
+        copies: dict[tuple[int, int], list[range]] = {}  # of tokens that others begin with, the rows for each of these
+        for length, group in alike.items():
+            self.groups.append((slice(len(order), len(order) + length * len(group)), len(group)))
+            for *ahead, mine in group:
+                for span in ahead:
+                    copies.setdefault((span.start, span.stop), []).append(range(len(order), len(order) + _size(span)))
+                    order += range(span.start, span.stop)
+                own[mine] = range(len(order), len(order) + _size(mine))
+                order += range(mine.start, mine.stop)
+        self.moves = order != list(range(len(own)))
+        self.order, self.own = torch.tensor(order, device=device), torch.tensor(own, device=device)
+        self.copies = [(slice(*span), torch.tensor([*map(list, rows)], device=device)) for span, rows in copies.items()]
+
+    def lay(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(1, T, heads, d) -> (rows, heads, d)"""
+        return tensor[0].index_select(0, self.order) if self.moves else tensor[0]
+
+    def grouped(self, laid: torch.Tensor) -> Iterator[torch.Tensor]:
+        """(rows, heads, d) -> (sequences, heads, length, d), length by length"""
+        for rows, count in self.groups:
+            yield laid[rows].unflatten(0, (count, -1)).transpose(1, 2)
+
+    def taken_up(self, groups: Iterable[torch.Tensor], *, add: bool = False) -> torch.Tensor:
+        """What `grouped` gives -> (1, T, heads, d): each token's own, and with `add` that of its copies."""
+        laid = torch.cat([group.transpose(1, 2).flatten(0, 1) for group in groups])
+        if not self.moves:
+            return laid[None]
+        tokens = laid.index_select(0, self.own)
+        for span, rows in self.copies if add else ():
+            tokens[span] += laid[rows].sum(0)
+        return tokens[None]
+
+
 class CausalAttention(torch.autograd.Function):
     """Causal softmax attention on the CPU within each of several sequences that lie end to end.
 
@@ -92,43 +139,34 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, places: Sequence[Place], scale: float | None
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arrangement: Arrangement, scale: float | None
     ) -> torch.Tensor:
-        output = q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])  # (1, T, heads, d)
-        logsums = []
-        for alike in _alike(places):
-            made, logsum = aten._scaled_dot_product_flash_attention_for_cpu(
-                _gather(q, alike), _gather(k, alike), _gather(v, alike), 0.0, True, scale=scale
-            )
-            for number, (*_, own) in enumerate(alike):
-                output[0, own] = made[number, :, -_size(own) :].transpose(0, 1)
-            logsums.append(logsum)
-        ctx.save_for_backward(q, k, v, output, *logsums)
-        ctx.places, ctx.scale = places, scale
+        laid = [arrangement.lay(tensor.transpose(1, 2)) for tensor in (q, k, v)]
+        made = [
+            aten._scaled_dot_product_flash_attention_for_cpu(*map(torch.Tensor.float, parts), 0.0, True, scale=scale)
+            for parts in zip(*map(arrangement.grouped, laid), strict=True)
+        ]
+        output = arrangement.taken_up(part for part, _ in made).to(q.dtype)
+        ctx.save_for_backward(q, k, v, output, *(logsum for _, logsum in made))
+        ctx.arrangement, ctx.scale = arrangement, scale
         return output
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, output, *logsums = ctx.saved_tensors
-        for_output, output = outer[0].transpose(1, 2), output.transpose(1, 2)
-        gradients = [torch.empty_like(tensor.transpose(1, 2)) for tensor in (q, k, v)]  # (1, T, heads, d)
-        shared: dict[tuple[int, int, int], list[torch.Tensor]] = {}  # what each sequence adds to a prefix
-        for alike, logsum in zip(_alike(ctx.places), logsums, strict=True):
-            wanted = _gather(for_output, alike)
-            for number, (*ahead, _) in enumerate(alike):
-                for span in ahead:  # what these tokens attended to is another sequence's affair
-                    wanted[number, :, : _size(span)] = 0
-            parts = [wanted, *(_gather(tensor, alike) for tensor in (q, k, v, output))]
-            made = aten._scaled_dot_product_flash_attention_for_cpu_backward(*parts, logsum, 0.0, True, scale=ctx.scale)
-            for which, part in enumerate(made):
-                for number, (*ahead, own) in enumerate(alike):
-                    whole = part[number].transpose(0, 1)
-                    gradients[which][0, own] = whole[-_size(own) :]
-                    for span in ahead:
-                        shared.setdefault((which, span.start, span.stop), []).append(whole[: _size(span)])
-        for (which, start, stop), pieces in shared.items():  # once every token has its own
-            gradients[which][0, start:stop] += torch.stack(pieces).sum(0)
-        return *(whole.transpose(1, 2) for whole in gradients), None, None
+        arrangement: Arrangement = ctx.arrangement
+        wanted = arrangement.lay(outer[0])
+        for _, rows in arrangement.copies:  # what these attended to is their own sequence's affair
+            wanted[rows] = 0
+        laid = [wanted, *(arrangement.lay(tensor.transpose(1, 2)) for tensor in (q, k, v)), arrangement.lay(output)]
+        made = [
+            aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *map(torch.Tensor.float, parts), logsum, 0.0, True, scale=ctx.scale
+            )
+            for parts, logsum in zip(zip(*map(arrangement.grouped, laid), strict=True), logsums, strict=True)
+        ]
+        gradients = (arrangement.taken_up(parts, add=True) for parts in zip(*made, strict=True))
+        return *(gradient.transpose(1, 2).to(q.dtype) for gradient in gradients), None, None
 
 
 class CrossEntropy(torch.autograd.Function):
@@ -144,9 +182,11 @@ class CrossEntropy(torch.autograd.Function):
         if hidden.device.type == "cpu" and (more := -real % ROWS):
             hidden, labels = F.pad(hidden, (0, 0, 0, more)), F.pad(labels, (0, more))
         count, words, upcasts = min(most_rows, len(hidden)), len(head), upcast.needed(hidden)
+        by_word = hidden.device.type == "cpu" and (upcasts or hidden.dtype == torch.float32)
         # the same buffers for every chunk: fresh pages are not free
-        wide = hidden.new_empty(count, words, dtype=torch.float32)
+        wide = _buffer(count, words, hidden.device, by_word=by_word)
         logits = wide if upcasts or hidden.dtype == torch.float32 else hidden.new_empty(count, words)
+        ones = wide.new_ones(words, ROWS) if by_word else None
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(hidden), most_rows):
@@ -160,11 +200,15 @@ class CrossEntropy(torch.autograd.Function):
                 chunk.copy_(narrow)
             most = chunk.amax(-1, keepdim=True)
             picked = chunk.gather(1, label)
-            total = chunk.sub_(most).exp_().sum(-1, keepdim=True)  # softmax · total from here on
+            chunk.sub_(most).exp_()  # softmax · total from here on
+            total = chunk.sum(-1, keepdim=True) if ones is None else (chunk @ ones)[:, :1]
             losses[span] = (total.log() + most - picked)[:, 0]
             if gradient is not None:
                 chunk.scatter_add_(1, label, -total)
-                made = upcast.times(chunk, head) if upcasts else narrow.copy_(chunk) @ head
+                if upcasts:
+                    made = upcast.times(chunk, head)
+                else:
+                    made = (head.T @ chunk.T).T if by_word else narrow.copy_(chunk) @ head
                 gradient[span] = made.div_(total)
         ctx.save_for_backward(None if gradient is None else gradient[:real])
         return losses[:real]
@@ -175,24 +219,15 @@ class CrossEntropy(torch.autograd.Function):
         return gradient * outer[0][:, None].to(gradient.dtype), None, None
 
 
-def _alike(places: Sequence[Place]) -> Iterator[list[Place]]:
-    """The sequences, those of one length together."""
-    found: dict[int, list[Place]] = {}
-    for place in places:
-        found.setdefault(sum(map(_size, place)), []).append(place)
-    yield from found.values()
+def _buffer(rows: int, words: int, device: torch.device, *, by_word: bool) -> torch.Tensor:
+    """(rows, words) in fp32, where a word's logits of all rows may lie together instead of a row's of all words.
 
-
-def _gather(tensor: torch.Tensor, places: Sequence[Place]) -> torch.Tensor:
-    """(1, heads, T, d) -> (places, heads, length, d) in fp32."""
-    parts = [cut(tensor, place) for place in places]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).float()
-
-
-def cut(tensor: torch.Tensor, place: Place) -> torch.Tensor:
-    """(1, heads, T, d) -> (1, heads, length, d): the tokens of one sequence."""
-    parts = [tensor[:, :, span] for span in place]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+    So the CPU's products with a head take three quarters of the time. torch's sum over words would then go by how many
+    rows there are; a product with ones does not.
+    """
+    shape = (words, rows) if by_word else (rows, words)
+    buffer = torch.empty(shape, dtype=torch.float32, device=device)
+    return buffer.T if by_word else buffer
 
 
 def _size(span: slice) -> int:

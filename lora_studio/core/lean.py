@@ -84,13 +84,16 @@ class Lengths(tuple[int, ...]):
     ) -> None:
         self._ahead = ahead or [None] * len(lengths)
         self._ends, self.known = ends, ends is None
+        self._arrangement: functions.Arrangement | None = None
         self.longest = longest or max(lengths)
 
-    @functools.cached_property
-    def places(self) -> list[functions.Place]:
-        """Where the tokens of each lie."""
-        own = [slice(end - length, end) for length, end in zip(self, itertools.accumulate(self), strict=True)]
-        return [(one,) if ahead is None else (ahead, one) for ahead, one in zip(self._ahead, own, strict=True)]
+    def arrangement(self, device: torch.device) -> functions.Arrangement:
+        """How they are laid to be attended to; made once for all layers."""
+        if self._arrangement is None:
+            own = [slice(end - length, end) for length, end in zip(self, itertools.accumulate(self), strict=True)]
+            places = [(one,) if ahead is None else (ahead, one) for ahead, one in zip(self._ahead, own, strict=True)]
+            self._arrangement = functions.Arrangement(places, device)
+        return self._arrangement
 
     def ends(self, device: torch.device) -> torch.Tensor:
         if self._ends is None:
@@ -443,24 +446,24 @@ def _attend(
     assert query.shape[2] == sum(sequence_lengths), "the forward was called without its sequence lengths"
     plain = sliding_window is None or sequence_lengths.longest <= sliding_window
     plain = plain and not dropout and query.shape[-1] == value.shape[-1]
-    if plain and query.device.type == "cpu":
-        return functions.CausalAttention.apply(query, key, value, sequence_lengths.places, scaling), None  # type: ignore
     if plain and query.device.type == "cuda" and query.dtype in (torch.bfloat16, torch.float16) and _takes("scale"):
         return _variable_length(query, key, value, sequence_lengths, scaling), None
     if not sequence_lengths.known:
         raise RuntimeError("its attention goes by the lengths of the sequences")
+    arrangement = sequence_lengths.arrangement(query.device)
+    if plain and query.device.type == "cpu":
+        return functions.CausalAttention.apply(query, key, value, arrangement, scaling), None  # type: ignore
     grouped = query.shape[1] != key.shape[1]  # fewer key and value heads than query heads
     outputs = []
-    wide = [upcast.widened(tensor) for tensor in (query, key, value)]
-    for place, own in zip(sequence_lengths.places, sequence_lengths, strict=True):
-        q, k, v = (functions.cut(tensor, place) for tensor in wide)
+    wide = [arrangement.lay(upcast.widened(tensor.transpose(1, 2))) for tensor in (query, key, value)]
+    for q, k, v in zip(*map(arrangement.grouped, wide), strict=True):
         length = q.shape[2]
         window = None if sliding_window is None or length <= sliding_window else _window(length, sliding_window, q)
         attended = F.scaled_dot_product_attention(
             q, k, v, window, dropout, is_causal=window is None, scale=scaling, enable_gqa=grouped
         )
-        outputs.append(attended[:, :, length - own :])
-    return torch.cat(outputs, dim=2).transpose(1, 2).to(query.dtype).contiguous(), None
+        outputs.append(attended)
+    return arrangement.taken_up(outputs).to(query.dtype), None
 
 
 def _attend_stepwise(
