@@ -8,8 +8,8 @@
                                                           SPARE for the allocator and the backward; a attention weights
                                                           per token, which only a model that drops some of them keeps;
                                                           with checkpointing a layer keeps h, and one at a time the rest
-    head         CHUNK · V · (4 | 6 bf16)                 the logits of one chunk in fp32, and in bf16 where that is what
-                                                          is multiplied; a classifier has none
+    head         CHUNK · V · (4 | 6 bf16)                 the logits of one chunk in fp32, and in bf16 where products are;
+                                                          a classifier has none
     runtime      the interpreter, its libraries and their buffers
 
 A layer keeps the inputs of its two norms, q, k, v, attention's output, the feed-forward's gate and up, and what its
