@@ -73,8 +73,12 @@ class Gated(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         gate, up = ctx.saved_tensors
-        if isinstance(ctx.act, SILU) and kernels.usable(gate):
-            return *kernels.silu_gate_backward(outer[0], gate, up), None
+        if isinstance(ctx.act, SILU):
+            if kernels.usable(gate):
+                return *kernels.silu_gate_backward(outer[0], gate, up), None
+            for_gate = outer[0] * up  # and into the same memory the rest of it
+            aten.silu_backward.grad_input(for_gate, gate, grad_input=for_gate)
+            return for_gate, F.silu(gate).mul_(outer[0]), None
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
             acted = ctx.act(gate)
