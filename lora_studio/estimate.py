@@ -8,7 +8,7 @@
                                                           SPARE for the allocator and the backward; a attention weights
                                                           per token, which only a model that drops some of them keeps;
                                                           with checkpointing a layer keeps h, and one at a time the rest
-    head         CHUNK · V · (4 | 6 bf16)                 the logits of one chunk in fp32, and in bf16 where products are;
+    head         CHUNK · V · (4 | 6 bf16)                 the logits of one chunk in fp32, in bf16 where products are;
                                                           a classifier has none
     runtime      the interpreter, its libraries and their buffers
 
