@@ -84,7 +84,7 @@ def curves(options: argparse.Namespace) -> tuple[list[Goal], dict[str, Any]]:
             "one by one, CPU-ms": lambda one: middle([1000 * spent for spent in one["alone"]], 1),
             "in one pass, CPU-ms": lambda one: middle([1000 * spent for spent in one["together"]], 1),
             "times faster": lambda one: middle(paired(one["alone"], one["together"])),
-            "operations of torch that it makes besides": lambda one: str(one["besides"]),
+            "operations that only one pass makes": lambda one: str(one["besides"]),
         }.items()
     ]
     head = [f"step of {len(RANKS)} ranks; tokens per adapter and pass", *map(str, tokens)]
