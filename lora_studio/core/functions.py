@@ -186,10 +186,11 @@ class CrossEntropy(torch.autograd.Function):
         if hidden.device.type == "cpu" and (more := -real % ROWS):
             hidden, labels = F.pad(hidden, (0, 0, 0, more)), F.pad(labels, (0, more))
         count, words, upcasts = min(most_rows, len(hidden)), len(head), upcast.needed(hidden)
-        by_word = hidden.device.type == "cpu" and (upcasts or hidden.dtype == torch.float32)
+        in_fp32 = upcasts or hidden.dtype == torch.float32  # how the head is multiplied
+        by_word = in_fp32 and hidden.device.type == "cpu"
         # the same buffers for every chunk: fresh pages are not free
         wide = _buffer(count, words, hidden.device, by_word=by_word)
-        logits = wide if upcasts or hidden.dtype == torch.float32 else hidden.new_empty(count, words)
+        logits = wide if in_fp32 else hidden.new_empty(count, words)
         ones = wide.new_ones(words, ROWS) if by_word else None
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
