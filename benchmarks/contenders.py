@@ -10,6 +10,7 @@ Every LoRA starts at the same A, read from the adapter folder that `start` write
 rate with AdamW and clip the gradient at 1, so that the losses step by step show that the same work is done.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -122,7 +123,7 @@ def _ours(spec: Spec, clock: _Clock) -> None:
     for batch in spec["batches"]:
         tokens = [Tokens(ids, marks) for ids, marks in batch]
         real = sum(len(one.ids) for one in tokens)
-        processed = sum(map(job.share.size, job.share.passes(tokens)))
+        processed = sum(map(job.share.size, itertools.chain(*job.share.rounds(tokens))))
         clock.feed(sum(one.count for one in tokens), real, processed)
     clock.peak = clock.most_held()  # training may reset the system's own note of it
     for values in metrics(job):

@@ -24,7 +24,6 @@ from torch import nn
 
 from lora_studio.core import functions, lean
 from lora_studio.core.lora import LoRA
-from lora_studio.core.slot import LowRank
 from lora_studio.measure import is_shortage
 
 log = logging.getLogger(__name__)
@@ -47,7 +46,7 @@ def recordable(lora: LoRA, name: str) -> bool:
         and not any(kind in rotations for kind in BY_VALUES)
         and tensors[0].dtype in (torch.bfloat16, torch.float16)
         and all(one.is_floating_point() for one in tensors)
-        and all(isinstance(part, LowRank) for _, part in lora.parts(name))
+        and lora.only_factors(name)
         and lora.shares(name)
         and lean.plain_head(lora.model)
     )

@@ -3,12 +3,17 @@
 The loss of a step is the mean over its supervised tokens or labels, however it is cut. Where memory runs out, the
 passes are halved, at most HALVINGS times; then activations are computed twice instead of being kept; then it ends
 in figures. It knows no optimizer and no schedule: that is train's.
+
+On a CPU two passes are made side by side, on half of its threads each: threads that share a product wait for each
+other at every one of them.
 """
 
-import itertools
+import functools
+import gc
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +32,7 @@ from lora_studio.measure import (
     memory_in_use,
     packs,
     peak_memory,
+    shares_prefix,
     shortage,
 )
 from lora_studio.recorded import Recordings, forget, recordable
@@ -34,6 +40,8 @@ from lora_studio.recorded import Recordings, forget, recordable
 HALVINGS = 3
 MARGIN = 0.9  # of the free memory may be used
 BUSY = 256  # tokens, or tokens times width over this, that keep a CPU busy
+ABREAST = 2  # passes side by side
+UNEVEN = 1.1  # times their mean that the largest of these may have: the threads of the others wait for it
 Batch = Sequence[lean.Tokens]
 
 
@@ -42,10 +50,12 @@ class Share:
     """One adapter's part in a step, and how it is cut. notes: what was changed for want of memory, to be told."""
 
     adapter: str
-    accumulate: int = 1  # passes at least
+    accumulate: int = 1  # rounds at least
     checkpointing: str = "auto"
-    room: int  # tokens in a pass
+    room: int  # tokens in a round
     shares: bool = False  # the prefix that the rows of a pass share is computed once
+    abreast: int = 1  # passes of a round, side by side
+    busy: float = math.inf  # tokens up to which a step is one pass, and others may join it
     recompute: bool = field(init=False)  # activations, in the backward
     may_record: bool = field(init=False, default=False)  # its passes, on a GPU
     halvings: int = field(init=False, default=0)
@@ -57,16 +67,36 @@ class Share:
     def __post_init__(self) -> None:
         self.recompute = self.checkpointing == "on"
 
-    def passes(self, batch: Batch) -> list[Batch]:
-        """The batch in parts of about equally many tokens: at least `accumulate`, and as many as `room` asks for."""
+    def rounds(self, batch: Batch) -> Sequence[Sequence[Batch]]:
+        """The batch in passes of about equally many tokens: rounds of one, or of `abreast` that are made side by side.
+
+        At least `accumulate` rounds, and as many as `room` asks for.
+        """
+        if self.abreast > 1 and self.size(batch) > self.busy:
+            rounds = self._dealt(batch, self.abreast)
+            if all(map(self._even, rounds)):
+                return rounds
+        return self._dealt(batch, 1)
+
+    def _dealt(self, batch: Batch, abreast: int) -> Sequence[Sequence[Batch]]:
+        """The longest rows first, each to the pass that has least; where there are too few for that, rounds of one."""
         shared = lean.shared_prefix(batch) if self._shares(batch) else 0
-        sizes = [len(tokens.ids) - shared for tokens in batch]
-        ends = list(itertools.accumulate(sizes))
-        count = min(len(batch), max(self.accumulate, math.ceil(ends[-1] / max(1, self.room - shared))))
-        parts: dict[int, list[lean.Tokens]] = {}
-        for tokens, size, end in zip(batch, sizes, ends, strict=True):  # a row belongs where its middle lies
-            parts.setdefault(int((end - size / 2) * count / ends[-1]), []).append(tokens)
-        return list(parts.values())
+        own = [len(tokens.ids) - shared for tokens in batch]
+        rounds = max(self.accumulate, math.ceil(sum(own) / max(1, self.room - abreast * shared)))
+        if rounds * abreast > len(batch):
+            rounds, abreast = min(rounds, len(batch)), 1
+        places: list[list[int]] = [[] for _ in range(rounds * abreast)]
+        loads = [0] * len(places)
+        for place in sorted(range(len(batch)), key=lambda place: own[place], reverse=True):
+            lightest = loads.index(min(loads))
+            places[lightest].append(place)
+            loads[lightest] += own[place]
+        passes = [[batch[place] for place in sorted(part)] for part in places]
+        return [passes[start : start + abreast] for start in range(0, len(passes), abreast)]
+
+    def _even(self, passes: Sequence[Batch]) -> bool:
+        sizes = [*map(self.size, passes)]
+        return max(sizes) * len(sizes) <= UNEVEN * sum(sizes)
 
     def size(self, part: Batch) -> int:
         """Tokens that a pass of these rows computes."""
@@ -79,7 +109,7 @@ class Share:
         """Whether it shares a pass with other adapters: sequences to lay end to end, few, and in one piece."""
         if self.accumulate > 1 or self.recompute or self.alone or batch[0].label is not None:
             return False
-        if self.size(batch) > _gaining(lora.model):
+        if self.size(batch) > self.busy:
             return False
         if self._may_join is None:  # the model is asked once, not at every step
             self._may_join = packs(lora, [self.adapter]) and lora.shares(self.adapter)
@@ -97,26 +127,40 @@ class Share:
 
     def give_way(self, lora: LoRA, batch: Batch) -> None:
         """Take less memory from here on. Raises E_MEMORY when nothing is left to try."""
-        parts = self.passes(batch)
-        if max(map(len, parts)) > 1 and self.halvings < HALVINGS:
+        rounds = self.rounds(batch)
+        if len(rounds) < len(batch) and self.halvings < HALVINGS:
             self.halvings += 1
-            self.accumulate = min(2 * len(parts), len(batch))
+            self.accumulate = min(2 * len(rounds), len(batch))
             self.notes.append(f"Memory ran out; a step is now {self.accumulate} passes, with the same result.")
         elif not self.recompute and self.checkpointing == "auto" and lean.recomputes(lora.model):
             self.recompute = True
             self.notes.append("Memory ran out; activations are now computed twice instead of being kept.")
         else:
-            tokens = max(sum(len(one.ids) for one in part) for part in parts)
+            tokens = max(sum(len(one.ids) for part in passes for one in part) for passes in rounds)
             raise shortage(next(lora.model.parameters()).device, tokens)
 
 
-def _gaining(model: nn.Module) -> float:
-    """Tokens of a batch up to which a CPU gains by adding another adapter's to the pass.
+def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str) -> Share:
+    """An adapter's part, as its settings, its method and the machine want it cut."""
+    model, shares = lora.model, shares_prefix(lora, [adapter])
+    device = next(model.parameters()).device.type
+    # each of them holds gradients of its own until they are added; and random numbers would be drawn in any order
+    beside = shares and lora.only_factors(adapter) and torch.get_num_threads() % ABREAST == 0
+    return Share(
+        adapter=adapter,
+        accumulate=accumulate,
+        # virtual tokens stand in a cache, which a block that computes twice does not take
+        checkpointing=checkpointing if lora.packs(adapter) else "off",
+        room=lean.PASS[device],
+        shares=shares,
+        abreast=ABREAST if beside else 1,
+        # with more, a CPU's products are busy as they are, and a larger pass leaves its caches
+        busy=_busy(model) if device == "cpu" else math.inf,
+    )
 
-    With more its products are busy as it is, and a larger pass leaves its caches; narrow models are busy later.
-    """
-    if next(model.parameters()).device.type != "cpu":
-        return math.inf
+
+def _busy(model: nn.Module) -> float:
+    """Tokens of a pass that keep a CPU busy; with narrow models it is later."""
     config: Any = model.config
     return max(BUSY, BUSY**2 / config.get_text_config().hidden_size)
 
@@ -142,6 +186,7 @@ def careful(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
         for share, _ in work:
             for tensor in lora.parameters(share.adapter):
                 tensor.grad = None
+        gc.collect()  # what failed beside other passes holds on to itself
         held = forget(lora.model)
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -205,12 +250,12 @@ def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, de
     per_token = took / len(longest.ids)
 
     def needs() -> float:
-        return per_token * max(map(share.size, share.passes(batch)))
+        return per_token * max(sum(map(share.size, passes)) for passes in share.rounds(batch))
 
     if needs() <= free:
         return None
-    while needs() > free and max(map(len, share.passes(batch))) > 1:
-        before, share.accumulate = share.accumulate, min(2 * len(share.passes(batch)), len(batch))
+    while needs() > free and len(share.rounds(batch)) < len(batch):
+        before, share.accumulate = share.accumulate, min(2 * len(share.rounds(batch)), len(batch))
         if share.accumulate <= before:  # passes of about equally many tokens: one long row may leave others together
             break
     share.notes.append(
@@ -236,7 +281,38 @@ def _gradients(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
 def _alone(lora: LoRA, share: Share, batch: Batch) -> float:
     count = sum(tokens.count for tokens in batch)
     with lora.use(share.adapter), leanly(lora, batch), lean.recomputing(lora.model, share.recompute):
-        return math.fsum(_pass(lora, share, part, count) for part in share.passes(batch))
+        return math.fsum(math.fsum(_round(lora, share, passes, count)) for passes in share.rounds(batch))
+
+
+def _round(lora: LoRA, share: Share, passes: Sequence[Batch], count: int) -> list[float]:
+    """What each pass has of the loss; their gradients are added in order, so that every run adds alike."""
+    if len(passes) == 1:
+        return [_pass(lora, share, passes[0], count)]
+    parameters, threads = lora.parameters(share.adapter), torch.get_num_threads()
+    each = max(1, threads // len(passes))
+
+    def made(part: Batch) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+        loss = losses(lora, part).sum() / count
+        return loss.item(), torch.autograd.grad(loss, parameters, allow_unused=True)
+
+    torch.set_num_threads(each)
+    others = [_helpers(each).submit(made, part) for part in passes[1:]]
+    try:
+        found = [made(passes[0])]
+    finally:
+        wait(others)
+        torch.set_num_threads(threads)
+    for _, gradients in (found := [*found, *(other.result() for other in others)]):
+        for tensor, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
+    return [loss for loss, _ in found]
+
+
+@functools.cache
+def _helpers(threads: int) -> ThreadPoolExecutor:
+    """For the passes beside one's own. They stay, with their buffers; each has so many threads for its products."""
+    return ThreadPoolExecutor(ABREAST - 1, "pass", initializer=torch.set_num_threads, initargs=(threads,))
 
 
 def _pass(lora: LoRA, share: Share, part: Batch, count: int) -> float:

@@ -33,14 +33,13 @@ from lora_studio.measure import (
     peak_memory,
     sample_tokens,
     sampled,
-    shares_prefix,
     shortage,
     within,
 )
 from lora_studio.models import parameter_count
 from lora_studio.recorded import forget
 from lora_studio.settings import QUANTISED, TrainConfig
-from lora_studio.step import Crowded, Share, careful, probe, random_states, restore_random
+from lora_studio.step import Crowded, Share, careful, probe, random_states, restore_random, share_of
 
 PROBED = 1_000  # steps ahead among which the longest batch is looked for
 Found = TypeVar("Found")
@@ -89,14 +88,7 @@ class Job:
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=self.device.type in ("cuda", "cpu")
         )
-        self.share = Share(
-            adapter=self.adapter,
-            accumulate=config.accumulate,
-            # virtual tokens stand in a cache, which a block that computes twice does not take
-            checkpointing=config.checkpointing if self.lora.packs(self.adapter) else "off",
-            room=lean.PASS[self.device.type],
-            shares=shares_prefix(self.lora, [self.adapter]),
-        )
+        self.share = share_of(self.lora, self.adapter, config.accumulate, config.checkpointing)
         kept = random_states(self.device)
         torch.manual_seed(config.seed)  # dropout's
         self.random = random_states(self.device)
@@ -393,7 +385,7 @@ def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]
                 seconds_step=found.seconds,
                 seconds=seconds,
                 memory_bytes=max(found.memory_bytes, 0),
-                accumulate=len(job.share.passes(longest)),
+                accumulate=len(job.share.rounds(longest)),
                 batch_fits=found.batch_fits,
             ),
         )

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -635,18 +636,86 @@ def test_a_budget_of_tokens_fills_batches_and_counts_epochs() -> None:
     assert max(sizes) <= 60 < min(sizes) + max(len(tokens.ids) for tokens in rows)
 
 
+@pytest.mark.parametrize("abreast", [1, 2])
 @pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("room", [30, 60, 1000])
 @pytest.mark.parametrize("accumulate", [1, 2, 8])
-def test_a_step_is_cut_into_even_passes_of_whole_rows_in_order(room: int, accumulate: int, shares: bool) -> None:
+def test_a_step_is_cut_into_even_passes_of_whole_rows(room: int, accumulate: int, shares: bool, abreast: int) -> None:
     """By what each row adds to a pass, which of a prefix that they share is nothing."""
     rows = [encode(tokenizer(), row, 512).tokens for row in examples(8)]
-    share = step.Share(adapter="x", accumulate=accumulate, room=room, shares=shares)
-    parts, shared = share.passes(rows), lean.shared_prefix(rows) if shares else 0
-    assert [tokens for part in parts for tokens in part] == rows
-    sizes = [sum(len(tokens.ids) - shared for tokens in part) for part in parts]
-    assert all(share.size(part) <= shared + size for part, size in zip(parts, sizes, strict=True))
-    longest = max(len(tokens.ids) for tokens in rows) - shared
-    wanted = max(accumulate, math.ceil(sum(sizes) / (room - shared)))
-    assert len(parts) == min(wanted, len(rows)) or len(parts) >= wanted - 1
-    assert max(sizes) - longest < sum(sizes) / min(wanted, len(rows))
+    share = step.Share(adapter="x", accumulate=accumulate, room=room, shares=shares, abreast=abreast, busy=0)
+    rounds, shared = share.rounds(rows), lean.shared_prefix(rows) if shares else 0
+    passes = list(itertools.chain(*rounds))
+    assert sorted(map(id, itertools.chain(*passes))) == sorted(map(id, rows)), "each row once"
+    places = {id(tokens): place for place, tokens in enumerate(rows)}
+    assert all([places[id(one)] for one in part] == sorted(places[id(one)] for one in part) for part in passes)
+    beside = len(rounds[0])
+    assert beside in (1, abreast) and {len(made) for made in rounds} == {beside}
+    own = [sum(len(tokens.ids) - shared for tokens in part) for part in passes]
+    assert all(share.size(part) <= shared + size for part, size in zip(passes, own, strict=True))
+    assert len(rounds) == min(8, max(accumulate, math.ceil(sum(own) / (room - beside * shared))))
+    assert max(own) - min(own) <= max(len(tokens.ids) for tokens in rows) - shared
+
+
+def test_passes_are_side_by_side_where_they_keep_the_threads_busy_alike() -> None:
+    rows = [lean.Tokens(range(length), [True] * length) for length in (50, 40, 30, 20)]
+    share = step.Share(adapter="x", room=1000, abreast=2, busy=139)
+    assert [[len(part) for part in made] for made in share.rounds(rows)] == [[2, 2]]  # 50 + 20 and 40 + 30
+    assert [[len(part) for part in made] for made in share.rounds(rows[:3])] == [[3]]  # too few tokens
+    share.busy = 0
+    assert [[len(part) for part in made] for made in share.rounds(rows[:2])] == [[2]]  # 50 and 40 are too different
+    share.accumulate = 4
+    assert [[len(part) for part in made] for made in share.rounds(rows)] == [[1]] * 4  # too few rows
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gpt_neox"])
+def test_passes_side_by_side_give_what_they_give_one_after_another(family: str) -> None:
+    curves, weights = [], []
+    for abreast in (1, 2, 2):
+        (work,) = cell_jobs(base(family), [CELLS[2]], batch_size=8)
+        work.share.abreast, work.share.busy, work.share.accumulate = abreast, 0, 2 // abreast
+        assert {len(made) for made in work.share.rounds([one.tokens for one in work.train])} == {abreast}
+        curves.append(values(list(train(work)), "train_loss"))
+        weights.append(torch.cat([tensor.detach().flatten() for tensor in work.parameters]))
+    assert curves[1] == curves[2] == pytest.approx(curves[0], rel=1e-5)
+    assert torch.equal(weights[1], weights[2]) and torch.allclose(weights[0], weights[1], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "abreast"),
+    [(LORA, 2), (BaselineSpec(kind="prefix", width=2), 1), (LoraSpec(dropout=0.1), 1), (BaselineSpec(kind="full"), 1)],
+    ids=["plain", "pads", "draws random numbers", "gradients as large as the base"],
+)
+def test_how_many_passes_may_be_side_by_side(method: Method, abreast: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert job(method=method).share.abreast == 1, "one thread"
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert job(method=method).share.abreast == abreast
+
+
+def test_passes_side_by_side_have_half_of_the_threads_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = job()
+    work.share.abreast, work.share.busy = 2, 0
+    rows = [work.train[0].tokens] * 2
+    seen: list[int] = []
+    work.lora.model.base_model.register_forward_pre_hook(lambda *_: seen.append(torch.get_num_threads()))
+    torch.set_num_threads(4)
+    try:
+        step.careful(work.lora, [(work.share, rows)])
+        assert seen == [2, 2] and torch.get_num_threads() == 4
+        with ThreadPoolExecutor(1) as pool:
+            assert pool.submit(torch.get_num_threads).result() == 4, "threads to come have all of them again"
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_shortage_beside_another_pass_halves_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "UNEVEN", 2)
+    plain = values(list(train(job())), "train_loss")
+    work = job()
+    work.share.abreast, work.share.busy = 2, 0
+    longest = max(len(one.tokens.ids) for one in work.train)
+    passes = short_of_memory(work, longest)
+    events = list(train(work))
+    assert values(events, "train_loss") == pytest.approx(plain, rel=1e-4)
+    assert [event.code for event in events if isinstance(event, Warned)] == ["W_MEMORY"]
+    assert work.share.accumulate == 2 and passes[-1] <= longest

@@ -138,6 +138,10 @@ class LoRA:
         """Whether sequences may be laid end to end under it; virtual tokens want a row per sequence."""
         return not any(isinstance(part, Before) for _, part in self.parts(name))
 
+    def only_factors(self, name: str) -> bool:
+        """Whether it is low-rank factors alone: nothing in it is of the size of what it adapts."""
+        return all(isinstance(part, LowRank) for _, part in self.parts(name))
+
     def draws(self, name: str) -> bool:
         """Whether training it draws random numbers, in the adapter or in the model."""
         return drops(self.model) or any(isinstance(part, LowRank) and part.dropout for _, part in self.parts(name))
