@@ -3,13 +3,13 @@
     weights      P · b                                    P parameters of b bytes; full fine-tuning trains a copy, so
                                                           that they stay and can be compared with
     adapter      16 · n                                   n trainable: fp32 master, gradient, two Adam moments
-    activations  T · L · (b · e · SPARE + DROPPED · a)    T tokens of the largest pass, L layers from the lowest
+    activations  T · L · (b · e · SPARE + DROPPED · a)    T tokens of the largest round, L layers from the lowest
                                                           trained one, e elements that a layer keeps per token (below),
                                                           SPARE for the allocator and the backward; a attention weights
                                                           per token, which only a model that drops some of them keeps;
                                                           with checkpointing a layer keeps h, and one at a time the rest
-    head         CHUNK · V · (4 | 6 bf16)                 the logits of one chunk in fp32, in bf16 where products are;
-                                                          a classifier has none
+    head         CHUNK · V · (4 | 6 bf16)                 the logits of one chunk in fp32, in bf16 where products are,
+                                                          for each pass of a round; a classifier has none
     runtime      the interpreter, its libraries and their buffers
 
 A layer keeps the inputs of its two norms, q, k, v, attention's output, the feed-forward's gate and up, and what its
@@ -24,7 +24,7 @@ measurement.
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -37,6 +37,7 @@ from lora_studio.core.spec import VIRTUAL
 from lora_studio.data.batches import Lengths
 from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_SPARE, SAMPLE_TOKENS
 from lora_studio.settings import TrainConfig
+from lora_studio.step import busy
 
 # Chosen by least squares on 14 settings of four architectures: benchmarks.forecast.FITTED; float32's SPARE on four of
 # these, on a processor without bfloat16 products, where runs are held in it.
@@ -75,10 +76,12 @@ def estimate(
     device: str,
     lengths: Lengths | None = None,
     rows: int = 100,
+    abreast: int = 1,
 ) -> Estimate:
     """Forecast for a model skeleton, what is to be trained and a dataset's length statistics (or 100 assumed rows).
 
-    The lengths have a shared prefix only where passes will have it, too: core.lean.pack_groups.
+    The lengths have a shared prefix only where passes will have it, too: core.lean.pack_groups. abreast: passes that
+    may be made side by side, as step.Share has it.
     """
     text = model.config.get_text_config()
     size = 4 if precision == "float32" else 2
@@ -90,11 +93,13 @@ def estimate(
     pads = _pads(model, pieces)
     kept = spare * size * _kept_elements(model, pieces, pads=pads) + _kept_weights(model, config, data, rows)
     layers = kept + spare * size * text.hidden_size * passed if config.checkpointing == "on" else kept * passed
+    cut = functools.partial(_cut, config, data, PASS[device], busy(model), abreast)
+    step = cut(*_long_step(config, data, rows))
     memory = {
         "weights": total_bytes(model, precision),
         "adapter": 16 * trainable,
-        "activations": int(_pass_tokens(config, data, rows, device, pads=pads) * layers),
-        "head": CHUNK[device] * _vocabulary(model) * (4 if size == 4 or _upcasts(device) else 6),
+        "activations": int(_together(config, data, rows, step, pads=pads) * layers),
+        "head": step.passes * CHUNK[device] * _vocabulary(model) * (4 if size == 4 or _upcasts(device) else 6),
         "runtime": RUNTIME_BYTES if device == "cpu" else 0,
     }
     memory["peak"] = sum(memory.values())
@@ -103,7 +108,7 @@ def estimate(
         total=total,
         adapter_bytes=4 * trainable,
         memory_bytes=memory,
-        seconds=_seconds(model, trainable, passed, config, data, rows, precision, device),
+        seconds=_seconds(model, trainable, passed, config, data, rows, cut, precision, device),
     )
 
 
@@ -128,25 +133,42 @@ def _pads(model: Any, pieces: Sequence[Piece]) -> bool:
     return not (_vocabulary(model) and packable(model)) or any(piece.role in VIRTUAL for piece in pieces)
 
 
-def _pass_tokens(config: TrainConfig, data: Lengths, rows: int, device: str, *, pads: bool) -> int:
-    """Tokens in memory together in a long step: a batch of long rows, cut into passes."""
-    mean, long = data.total / rows, _long(config, data, rows)
-    together = min(config.batch_tokens / mean if config.batch_tokens else config.batch_size, rows)
-    count, tokens = _passes(config, data, together, mean if config.batch_tokens else long, device)
-    if pads:
-        return math.ceil(together / count) * min(config.max_length, data.max)  # the longest row is in some batch
-    return int(max(long, tokens + ((long - data.shared_prefix) / 2 if count > 1 else 0)))  # rows are whole
+@dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """A step, as step.Share cuts it: rounds, and tokens and passes of each."""
+
+    rounds: int
+    tokens: float
+    passes: int
 
 
-def _passes(config: TrainConfig, data: Lengths, rows: float, row: float, device: str) -> tuple[int, float]:
-    """Passes of a step on so many rows of so many tokens, and tokens of each, as step.Share cuts it.
-
-    The prefix that all rows share comes once in each.
-    """
+def _cut(config: TrainConfig, data: Lengths, room: int, alone: float, abreast: int, rows: float, row: float) -> _Cut:
+    """A step on so many rows of so many tokens; up to `alone` of them it is one pass. Each has the shared prefix."""
     shared = data.shared_prefix
     own = rows * (row - shared)
-    count = max(1, min(round(rows), max(config.accumulate, math.ceil(own / max(1, PASS[device] - shared)))))
-    return count, shared + own / count
+    for passes in (abreast, 1) if own + shared > alone else (1,):
+        rounds = max(1, config.accumulate, math.ceil(own / max(1, room - passes * shared)))
+        if rounds * passes <= rows:
+            break
+    rounds = max(1, min(round(rows), rounds))
+    return _Cut(rounds=rounds, tokens=passes * shared + own / rounds, passes=passes)
+
+
+def _long_step(config: TrainConfig, data: Lengths, rows: int) -> tuple[float, float]:
+    """Rows of a long step, and tokens of each."""
+    mean = data.total / rows
+    together = min(config.batch_tokens / mean if config.batch_tokens else config.batch_size, rows)
+    return together, mean if config.batch_tokens else _long(config, data, rows)
+
+
+def _together(config: TrainConfig, data: Lengths, rows: int, step: _Cut, *, pads: bool) -> int:
+    """Tokens in memory together in a long step."""
+    if pads:
+        most = min(config.max_length, data.max)  # the longest row is in some batch
+        return math.ceil(_long_step(config, data, rows)[0] / step.rounds) * most
+    long = _long(config, data, rows)
+    uneven = (long - data.shared_prefix) / 2 if step.rounds > 1 else 0  # rows are whole
+    return int(max(long, step.tokens + uneven))
 
 
 def _long(config: TrainConfig, data: Lengths, rows: int) -> float:
@@ -191,6 +213,7 @@ def _seconds(
     config: TrainConfig,
     data: Lengths,
     rows: int,
+    cut: Callable[[float, float], _Cut],
     precision: str,
     device: str,
 ) -> float:
@@ -201,8 +224,8 @@ def _seconds(
     mean = data.total / rows
     steps = config.total_steps(kept, int(kept * mean))
     together = config.batch_tokens / mean if config.batch_tokens else min(config.batch_size, kept)
-    count, size = _passes(config, data, together, mean, device)
-    tokens = steps * count * size
+    step = cut(together, mean)
+    tokens = steps * step.rounds * step.tokens
     supervised = steps * together * data.supervised / rows
     measured = min(HELDOUT_TOKENS, config.holdout * data.total)
     measured -= max(0.0, measured / mean - 1) * data.shared_prefix

@@ -74,18 +74,18 @@ class Share:
         """
         if self.abreast > 1 and self.size(batch) > self.busy:
             rounds = self._dealt(batch, self.abreast)
-            if all(map(self._even, rounds)):
+            if rounds and all(map(self._even, rounds)):
                 return rounds
         return self._dealt(batch, 1)
 
     def _dealt(self, batch: Batch, abreast: int) -> Sequence[Sequence[Batch]]:
-        """The longest rows first, each to the pass that has least; where there are too few for that, rounds of one."""
+        """The longest rows first, each to the pass that has least. [] where there are too few for passes abreast."""
         shared = lean.shared_prefix(batch) if self._shares(batch) else 0
         own = [len(tokens.ids) - shared for tokens in batch]
         rounds = max(self.accumulate, math.ceil(sum(own) / max(1, self.room - abreast * shared)))
-        if rounds * abreast > len(batch):
-            rounds, abreast = min(rounds, len(batch)), 1
-        places: list[list[int]] = [[] for _ in range(rounds * abreast)]
+        if rounds * abreast > len(batch) and abreast > 1:
+            return []
+        places: list[list[int]] = [[] for _ in range(min(rounds * abreast, len(batch)))]
         loads = [0] * len(places)
         for place in sorted(range(len(batch)), key=lambda place: own[place], reverse=True):
             lightest = loads.index(min(loads))
@@ -144,8 +144,6 @@ def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str) -> S
     """An adapter's part, as its settings, its method and the machine want it cut."""
     model, shares = lora.model, shares_prefix(lora, [adapter])
     device = next(model.parameters()).device.type
-    # each of them holds gradients of its own until they are added; and random numbers would be drawn in any order
-    beside = shares and lora.only_factors(adapter) and torch.get_num_threads() % ABREAST == 0
     return Share(
         adapter=adapter,
         accumulate=accumulate,
@@ -153,13 +151,22 @@ def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str) -> S
         checkpointing=checkpointing if lora.packs(adapter) else "off",
         room=lean.PASS[device],
         shares=shares,
-        abreast=ABREAST if beside else 1,
+        abreast=side_by_side(shares=shares, only_factors=lora.only_factors(adapter)),
         # with more, a CPU's products are busy as they are, and a larger pass leaves its caches
-        busy=_busy(model) if device == "cpu" else math.inf,
+        busy=busy(model) if device == "cpu" else math.inf,
     )
 
 
-def _busy(model: nn.Module) -> float:
+def side_by_side(*, shares: bool, only_factors: bool) -> int:
+    """Passes that may be made side by side, of an adapter whose rows may share a prefix or not: no others are on a CPU,
+    packed, and draw no random numbers, which would come in any order.
+
+    Each has gradients of its own until they are added, so they have to be small.
+    """
+    return ABREAST if shares and only_factors and torch.get_num_threads() % ABREAST == 0 else 1
+
+
+def busy(model: nn.Module) -> float:
     """Tokens of a pass that keep a CPU busy; with narrow models it is later."""
     config: Any = model.config
     return max(BUSY, BUSY**2 / config.get_text_config().hidden_size)

@@ -231,6 +231,7 @@ class Studio:
         from lora_studio.core.layout import heads
         from lora_studio.estimate import estimate
         from lora_studio.models import check_quantising, context, device, parameter_count
+        from lora_studio.step import side_by_side
 
         check(config)
         if isinstance(method, BaselineSpec) and method.kind in VIRTUAL and config.checkpointing == "on":
@@ -261,7 +262,8 @@ class Studio:
         if precision in QUANTISED:
             check_quantising(skeleton, precision, on)
         lengths = seen.lengths if seen else None
-        if lengths and not (on == "cpu" and _lays_prefix_once(skeleton, method)):
+        shares = on == "cpu" and _lays_prefix_once(skeleton, method)
+        if lengths and not shares:
             lengths = replace(lengths, shared_prefix=0)
         forecast = estimate(
             skeleton,
@@ -271,6 +273,9 @@ class Studio:
             device=on,
             lengths=lengths,
             rows=seen.health.rows if seen else 100,
+            abreast=side_by_side(
+                shares=shares, only_factors=isinstance(method, LoraSpec) and not method.modules_to_save
+            ),
         )
         return Plan(pieces=pieces, method=method, labels=labels, estimate=forecast)
 

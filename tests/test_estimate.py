@@ -5,13 +5,15 @@ from typing import Any
 
 import pytest
 
+from lora_studio.core import lean
 from lora_studio.core.baselines import add, plan
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
 from lora_studio.data.batches import Lengths
-from lora_studio.estimate import ASSUMED, Estimate, _pads, estimate
+from lora_studio.estimate import ASSUMED, Estimate, _cut, _pads, estimate
 from lora_studio.measure import packs
 from lora_studio.settings import TrainConfig
+from lora_studio.step import Share
 from tests.tiny import causal, classifier
 
 CONFIG = TrainConfig(steps=10)
@@ -101,6 +103,23 @@ def test_a_prefix_that_the_rows_share_is_counted_once_a_pass() -> None:
     fewer = of(CONFIG, shared)
     assert fewer.memory_bytes["activations"] < of(CONFIG, plain).memory_bytes["activations"]
     assert fewer.seconds < of(CONFIG, plain).seconds
+
+
+@pytest.mark.parametrize("abreast", [1, 2])
+@pytest.mark.parametrize(("rows", "shared", "accumulate"), [(1, 0, 1), (2, 5, 1), (8, 0, 1), (8, 30, 1), (9, 5, 4)])
+def test_a_step_is_forecast_as_it_is_cut(rows: int, shared: int, accumulate: int, abreast: int) -> None:
+    """Rows of one length, so that nothing is uneven."""
+    common, length = range(shared), 60
+    batch = [lean.Tokens((*common, *range(n, n + length - shared)), [False] * shared + [True] * (length - shared))
+             for n in range(100, 100 + rows)]  # fmt: skip
+    share = Share(adapter="x", accumulate=accumulate, room=100, shares=True, abreast=abreast, busy=200)
+    made = share.rounds(batch)
+    lengths = dataclasses.replace(ASSUMED, shared_prefix=lean.shared_prefix(batch))
+    cut = _cut(dataclasses.replace(CONFIG, accumulate=accumulate), lengths, 100, 200, abreast, rows, length)
+    assert cut.rounds == len(made)
+    if rows % (cut.rounds * cut.passes) == 0:
+        assert {len(passes) for passes in made} == {cut.passes}
+        assert {sum(map(share.size, passes)) for passes in made} == {cut.tokens}
 
 
 @pytest.mark.parametrize("kind", ["full", "top", "bitfit", "adapter_h", "adapter_p", "adapter_l", "prefix", "prompt"])
