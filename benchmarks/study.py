@@ -135,8 +135,13 @@ def _operations(lora: Any, work: Mapping[str, Any], together: bool, spec: Mappin
             made[str(func), *(one.shape for one in tree_leaves(args) if isinstance(one, torch.Tensor))] += 1
             return func(*args, **(kwargs or {}))
 
-    with Noted():
-        _race(lora, work, together, spec)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a pass beside another would be out of sight
+    try:
+        with Noted():
+            _race(lora, work, together, spec)
+    finally:
+        torch.set_num_threads(threads)
     return made
 
 

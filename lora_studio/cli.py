@@ -563,7 +563,7 @@ def _sentence(event: dict[str, Any]) -> str:
         sizes = f"{event['steps']} steps, {event['trainable']:,} of {event['total']:,} parameters"
         return f"{sizes}, {event['precision']} on {event['device']}"
     if event["type"] == "Probed":
-        cut = f", in {event['accumulate']} passes" if event["accumulate"] > 1 else ""
+        cut = f", in {event['accumulate']} parts" if event["accumulate"] > 1 else ""
         figures = f"{event['memory_bytes'] / 2**30:.1f} GB, {event['seconds_step']:.1f} s"
         return f"measured: {figures} for the longest step{cut}, about {event['seconds']:.0f} s in all"
     if event["type"] == "Saved":

@@ -2,7 +2,8 @@
 
     weights      P · b                                    P parameters of b bytes; full fine-tuning trains a copy, so
                                                           that they stay and can be compared with
-    adapter      16 · n                                   n trainable: fp32 master, gradient, two Adam moments
+    adapter      16 · n                                   n trainable: fp32 master, gradient, two Adam moments; passes
+                                                          side by side have a gradient each
     activations  T · L · (b · e · SPARE + DROPPED · a)    T tokens of the largest round, L layers from the lowest
                                                           trained one, e elements that a layer keeps per token (below),
                                                           SPARE for the allocator and the backward; a attention weights
@@ -37,7 +38,7 @@ from lora_studio.core.spec import VIRTUAL
 from lora_studio.data.batches import Lengths
 from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_SPARE, SAMPLE_TOKENS
 from lora_studio.settings import TrainConfig
-from lora_studio.step import busy
+from lora_studio.step import MORE, busy
 
 # Chosen by least squares on 14 settings of four architectures: benchmarks.forecast.FITTED; float32's SPARE on four of
 # these, on a processor without bfloat16 products, where runs are held in it.
@@ -97,7 +98,7 @@ def estimate(
     step = cut(*_long_step(config, data, rows))
     memory = {
         "weights": total_bytes(model, precision),
-        "adapter": 16 * trainable,
+        "adapter": (12 + 4 * (step.passes + (step.passes > 1 and step.rounds > 1))) * trainable,
         "activations": int(_together(config, data, rows, step, pads=pads) * layers),
         "head": step.passes * CHUNK[device] * _vocabulary(model) * (4 if size == 4 or _upcasts(device) else 6),
         "runtime": RUNTIME_BYTES if device == "cpu" else 0,
@@ -146,12 +147,16 @@ def _cut(config: TrainConfig, data: Lengths, room: int, alone: float, abreast: i
     """A step on so many rows of so many tokens; up to `alone` of them it is one pass. Each has the shared prefix."""
     shared = data.shared_prefix
     own = rows * (row - shared)
-    for passes in (abreast, 1) if own + shared > alone else (1,):
+
+    def of(passes: int) -> _Cut:
         rounds = max(1, config.accumulate, math.ceil(own / max(1, room - passes * shared)))
-        if rounds * passes <= rows:
-            break
-    rounds = max(1, min(round(rows), rounds))
-    return _Cut(rounds=rounds, tokens=passes * shared + own / rounds, passes=passes)
+        rounds = rounds if passes > 1 else max(1, min(round(rows), rounds))
+        return _Cut(rounds=rounds, tokens=passes * shared + own / rounds, passes=passes)
+
+    one_by_one, beside = of(1), of(abreast)
+    largest = shared + math.ceil(rows / (beside.rounds * abreast)) * (row - shared)
+    worth = beside.rounds * abreast * largest <= MORE * one_by_one.rounds * one_by_one.tokens
+    return beside if own + shared > alone and beside.rounds * abreast <= rows and worth else one_by_one
 
 
 def _long_step(config: TrainConfig, data: Lengths, rows: int) -> tuple[float, float]:

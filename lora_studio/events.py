@@ -36,7 +36,7 @@ class Probed:
     seconds_step: float
     seconds: float  # forecast for all steps, by tokens
     memory_bytes: int  # peak: of the process on a CPU, of the tensors on CUDA
-    accumulate: int  # passes that a step is split into from here on
+    accumulate: int  # parts that a step is split into from here on
     batch_fits: int | None  # examples in a pass that fit the memory; None where all do
     step: int = 0
 

@@ -28,7 +28,6 @@ from lora_studio.measure import is_shortage
 
 log = logging.getLogger(__name__)
 KNOWN = ("llama", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "olmo2")  # tests/test_cuda.py shows it of these
-BY_VALUES = ("dynamic", "longrope")  # rotations that look at how long the text is
 GROWTH = 1.1  # from one size to the next
 GRAIN = 64  # tokens; sizes are multiples of it
 SEATS = 8  # sequences; the same
@@ -40,10 +39,9 @@ def recordable(lora: LoRA, name: str) -> bool:
     """Whether passes under this adapter can be recorded: an architecture that was tried, low-rank factors alone."""
     config: Any = lora.model.config
     text, tensors = config.get_text_config(), list(lora.model.parameters())
-    rotations = str(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None))
     return (
         text.model_type in KNOWN
-        and not any(kind in rotations for kind in BY_VALUES)
+        and not lean.rotates_by_length(lora.model)
         and tensors[0].dtype in (torch.bfloat16, torch.float16)
         and all(one.is_floating_point() for one in tensors)
         and lora.only_factors(name)

@@ -26,7 +26,7 @@ class TrainConfig:
         help="Tokens per step instead of examples; 0 goes by examples",
     )
     accumulate: int = knob(
-        1, min=1, max=1024, label="Accumulate", help="Split a step into this many passes; same result"
+        1, min=1, max=1024, label="Accumulate", help="Split a step into this many parts; same result"
     )
     learning_rate: float = knob(
         5e-3,

@@ -13,7 +13,7 @@ import gc
 import math
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,7 @@ HALVINGS = 3
 MARGIN = 0.9  # of the free memory may be used
 BUSY = 256  # tokens, or tokens times width over this, that keep a CPU busy
 ABREAST = 2  # passes side by side
-UNEVEN = 1.1  # times their mean that the largest of these may have: the threads of the others wait for it
+MORE = 1.1  # times the tokens of passes one by one that such may take, so that they are quicker still
 Batch = Sequence[lean.Tokens]
 
 
@@ -72,11 +72,12 @@ class Share:
 
         At least `accumulate` rounds, and as many as `room` asks for.
         """
+        one_by_one = self._dealt(batch, 1)
         if self.abreast > 1 and self.size(batch) > self.busy:
-            rounds = self._dealt(batch, self.abreast)
-            if rounds and all(map(self._even, rounds)):
-                return rounds
-        return self._dealt(batch, 1)
+            beside = self._dealt(batch, self.abreast)
+            if beside and self._takes(beside) <= MORE * self._takes(one_by_one):
+                return beside
+        return one_by_one
 
     def _dealt(self, batch: Batch, abreast: int) -> Sequence[Sequence[Batch]]:
         """The longest rows first, each to the pass that has least. [] where there are too few for passes abreast."""
@@ -94,9 +95,9 @@ class Share:
         passes = [[batch[place] for place in sorted(part)] for part in places]
         return [passes[start : start + abreast] for start in range(0, len(passes), abreast)]
 
-    def _even(self, passes: Sequence[Batch]) -> bool:
-        sizes = [*map(self.size, passes)]
-        return max(sizes) * len(sizes) <= UNEVEN * sum(sizes)
+    def _takes(self, rounds: Sequence[Sequence[Batch]]) -> int:
+        """Tokens, were all threads at them: those of a round's smaller passes wait for its largest."""
+        return sum(len(passes) * max(map(self.size, passes)) for passes in rounds)
 
     def size(self, part: Batch) -> int:
         """Tokens that a pass of these rows computes."""
@@ -131,7 +132,7 @@ class Share:
         if len(rounds) < len(batch) and self.halvings < HALVINGS:
             self.halvings += 1
             self.accumulate = min(2 * len(rounds), len(batch))
-            self.notes.append(f"Memory ran out; a step is now {self.accumulate} passes, with the same result.")
+            self.notes.append(f"Memory ran out; a step is now {self.accumulate} parts, with the same result.")
         elif not self.recompute and self.checkpointing == "auto" and lean.recomputes(lora.model):
             self.recompute = True
             self.notes.append("Memory ran out; activations are now computed twice instead of being kept.")
@@ -151,19 +152,20 @@ def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str) -> S
         checkpointing=checkpointing if lora.packs(adapter) else "off",
         room=lean.PASS[device],
         shares=shares,
-        abreast=side_by_side(shares=shares, only_factors=lora.only_factors(adapter)),
+        abreast=side_by_side(model, shares=shares, only_factors=lora.only_factors(adapter)),
         # with more, a CPU's products are busy as they are, and a larger pass leaves its caches
         busy=busy(model) if device == "cpu" else math.inf,
     )
 
 
-def side_by_side(*, shares: bool, only_factors: bool) -> int:
-    """Passes that may be made side by side, of an adapter whose rows may share a prefix or not: no others are on a CPU,
-    packed, and draw no random numbers, which would come in any order.
+def side_by_side(model: nn.Module, *, shares: bool, only_factors: bool) -> int:
+    """How many passes may be made side by side under a method: those that do not reach into each other.
 
-    Each has gradients of its own until they are added, so they have to be small.
+    shares: as `measure.shares_prefix`, on a CPU, packed, and with no random numbers, which would come in any order.
+    only_factors: each pass has gradients of its own until they are added, so they have to be small.
     """
-    return ABREAST if shares and only_factors and torch.get_num_threads() % ABREAST == 0 else 1
+    apart = shares and only_factors and not lean.rotates_by_length(model)
+    return ABREAST if apart and torch.get_num_threads() % ABREAST == 0 else 1
 
 
 def busy(model: nn.Module) -> float:
@@ -262,12 +264,8 @@ def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, de
     if needs() <= free:
         return None
     while needs() > free and len(share.rounds(batch)) < len(batch):
-        before, share.accumulate = share.accumulate, min(2 * len(share.rounds(batch)), len(batch))
-        if share.accumulate <= before:  # passes of about equally many tokens: one long row may leave others together
-            break
-    share.notes.append(
-        f"The batch would not fit the memory; a step is {share.accumulate} passes, with the same result."
-    )
+        share.accumulate = min(2 * len(share.rounds(batch)), len(batch))
+    share.notes.append(f"The batch would not fit the memory; a step is {share.accumulate} parts, with the same result.")
     return max(1, int(free / took))
 
 
@@ -302,17 +300,19 @@ def _round(lora: LoRA, share: Share, passes: Sequence[Batch], count: int) -> lis
         loss = losses(lora, part).sum() / count
         return loss.item(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
-    torch.set_num_threads(each)
-    others = [_helpers(each).submit(made, part) for part in passes[1:]]
+    others: list[Future] = []
     try:
+        torch.set_num_threads(each)
+        others += [_helpers(each).submit(made, part) for part in passes[1:]]
         found = [made(passes[0])]
     finally:
-        wait(others)
         torch.set_num_threads(threads)
-    for _, gradients in (found := [*found, *(other.result() for other in others)]):
+        wait(others)
+    found += [other.result() for other in others]
+    for _, gradients in found:
         for tensor, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                tensor.grad = gradient if tensor.grad is None else tensor.grad.add_(gradient)
+            if gradient is not None:  # the optimizer asks for the layout of the tensor
+                tensor.grad = gradient.contiguous() if tensor.grad is None else tensor.grad.add_(gradient)
     return [loss for loss, _ in found]
 
 

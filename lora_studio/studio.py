@@ -265,6 +265,7 @@ class Studio:
         shares = on == "cpu" and _lays_prefix_once(skeleton, method)
         if lengths and not shares:
             lengths = replace(lengths, shared_prefix=0)
+        factors = isinstance(method, LoraSpec) and not method.modules_to_save
         forecast = estimate(
             skeleton,
             pieces,
@@ -273,9 +274,7 @@ class Studio:
             device=on,
             lengths=lengths,
             rows=seen.health.rows if seen else 100,
-            abreast=side_by_side(
-                shares=shares, only_factors=isinstance(method, LoraSpec) and not method.modules_to_save
-            ),
+            abreast=side_by_side(skeleton, shares=shares, only_factors=factors),
         )
         return Plan(pieces=pieces, method=method, labels=labels, estimate=forecast)
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import re
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -666,13 +667,18 @@ def test_passes_are_side_by_side_where_they_keep_the_threads_busy_alike() -> Non
     assert [[len(part) for part in made] for made in share.rounds(rows[:2])] == [[2]]  # 50 and 40 are too different
     share.accumulate = 4
     assert [[len(part) for part in made] for made in share.rounds(rows)] == [[1]] * 4  # too few rows
+    share.accumulate, share.shares = 1, True
+    rows = [lean.Tokens((*range(40), n, 7), [False] * 41 + [True]) for n in range(40, 60)]
+    assert [[len(part) for part in made] for made in share.rounds(rows)] == [[20]]  # each would have the prefix again
 
 
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gpt_neox"])
-def test_passes_side_by_side_give_what_they_give_one_after_another(family: str) -> None:
+def test_passes_side_by_side_give_what_they_give_one_after_another(family: str, checkpointing: str) -> None:
     curves, weights = [], []
     for abreast in (1, 2, 2):
-        (work,) = cell_jobs(base(family), [CELLS[2]], batch_size=8)
+        cell = (8, ("embed", "all-linear"), "lora", 0.01, 1, 4)
+        (work,) = cell_jobs(base(family), [cell], batch_size=8, checkpointing=checkpointing)
         work.share.abreast, work.share.busy, work.share.accumulate = abreast, 0, 2 // abreast
         assert {len(made) for made in work.share.rounds([one.tokens for one in work.train])} == {abreast}
         curves.append(values(list(train(work)), "train_loss"))
@@ -682,17 +688,28 @@ def test_passes_side_by_side_give_what_they_give_one_after_another(family: str) 
 
 
 @pytest.mark.parametrize(
-    ("method", "abreast"),
-    [(LORA, 2), (BaselineSpec(kind="prefix", width=2), 1), (LoraSpec(dropout=0.1), 1), (BaselineSpec(kind="full"), 1)],
-    ids=["plain", "pads", "draws random numbers", "gradients as large as the base"],
+    ("family", "spec", "abreast"),
+    [
+        ("llama", LORA, 2),
+        ("stablelm", LORA, 1),  # pads
+        ("llama", LoraSpec(dropout=0.1), 1),  # draws random numbers
+        ("llama", LoraSpec(modules_to_save=("lm_head",)), 1),  # has gradients as large as the base's
+    ],
 )
-def test_how_many_passes_may_be_side_by_side(method: Method, abreast: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert job(method=method).share.abreast == 1, "one thread"
+def test_how_many_passes_may_be_side_by_side(
+    family: str, spec: LoraSpec, abreast: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = base(family)
+    lora.add("x", spec)
+    assert step.share_of(lora, "x", 1, "auto").abreast == 1, "one thread"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
-    assert job(method=method).share.abreast == abreast
+    assert step.share_of(lora, "x", 1, "auto").abreast == abreast
+    lora.model.config.rope_parameters = {"rope_type": "longrope"}  # each pass would write the model's rotations
+    assert step.share_of(lora, "x", 1, "auto").abreast == 1
 
 
 def test_passes_side_by_side_have_half_of_the_threads_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "MORE", 9)
     work = job()
     work.share.abreast, work.share.busy = 2, 0
     rows = [work.train[0].tokens] * 2
@@ -709,7 +726,7 @@ def test_passes_side_by_side_have_half_of_the_threads_each(monkeypatch: pytest.M
 
 
 def test_a_shortage_beside_another_pass_halves_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step, "UNEVEN", 2)
+    monkeypatch.setattr(step, "MORE", 2)
     plain = values(list(train(job())), "train_loss")
     work = job()
     work.share.abreast, work.share.busy = 2, 0
@@ -719,3 +736,31 @@ def test_a_shortage_beside_another_pass_halves_both(monkeypatch: pytest.MonkeyPa
     assert values(events, "train_loss") == pytest.approx(plain, rel=1e-4)
     assert [event.code for event in events if isinstance(event, Warned)] == ["W_MEMORY"]
     assert work.share.accumulate == 2 and passes[-1] <= longest
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("out of memory"), ValueError("a mistake of ours")])
+def test_what_fails_beside_another_pass_fails_as_it_does_alone(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "MORE", 9)
+    work, others = job(), job()
+    rows = [work.train[0].tokens] * 4
+    work.share.abreast, work.share.busy, others.share.accumulate = 2, 0, 2
+    left = [error]
+
+    def fail_once(*_: object) -> None:
+        if threading.current_thread() is not threading.main_thread() and left:
+            raise left.pop()
+
+    work.lora.model.base_model.register_forward_pre_hook(fail_once)
+    if isinstance(error, ValueError):
+        with pytest.raises(ValueError, match="mistake"):
+            step.careful(work.lora, [(work.share, rows)])
+    else:
+        found = step.careful(work.lora, [(work.share, rows)])
+        assert found == pytest.approx(step.careful(others.lora, [(others.share, rows)]), rel=1e-6)
+        assert work.share.accumulate == 2
+        for tensor, alike in zip(work.parameters, others.parameters, strict=True):
+            assert tensor.grad is not None and alike.grad is not None
+            assert torch.allclose(tensor.grad, alike.grad, atol=1e-6)
+    assert not left and torch.get_num_threads() == 1

@@ -32,11 +32,12 @@ from lora_studio.core import functions, upcast
 from lora_studio.core.layout import ENCODERS
 
 IGNORED = -100  # label of a position that is not supervised
-# Tokens in a pass: as many as keep the matrix products busy. More would only take memory.
+# Tokens in memory together: as many as keep the matrix products busy. More would only take memory.
 PASS = {"cpu": 1024, "mps": 4096, "cuda": 16_384}
 PACKED, STEPWISE = "lora_studio_packed", "lora_studio_stepwise"
 FEW = 32  # rows that a decoding step has at most, to be multiplied as columns
 ATTENTIONS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))  # kinds of a config's layers
+BY_LENGTH = ("dynamic", "longrope")  # rotations that look at how long the text is
 DEAF = ("nemotron",)  # their blocks take keyword arguments and do not hand them to the attention
 
 
@@ -192,6 +193,14 @@ def _mixes_tokens(model: nn.Module) -> bool:
     config: Any = model.config
     kinds = getattr(config.get_text_config(), "layer_types", None) or ()
     return not ATTENTIONS.issuperset(kinds) or any(isinstance(module, nn.Conv1d) for module in model.modules())
+
+
+def rotates_by_length(model: nn.Module) -> bool:
+    """Whether its rotations of positions change with the longest text; transformers writes them into the model then."""
+    config: Any = model.config
+    text = config.get_text_config()
+    rotations = str(getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None))
+    return any(kind in rotations for kind in BY_LENGTH)
 
 
 def _through_interface(model: nn.Module) -> bool:

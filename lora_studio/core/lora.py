@@ -139,7 +139,7 @@ class LoRA:
         return not any(isinstance(part, Before) for _, part in self.parts(name))
 
     def only_factors(self, name: str) -> bool:
-        """Whether it is low-rank factors alone: nothing in it is of the size of what it adapts."""
+        """Whether it is low-rank factors alone, and nothing is trained whole."""
         return all(isinstance(part, LowRank) for _, part in self.parts(name))
 
     def draws(self, name: str) -> bool:

@@ -191,6 +191,7 @@ def environment() -> dict[str, str]:
     kept |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
     # Memory of one step is there for the next: giving it back costs a page fault for every 4 kB.
     kept |= {"MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
+    kept |= {"MALLOC_ARENA_MAX": "1"}  # and what one thread has given back is there for the others
     return kept
 
 
