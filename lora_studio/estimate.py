@@ -172,7 +172,7 @@ def _together(config: TrainConfig, data: Lengths, rows: int, step: _Cut, *, pads
         most = min(config.max_length, data.max)  # the longest row is in some batch
         return math.ceil(_long_step(config, data, rows)[0] / step.rounds) * most
     long = _long(config, data, rows)
-    uneven = (long - data.shared_prefix) / 2 if step.rounds > 1 else 0  # rows are whole
+    uneven = (long - data.shared_prefix) / 4 if step.rounds > 1 else 0  # rows are whole, and dealt longest first
     return int(max(long, step.tokens + uneven))
 
 
