@@ -80,7 +80,10 @@ class Share:
         return one_by_one
 
     def _dealt(self, batch: Batch, abreast: int) -> Sequence[Sequence[Batch]]:
-        """The longest rows first, each to the pass that has least. [] where there are too few for passes abreast."""
+        """The longest rows first, each to the pass that has least; passes of about one size are abreast.
+
+        [] where there are too few rows for that.
+        """
         shared = lean.shared_prefix(batch) if self._shares(batch) else 0
         own = [len(tokens.ids) - shared for tokens in batch]
         rounds = max(self.accumulate, math.ceil(sum(own) / max(1, self.room - abreast * shared)))
@@ -92,7 +95,7 @@ class Share:
             lightest = loads.index(min(loads))
             places[lightest].append(place)
             loads[lightest] += own[place]
-        passes = [[batch[place] for place in sorted(part)] for part in places]
+        passes = sorted(([batch[place] for place in sorted(part)] for part in places), key=self.size)
         return [passes[start : start + abreast] for start in range(0, len(passes), abreast)]
 
     def _takes(self, rounds: Sequence[Sequence[Batch]]) -> int:
