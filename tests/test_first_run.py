@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
+from benchmarks import tour
 from lora_studio.ui.terms import TERMS
 from tests.browser import LEAVING, Watch, live, overflow, served_alone, train
 
 TABS = ("1 Data", "2 Train", "Study", "Runs", "3 Compare", "4 Inside", "5 Export")
+SLOWLY = 240_000  # ms that a step of the tour may take
 RING = """element => {  // what the focus changes in how an element, or what it stands in, is drawn
   const around = [];
   for (let one = element; one && around.length < 4; one = one.parentElement) around.push(one);
@@ -85,6 +87,20 @@ def _from_nothing_to_two_answers(page: Page, watch: Watch) -> None:
     expect(page.locator("[data-pane=base] .badge")).to_contain_text("max difference 0", timeout=60_000)
     expect(page.locator("[data-pane=adapted] .answer")).not_to_be_empty()
     assert watch.wrong == []
+
+
+@pytest.mark.nightly
+def test_the_tour_of_the_readme_can_be_walked_to_its_end(browser: Browser, tmp_path: Path) -> None:
+    seen: list[str] = []
+    with served_alone(tmp_path) as url:
+        page, watch = opened(browser, url)
+        page.set_default_timeout(SLOWLY)
+        expect.set_options(timeout=SLOWLY)
+        try:
+            tour.walk(page, seen.append)
+        finally:
+            expect.set_options(timeout=None)
+    assert seen[-1].startswith("Download the report") and watch.wrong == []
 
 
 @pytest.mark.nightly
