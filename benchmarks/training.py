@@ -54,6 +54,7 @@ WAYS = {
     "sft-defaults": Way("TRL SFTTrainer, its bf16 and checkpointing", "sft", "bfloat16", defaults=True),
     "full": Way("full fine-tuning, Trainer, fp32", "full", "float32"),
 }
+SIZES = ("1.5 B", "8 B")  # of the random models of `cuda`
 USUAL = tuple(name for name in WAYS if name != "sft-defaults")
 # Goals on two CPU cores: ours, theirs, supervised tokens per CPU second at least so many times theirs.
 SPEED = [
@@ -298,9 +299,10 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--answer", default="", help="column of the answers")
     parser.add_argument("--model", default="starter", help="a name or a folder")
     parser.add_argument("--only", type=_names, default=USUAL, help=f"ways to compare, of {', '.join(WAYS)}")
-    parser.add_argument("--batch", type=int, help="rows a step; 8, on CUDA by the size of the model")
-    parser.add_argument("--steps", type=int, help="timed steps; 2, on CUDA 8")
-    parser.add_argument("--warmup", type=int, help="steps before them; 1, on CUDA 9, in which passes are recorded")
+    parser.add_argument("--sizes", type=_sizes, default=SIZES, help=f"models on CUDA, of {', '.join(SIZES)}")
+    parser.add_argument("--batch", type=int, help="rows a step; 8, on CUDA 16")
+    parser.add_argument("--steps", type=int, help="timed steps; 2, on CUDA 10")
+    parser.add_argument("--warmup", type=int, help="steps before them; 1, on CUDA 12, in which passes are recorded")
     parser.add_argument("--repeats", type=int, default=3, help="fresh processes of each way")
     parser.add_argument("--shortest", type=int, default=60, help="tokens of the shortest row")
     parser.add_argument("--longest", type=int, default=330, help="tokens of the longest row")
@@ -317,13 +319,20 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one repetition and few steps")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     options = parser.parse_args(arguments)
-    usual = (None, 8, 9) if options.device == "cuda" and not options.parity else (8, 2, 1)
+    usual = (None, 10, 12) if options.device == "cuda" and not options.parity else (8, 2, 1)
     options.batch, options.steps, options.warmup = (
         given or one for given, one in zip((options.batch, options.steps, options.warmup), usual, strict=True)
     )
     if options.quick:
         options.repeats, options.steps = 1, 1
     return options
+
+
+def _sizes(text: str) -> tuple[str, ...]:
+    sizes = tuple(one.strip() for one in text.split(","))
+    if set(sizes) - set(SIZES):
+        raise argparse.ArgumentTypeError(f"sizes are {', '.join(SIZES)}, got {text!r}")
+    return sizes
 
 
 def _names(text: str) -> tuple[str, ...]:

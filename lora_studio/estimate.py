@@ -29,11 +29,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora_studio.core import upcast
+from lora_studio.core import lean, upcast
 from lora_studio.core.baselines import Piece
 from lora_studio.core.functions import CHUNK
 from lora_studio.core.layout import blocks, heads, matrices
-from lora_studio.core.lean import PASS, packable
 from lora_studio.core.spec import VIRTUAL
 from lora_studio.data.batches import Lengths
 from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_SPARE, SAMPLE_TOKENS
@@ -94,7 +93,7 @@ def estimate(
     pads = _pads(model, pieces)
     kept = spare * size * _kept_elements(model, pieces, pads=pads) + _kept_weights(model, config, data, rows)
     layers = kept + spare * size * text.hidden_size * passed if config.checkpointing == "on" else kept * passed
-    cut = functools.partial(_cut, config, data, PASS[device], busy(model), abreast)
+    cut = functools.partial(_cut, config, data, lean.room(model, device), busy(model), abreast)
     step = cut(*_long_step(config, data, rows))
     memory = {
         "weights": total_bytes(model, precision),
@@ -131,7 +130,7 @@ def _upcasts(device: str) -> bool:
 
 def _pads(model: Any, pieces: Sequence[Piece]) -> bool:
     """Whether training pads its rows: what measure.losses finds of an adapter that is there."""
-    return not (_vocabulary(model) and packable(model)) or any(piece.role in VIRTUAL for piece in pieces)
+    return not (_vocabulary(model) and lean.packable(model)) or any(piece.role in VIRTUAL for piece in pieces)
 
 
 @dataclass(frozen=True, kw_only=True)

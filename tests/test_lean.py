@@ -11,7 +11,7 @@ import transformers
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_studio.core import functions, lean, upcast
+from lora_studio.core import attention, functions, lean, upcast
 from lora_studio.core.baselines import add
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BaselineSpec, LoraSpec
@@ -283,6 +283,15 @@ def test_nothing_is_saved_below_the_lowest_adapted_layer() -> None:
     assert saved(1) < 0.7 * saved(0)
 
 
+@pytest.mark.parametrize(
+    ("device", "width", "tokens"), [("cpu", 4096, 1024), ("cuda", 64, 16_384), ("cuda", 4096, 2048)]
+)
+def test_a_pass_on_a_gpu_is_smaller_for_a_wider_model(device: str, width: int, tokens: int) -> None:
+    model = causal("llama")
+    model.config.hidden_size = width
+    assert lean.room(model, device) == tokens
+
+
 def test_packing_pads_nothing_and_counts_what_is_predicted() -> None:
     packed = batch()
     assert packed.ids.shape == (1, sum(LENGTHS)) and packed.lengths == LENGTHS
@@ -494,9 +503,11 @@ def test_a_norm_that_is_trained_gets_its_gradient() -> None:
 @pytest.mark.parametrize("lengths", [(7,), (5, 3, 5, 5), (2, 4)])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
 @pytest.mark.parametrize("shared", [0, 2])  # tokens that every sequence begins with, and that lie with the first
+@pytest.mark.parametrize("long", [100, 4])  # from how many tokens on a sequence is computed in blocks
 def test_attention_by_sequence_is_attention_with_a_block_mask(
-    lengths: tuple[int, ...], heads: tuple[int, int], shared: int
+    lengths: tuple[int, ...], heads: tuple[int, int], shared: int, long: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(attention, "BLOCK", 3)
     torch.manual_seed(0)
     ahead = [None, *[slice(0, shared) if shared else None] * (len(lengths) - 1)]
     total = sum(lengths)
@@ -505,13 +516,34 @@ def test_attention_by_sequence_is_attention_with_a_block_mask(
     seen = (number[:, None] == number) | (torch.arange(total) < shared)
     mask = seen & torch.ones(total, total, dtype=torch.bool).tril()
     plain = F.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True).transpose(1, 2)
-    ours = functions.CausalAttention.apply(q, k, v, lean.Lengths(lengths, ahead=ahead).arrangement(q.device), 0.3)
+    ours = attention.CausalAttention.apply(q, k, v, lean.Lengths(lengths, ahead=ahead).arrangement(q.device, long), 0.3)
     outer = torch.randn_like(plain)
     torch.testing.assert_close(ours, plain)
     for mine, theirs in zip(
         torch.autograd.grad(ours, (q, k, v), outer), torch.autograd.grad(plain, (q, k, v), outer), strict=True
     ):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("quick", [True, False])  # whether this CPU multiplies bfloat16 quickly
+def test_attention_of_a_long_sequence_in_bfloat16_is_that_in_fp32_rounded(
+    quick: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upcast, "multiplies_bfloat16", lambda: quick)
+    torch.manual_seed(0)
+    exact = [torch.randn(1, number, 200, 16).bfloat16().float().requires_grad_() for number in (4, 2, 2)]
+    narrow = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    places, outer = (
+        lean.Lengths((200,)).arrangement(torch.device("cpu"), attention.LONG),
+        torch.randn(1, 200, 4, 16).bfloat16(),
+    )
+    found = []
+    for tensors in (exact, narrow):
+        output = attention.CausalAttention.apply(*tensors, places, None)
+        assert output.dtype == tensors[0].dtype
+        found.append((output, *torch.autograd.grad(output, tensors, outer.to(output.dtype))))
+    for mine, theirs in zip(*found, strict=True):
+        assert (mine - theirs).norm() < 0.01 * mine.norm()
 
 
 def test_heads_of_another_size_for_values_take_the_plain_attention() -> None:

@@ -403,7 +403,11 @@ def test_small_passes_are_shared_and_large_ones_are_not(monkeypatch: pytest.Monk
 
 def test_one_that_leaves_or_fails_changes_nothing_for_the_others() -> None:
     quiet, disturbed = base("llama"), base("llama")
-    cells = [CELLS[0], CELLS[1], CELLS[0]]
+    cells = [
+        CELLS[0],
+        CELLS[1],
+        CELLS[1],
+    ]  # not q alone: torch's attention swallows what is no number there on some CPUs
     want = [event for number, event in train_together(cell_jobs(quiet, cells)) if number == 1]
     jobs = cell_jobs(disturbed, cells)
     got = []
@@ -413,7 +417,8 @@ def test_one_that_leaves_or_fails_changes_nothing_for_the_others() -> None:
         if number == 0 and event.step == 2:
             jobs[0].leave()
         if number == 2 and event.step == 3:
-            disturbed.parameters("a2")[0].data.fill_(math.nan)
+            for tensor in disturbed.parameters("a2"):
+                tensor.data.fill_(math.nan)
     assert (jobs[0].step, jobs[0].error, jobs[1].step) == (2, None, 6)
     assert jobs[2].error and jobs[2].error.code == "E_NOT_FINITE" and jobs[2].step == 3
     assert values(got, "train_loss") == pytest.approx(values(want, "train_loss"), rel=1e-4)

@@ -1,15 +1,13 @@
 """Autograd functions that keep less for the backward than the plain operations, and give the same numbers.
 
-    RMSNorm           keeps x and one number a position            instead of x in fp32, twice
-    Gated             keeps gate and up                             instead of act(gate) as well
-    CausalAttention   keeps q, k, v in their own dtype, the output  instead of fp32 copies of all four
-                      and one number a position and head
-    CrossEntropy      keeps one gradient the size of its input      instead of the logits, several times
+    RMSNorm        keeps x and one number a position         instead of x in fp32, twice
+    Gated          keeps gate and up                         instead of act(gate) as well
+    CrossEntropy   keeps one gradient the size of its input  instead of the logits, several times
 
-They are for frozen weights: none of them has a gradient for a weight.
+`attention` has one more. They are for frozen weights: none of them has a gradient for a weight.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +21,6 @@ from lora_studio.core import kernels, upcast
 CHUNK = {"cpu": 256, "mps": 128, "cuda": 512}
 # Such a product has on a CPU, or a multiple: few are summed in another order, and a loss went by who shared its pass.
 ROWS = 16
-Place = tuple[slice, ...]  # of a sequence's tokens in a row: those it begins with, where they lie with another, its own
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 aten = torch.ops.aten
 
@@ -86,93 +83,6 @@ class Gated(torch.autograd.Function):
         return for_gate, acted.detach().mul_(outer[0]), None
 
 
-class Arrangement:
-    """How sequences that lie end to end are laid to be attended to: each whole, and those of one length together.
-
-    places: the tokens that each sequence consists of. Tokens that it has with another are laid again for it; what is
-    computed for such copies is dropped, and their gradients go to the tokens.
-    """
-
-    def __init__(self, places: Sequence[Place], device: torch.device) -> None:
-        alike: dict[int, list[Place]] = {}
-        for place in places:
-            alike.setdefault(sum(map(_size, place)), []).append(place)
-        self.groups: list[tuple[slice, int]] = []  # rows of the sequences of one length, and how many those are
-        order: list[int] = []  # the token in each row
-        own = [0] * sum(_size(place[-1]) for place in places)  # the row of each token in its own sequence
-        copies: dict[tuple[int, int], list[range]] = {}  # of tokens that others begin with, the rows for each of these
-        for length, group in alike.items():
-            self.groups.append((slice(len(order), len(order) + length * len(group)), len(group)))
-            for *ahead, mine in group:
-                for span in ahead:
-                    copies.setdefault((span.start, span.stop), []).append(range(len(order), len(order) + _size(span)))
-                    order += range(span.start, span.stop)
-                own[mine] = range(len(order), len(order) + _size(mine))
-                order += range(mine.start, mine.stop)
-        self.moves = order != list(range(len(own)))
-        self.order, self.own = torch.tensor(order, device=device), torch.tensor(own, device=device)
-        self.copies = [(slice(*span), torch.tensor([*map(list, rows)], device=device)) for span, rows in copies.items()]
-
-    def lay(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(1, T, heads, d) -> (rows, heads, d)"""
-        return tensor[0].index_select(0, self.order) if self.moves else tensor[0]
-
-    def grouped(self, laid: torch.Tensor) -> Iterator[torch.Tensor]:
-        """(rows, heads, d) -> (sequences, heads, length, d), length by length"""
-        for rows, count in self.groups:
-            yield laid[rows].unflatten(0, (count, -1)).transpose(1, 2)
-
-    def taken_up(self, groups: Iterable[torch.Tensor], *, add: bool = False) -> torch.Tensor:
-        """What `grouped` gives -> (1, T, heads, d): each token's own, and with `add` that of its copies."""
-        laid = torch.cat([group.transpose(1, 2).flatten(0, 1) for group in groups])
-        if not self.moves:
-            return laid[None]
-        tokens = laid.index_select(0, self.own)
-        for span, rows in self.copies if add else ():
-            tokens[span] += laid[rows].sum(0)
-        return tokens[None]
-
-
-class CausalAttention(torch.autograd.Function):
-    """Causal softmax attention on the CPU within each of several sequences that lie end to end.
-
-    q (1, heads, T, d), k and v (1, kv_heads, T, d) -> (1, T, heads, d); sequences of one length are computed
-    together. In fp32 whatever the dtype: the CPU's bfloat16 backward takes twice the time. A sequence that begins
-    with tokens of another attends to them as to its own.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arrangement: Arrangement, scale: float | None
-    ) -> torch.Tensor:
-        laid = [arrangement.lay(tensor.transpose(1, 2)) for tensor in (q, k, v)]
-        made = [
-            aten._scaled_dot_product_flash_attention_for_cpu(*map(torch.Tensor.float, parts), 0.0, True, scale=scale)
-            for parts in zip(*map(arrangement.grouped, laid), strict=True)
-        ]
-        output = arrangement.taken_up(part for part, _ in made).to(q.dtype)
-        ctx.save_for_backward(q, k, v, output, *(logsum for _, logsum in made))
-        ctx.arrangement, ctx.scale = arrangement, scale
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, output, *logsums = ctx.saved_tensors
-        arrangement: Arrangement = ctx.arrangement
-        wanted = arrangement.lay(outer[0])
-        for _, rows in arrangement.copies:  # what these attended to is their own sequence's affair
-            wanted[rows] = 0
-        laid = [wanted, *(arrangement.lay(tensor.transpose(1, 2)) for tensor in (q, k, v)), arrangement.lay(output)]
-        made = [
-            aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *map(torch.Tensor.float, parts), logsum, 0.0, True, scale=ctx.scale
-            )
-            for parts, logsum in zip(zip(*map(arrangement.grouped, laid), strict=True), logsums, strict=True)
-        ]
-        gradients = (arrangement.taken_up(parts, add=True) for parts in zip(*made, strict=True))
-        return *(gradient.transpose(1, 2).to(q.dtype) for gradient in gradients), None, None
-
-
 class CrossEntropy(torch.autograd.Function):
     """Cross-entropy of hidden @ headᵀ at each position (positions,), a chunk of them at a time.
 
@@ -233,7 +143,3 @@ def _buffer(rows: int, words: int, device: torch.device, *, by_word: bool) -> to
     shape = (words, rows) if by_word else (rows, words)
     buffer = torch.empty(shape, dtype=torch.float32, device=device)
     return buffer.T if by_word else buffer
-
-
-def _size(span: slice) -> int:
-    return span.stop - span.start

@@ -12,6 +12,7 @@ A model that chooses a label instead of writing text gets its rows padded on the
 import functools
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,12 +29,12 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_studio.core import functions, upcast
+from lora_studio.core import attention, functions, upcast
 from lora_studio.core.layout import ENCODERS
 
 IGNORED = -100  # label of a position that is not supervised
-# Tokens in memory together: as many as keep the matrix products busy. More would only take memory.
-PASS = {"cpu": 1024, "mps": 4096, "cuda": 16_384}
+PASS = {"cpu": 1024, "mps": 4096, "cuda": 16_384}  # tokens in memory together at most
+WIDE = 2**23  # tokens times width that keep a GPU's matrix products busy
 PACKED, STEPWISE = "lora_studio_packed", "lora_studio_stepwise"
 FEW = 32  # rows that a decoding step has at most, to be multiplied as columns
 ATTENTIONS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))  # kinds of a config's layers
@@ -85,16 +86,16 @@ class Lengths(tuple[int, ...]):
     ) -> None:
         self._ahead = ahead or [None] * len(lengths)
         self._ends, self.known = ends, ends is None
-        self._arrangement: functions.Arrangement | None = None
+        self._arrangements: dict[float, attention.Arrangement] = {}
         self.longest = longest or max(lengths)
 
-    def arrangement(self, device: torch.device) -> functions.Arrangement:
-        """How they are laid to be attended to; made once for all layers."""
-        if self._arrangement is None:
+    def arrangement(self, device: torch.device, long: float = math.inf) -> attention.Arrangement:
+        """How they are laid to be attended to, but for those of `long` tokens; made once for all layers."""
+        if long not in self._arrangements:
             own = [slice(end - length, end) for length, end in zip(self, itertools.accumulate(self), strict=True)]
             places = [(one,) if ahead is None else (ahead, one) for ahead, one in zip(self._ahead, own, strict=True)]
-            self._arrangement = functions.Arrangement(places, device)
-        return self._arrangement
+            self._arrangements[long] = attention.Arrangement(places, device, long)
+        return self._arrangements[long]
 
     def ends(self, device: torch.device) -> torch.Tensor:
         if self._ends is None:
@@ -178,6 +179,13 @@ def _labels(tokens: Tokens) -> list[int]:
     """Next-token labels of one sequence; the last position predicts nothing."""
     following = zip(tokens.ids[1:], tokens.supervised[1:], strict=True)
     return [token if kept else IGNORED for token, kept in following] + [IGNORED]
+
+
+def room(model: nn.Module, device: str) -> int:
+    """Tokens of a pass: as many as keep the matrix products busy. More would only take memory."""
+    config: Any = model.config
+    most = PASS[device]
+    return min(most, max(1024, WIDE // config.get_text_config().hidden_size)) if device == "cuda" else most
 
 
 def packable(model: nn.Module) -> bool:
@@ -459,12 +467,13 @@ def _attend(
         return _variable_length(query, key, value, sequence_lengths, scaling), None
     if not sequence_lengths.known:
         raise RuntimeError("its attention goes by the lengths of the sequences")
-    arrangement = sequence_lengths.arrangement(query.device)
     if plain and query.device.type == "cpu":
-        return functions.CausalAttention.apply(query, key, value, arrangement, scaling), None  # type: ignore
+        apart = sequence_lengths.arrangement(query.device, attention.LONG)
+        return attention.CausalAttention.apply(query, key, value, apart, scaling), None  # type: ignore
+    arrangement = sequence_lengths.arrangement(query.device)
     grouped = query.shape[1] != key.shape[1]  # fewer key and value heads than query heads
     outputs = []
-    wide = [arrangement.lay(upcast.widened(tensor.transpose(1, 2))) for tensor in (query, key, value)]
+    wide = [arrangement.lay(upcast.widened(tensor[0].transpose(0, 1))) for tensor in (query, key, value)]
     for q, k, v in zip(*map(arrangement.grouped, wide), strict=True):
         length = q.shape[2]
         window = None if sliding_window is None or length <= sliding_window else _window(length, sliding_window, q)
@@ -472,7 +481,7 @@ def _attend(
             q, k, v, window, dropout, is_causal=window is None, scale=scaling, enable_gqa=grouped
         )
         outputs.append(attended)
-    return arrangement.taken_up(outputs).to(query.dtype), None
+    return arrangement.taken_up(outputs).to(query.dtype)[None], None
 
 
 def _attend_stepwise(
