@@ -19,6 +19,7 @@ from benchmarks.fresh import Failed, measure
 from benchmarks.goals import Goal, paired
 from benchmarks.paper import machine
 from benchmarks.training import Way
+from lora_studio.errors import StudioError
 
 log = logging.getLogger("benchmarks")
 
@@ -58,6 +59,10 @@ def run(options: argparse.Namespace) -> int:
     """The same comparison with random weights of realistic sizes, per second and by memory of the device."""
     import torch
 
+    if not WAYS.keys() & set(options.only):
+        raise StudioError(
+            "E_DATA", f"Nothing of {', '.join(options.only)} is measured on CUDA.", f"Ways are {', '.join(WAYS)}."
+        )
     print(f"# Training on CUDA\n\n{time.strftime('%F')}, {machine()}.\n", flush=True)
     if not torch.cuda.is_available():
         print("not measured: no CUDA device", flush=True)

@@ -14,8 +14,8 @@
     runtime      the interpreter, its libraries and their buffers
 
 A layer keeps the inputs of its two norms, q, k, v, attention's output, the feed-forward's gate and up, and what its
-Parts keep, mostly the input of each matrix that is trained: core.functions says why no more. Rows that are padded are
-all as long as the longest, and their attention keeps a key and a value for each head.
+Parts keep, mostly the input of each matrix that is trained: core.functions and core.attention say why no more. Rows
+that are padded are all as long as the longest, and their attention keeps a key and a value for each head.
 
 Time counts floating-point operations: 2 per parameter and token forward, 2 more in the blocks that the gradient
 passes, 2 more for each trained parameter, at a share of the matrix rate that this machine shows in a short
@@ -77,11 +77,12 @@ def estimate(
     lengths: Lengths | None = None,
     rows: int = 100,
     abreast: int = 1,
+    recorded: bool = False,
 ) -> Estimate:
     """Forecast for a model skeleton, what is to be trained and a dataset's length statistics (or 100 assumed rows).
 
     The lengths have a shared prefix only where passes will have it, too: core.lean.pack_groups. abreast: passes that
-    may be made side by side, as step.Share has it.
+    may be made side by side, as step.Share has it. recorded: whether they will be, as recorded.recordable says.
     """
     text = model.config.get_text_config()
     size = 4 if precision == "float32" else 2
@@ -93,7 +94,7 @@ def estimate(
     pads = _pads(model, pieces)
     kept = spare * size * _kept_elements(model, pieces, pads=pads) + _kept_weights(model, config, data, rows)
     layers = kept + spare * size * text.hidden_size * passed if config.checkpointing == "on" else kept * passed
-    cut = functools.partial(_cut, config, data, lean.room(model, device), busy(model), abreast)
+    cut = functools.partial(_cut, config, data, lean.room(model, device, recorded=recorded), busy(model), abreast)
     step = cut(*_long_step(config, data, rows))
     memory = {
         "weights": total_bytes(model, precision),

@@ -137,7 +137,7 @@ def look(
             [place for place in asked if place in part]
             for part in (range(seen, rest), range(seen), range(rest, len(pairs)))
         ]
-        room = lean.room(lora.model, _device(lora).type)
+        room = lean.PASS[_device(lora).type]
         for batch, prompts in (one for group in groups for one in _askable(tokenizer, pairs, group, room)):
             longest = max(pairs[place][1].count for place in batch)
             sampling = Sampling(max_new_tokens=min(ANSWER_TOKENS, longest + 16))
@@ -157,7 +157,7 @@ def _weigh(
     loss, text = ("loss", "adapted") if row else ("base_loss", "base")
     of = {id(pairs[place][1]): place for place in places}
     tokens = [pairs[place][1] for place in places]
-    for batch in passes(tokens, lean.room(lora.model, _device(lora).type) // 2):
+    for batch in passes(tokens, lean.PASS[_device(lora).type] // 2):
         with torch.no_grad(), lora.use(row):
             if classes:
                 logits = lean.class_logits(lora.model, batch)

@@ -37,17 +37,21 @@ WORTH = 3  # a recording takes the time of some passes, so it is made when its s
 
 def recordable(lora: LoRA, name: str) -> bool:
     """Whether passes under this adapter can be recorded: an architecture that was tried, low-rank factors alone."""
-    config: Any = lora.model.config
-    text, tensors = config.get_text_config(), list(lora.model.parameters())
+    tensors = list(lora.model.parameters())
     return (
-        text.model_type in KNOWN
-        and not lean.rotates_by_length(lora.model)
+        suits(lora.model)
         and tensors[0].dtype in (torch.bfloat16, torch.float16)
         and all(one.is_floating_point() for one in tensors)
         and lora.only_factors(name)
         and lora.shares(name)
-        and lean.plain_head(lora.model)
     )
+
+
+def suits(model: nn.Module) -> bool:
+    """Whether its architecture can be recorded."""
+    config: Any = model.config
+    known = config.get_text_config().model_type in KNOWN
+    return known and not lean.rotates_by_length(model) and lean.plain_head(model)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str) -> S
         accumulate=accumulate,
         # virtual tokens stand in a cache, which a block that computes twice does not take
         checkpointing=checkpointing if lora.packs(adapter) else "off",
-        room=lean.room(model, device),
+        room=lean.room(model, device, recorded=device == "cuda" and recordable(lora, adapter)),
         shares=shares,
         abreast=side_by_side(model, shares=shares, only_factors=lora.only_factors(adapter)),
         # with more, a CPU's products are busy as they are, and a larger pass leaves its caches

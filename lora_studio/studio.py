@@ -275,6 +275,7 @@ class Studio:
             lengths=lengths,
             rows=seen.health.rows if seen else 100,
             abreast=side_by_side(skeleton, shares=shares, only_factors=factors),
+            recorded=on == "cuda" and precision == "bfloat16" and _can_be_recorded(skeleton, method),
         )
         return Plan(pieces=pieces, method=method, labels=labels, estimate=forecast)
 
@@ -1031,6 +1032,15 @@ def _lays_prefix_once(skeleton: Any, method: Method) -> bool:
 
     virtual = isinstance(method, BaselineSpec) and method.kind in VIRTUAL
     return packable(skeleton) and not (virtual or drops(skeleton) or getattr(method, "dropout", 0))
+
+
+def _can_be_recorded(skeleton: Any, method: Method) -> bool:
+    """Whether passes of a training can, on a GPU: what recorded.recordable finds of an adapter that is there."""
+    from lora_studio.recorded import suits
+
+    if not isinstance(method, LoraSpec) or method.modules_to_save or method.dropout:
+        return False
+    return method.variant not in ("dora", "pissa") and suits(skeleton)
 
 
 def _check_strength(view: Run, strength: float) -> None:

@@ -151,8 +151,13 @@ def with_prefix(shared: int, supervised: int = 10) -> list[lean.Tokens]:
     return [lean.Tokens(row, [place >= supervised for place in range(len(row))]) for row in rows]
 
 
+@pytest.mark.parametrize("long", [64, 18, 14])  # all rows short, the first of a group short, the first long
 @pytest.mark.parametrize("family", sorted(set(CAUSAL) - PLAIN))
-def test_a_shared_prefix_is_laid_once_and_changes_neither_loss_nor_gradients(family: str) -> None:
+def test_a_shared_prefix_is_laid_once_and_changes_neither_loss_nor_gradients(
+    family: str, long: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "LONG", long)
+    monkeypatch.setattr(attention, "BLOCK", 3)
     lora, groups, results = with_adapter(family), [with_prefix(7), with_prefix(4)[:3], with_prefix(3)[:1]], []
     rows = [tokens for group in groups for tokens in group]
     lora.model.train()
@@ -283,13 +288,12 @@ def test_nothing_is_saved_below_the_lowest_adapted_layer() -> None:
     assert saved(1) < 0.7 * saved(0)
 
 
-@pytest.mark.parametrize(
-    ("device", "width", "tokens"), [("cpu", 4096, 1024), ("cuda", 64, 16_384), ("cuda", 4096, 2048)]
-)
-def test_a_pass_on_a_gpu_is_smaller_for_a_wider_model(device: str, width: int, tokens: int) -> None:
+@pytest.mark.parametrize(("width", "tokens"), [(64, 16_384), (4096, 2048), (16_384, 1024)])
+def test_a_recorded_pass_on_a_gpu_is_smaller_for_a_wider_model(width: int, tokens: int) -> None:
     model = causal("llama")
     model.config.hidden_size = width
-    assert lean.room(model, device) == tokens
+    assert lean.room(model, "cuda", recorded=True) == tokens
+    assert lean.room(model, "cuda", recorded=False) == 16_384 > lean.room(model, "cpu", recorded=False) == 1024
 
 
 def test_packing_pads_nothing_and_counts_what_is_predicted() -> None:
@@ -501,7 +505,7 @@ def test_a_norm_that_is_trained_gets_its_gradient() -> None:
 
 
 @pytest.mark.parametrize("lengths", [(7,), (5, 3, 5, 5), (2, 4)])
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("shared", [0, 2])  # tokens that every sequence begins with, and that lie with the first
 @pytest.mark.parametrize("long", [100, 4])  # from how many tokens on a sequence is computed in blocks
 def test_attention_by_sequence_is_attention_with_a_block_mask(
@@ -525,11 +529,7 @@ def test_attention_by_sequence_is_attention_with_a_block_mask(
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("quick", [True, False])  # whether this CPU multiplies bfloat16 quickly
-def test_attention_of_a_long_sequence_in_bfloat16_is_that_in_fp32_rounded(
-    quick: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(upcast, "multiplies_bfloat16", lambda: quick)
+def test_attention_of_a_long_sequence_in_bfloat16_is_that_in_fp32_rounded() -> None:
     torch.manual_seed(0)
     exact = [torch.randn(1, number, 200, 16).bfloat16().float().requires_grad_() for number in (4, 2, 2)]
     narrow = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
@@ -544,6 +544,26 @@ def test_attention_of_a_long_sequence_in_bfloat16_is_that_in_fp32_rounded(
         found.append((output, *torch.autograd.grad(output, tensors, outer.to(output.dtype))))
     for mine, theirs in zip(*found, strict=True):
         assert (mine - theirs).norm() < 0.01 * mine.norm()
+
+
+@pytest.mark.parametrize("long", [100, 4])
+def test_gradients_of_a_group_are_the_same_bits_whatever_lies_before_it(long: int) -> None:
+    """In `together` the lengths come in another order, and a prefix adds up what its copies have."""
+    torch.manual_seed(0)
+    before, mine = (4, 5), (9, 5, 4, 5, 7)
+    ahead = [slice(9, 11) if number else None for number in range(len(mine))]
+    alone = [None, *[slice(0, 2)] * (len(mine) - 1)]
+    tensors = [torch.randn(1, heads, 9 + sum(mine), 8) for heads in (4, 2, 2)]
+    outer, found = torch.randn(1, 9 + sum(mine), 4, 8), []
+    for start, lengths in (
+        (0, lean.Lengths((*before, *mine), ahead=[None, None, *ahead])),
+        (9, lean.Lengths(mine, ahead=alone)),
+    ):
+        leaves = [tensor[:, :, start:].clone().requires_grad_() for tensor in tensors]
+        ours = attention.CausalAttention.apply(*leaves, lengths.arrangement(torch.device("cpu"), long), None)
+        found.append([one[:, :, -sum(mine) :] for one in torch.autograd.grad(ours, leaves, outer[:, start:])])
+    for together, by_itself in zip(*found, strict=True):
+        assert torch.equal(together, by_itself)
 
 
 def test_heads_of_another_size_for_values_take_the_plain_attention() -> None:

@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 
-from lora_studio.core import upcast
+from lora_studio.core.functions import LOG2E
 
 LONG = 64  # tokens from which a sequence is computed in blocks
 BLOCK = 64  # tokens
-LOG2E = 1 / math.log(2)  # powers of two take a third of the time of powers of e
 Place = tuple[slice, ...]  # of a sequence's tokens in a row: those it begins with, where they lie with another, its own
 aten = torch.ops.aten
 
@@ -24,35 +23,39 @@ class Arrangement:
 
     places: the tokens that each sequence consists of. Tokens that it has with another are laid again for it; what is
     computed for such copies is dropped, and their gradients go to the tokens. Sequences of `long` tokens and more are
-    only named: `long`.
+    not laid, only named: `apart`.
     """
 
     def __init__(self, places: Sequence[Place], device: torch.device, long: float = math.inf) -> None:
         alike: dict[int, list[Place]] = {}
-        self.long: list[Place] = []
+        self.apart: list[Place] = []
         for place in places:
             length = sum(map(_size, place))
-            (self.long if length >= long else alike.setdefault(length, [])).append(place)
+            (self.apart if length >= long else alike.setdefault(length, [])).append(place)
         self.groups: list[tuple[slice, int]] = []  # rows of the sequences of one length, and how many those are
         order: list[int] = []  # the token in each row
         own: dict[int, int] = {}  # the row of each token in its own sequence
-        copies: dict[tuple[int, int], list[range]] = {}  # of tokens that others begin with, the rows for each of these
+        copies: dict[tuple[int, int], list[tuple[int, range]]] = {}  # of tokens that others begin with, whose and where
         for length, group in alike.items():
             self.groups.append((slice(len(order), len(order) + length * len(group)), len(group)))
             for *ahead, mine in group:
                 for span in ahead:
-                    copies.setdefault((span.start, span.stop), []).append(range(len(order), len(order) + _size(span)))
+                    rows = range(len(order), len(order) + _size(span))
+                    copies.setdefault((span.start, span.stop), []).append((mine.start, rows))
                     order += range(span.start, span.stop)
                 own |= zip(range(mine.start, mine.stop), range(len(order), len(order) + _size(mine)), strict=True)
                 order += range(mine.start, mine.stop)
         self.count = places[-1][-1].stop  # tokens
         self.moves = order != list(range(self.count))
-        laid = sorted(own)
-        rows = [own[token] for token in laid]
+        tokens = sorted(own)
         self.order, self.tokens, self.own = (
-            torch.tensor(one, dtype=torch.long, device=device) for one in (order, laid, rows)
+            torch.tensor(one, dtype=torch.long, device=device)
+            for one in (order, tokens, [own[token] for token in tokens])
         )
-        self.copies = [(slice(*span), torch.tensor([*map(list, rows)], device=device)) for span, rows in copies.items()]
+        self.copies = [  # added up in the order of their sequences, whoever else is there
+            (slice(*span), torch.tensor([list(rows) for _, rows in sorted(of, key=lambda one: one[0])], device=device))
+            for span, of in copies.items()
+        ]
 
     def lay(self, tensor: torch.Tensor) -> torch.Tensor:
         """(T, heads, d) -> (rows, heads, d)"""
@@ -67,7 +70,7 @@ class Arrangement:
         """What `grouped` gives -> (T, heads, d): each token's own, and with `add` that of its copies; 0 elsewhere."""
         laid = torch.cat([group.transpose(1, 2).flatten(0, 1) for group in groups])
         tokens = laid.index_select(0, self.own) if self.moves else laid
-        if self.long:
+        if self.apart:
             tokens = laid.new_zeros(self.count, *laid.shape[1:]).index_copy_(0, self.tokens, tokens)
         for span, rows in self.copies if add else ():
             tokens[span] += laid[rows].sum(0)
@@ -95,7 +98,7 @@ class CausalAttention(torch.autograd.Function):
         ]
         output = arrangement.taken_up(part for part, _ in made).to(q.dtype) if made else torch.empty_like(by_token[0])
         logsums = [logsum for _, logsum in made]
-        logsums += [_attend(by_token, output, place, scaled) for place in arrangement.long]
+        logsums += [_attend_apart(by_token, output, place, scaled) for place in arrangement.apart]
         ctx.save_for_backward(q, k, v, output, *logsums)
         ctx.arrangement, ctx.scale = arrangement, scaled
         return output[None]
@@ -116,34 +119,34 @@ class CausalAttention(torch.autograd.Function):
         ]
         gradients = [arrangement.taken_up(parts, add=True) for parts in zip(*made, strict=True)]
         gradients = gradients or [torch.zeros_like(tensor, dtype=torch.float32) for tensor in by_token[1:4]]
-        for place, logsum in zip(arrangement.long, logsums[len(made) :], strict=True):
-            _attend_backward(by_token, logsum, gradients, place, ctx.scale)
+        for place, logsum in zip(arrangement.apart, logsums[len(made) :], strict=True):
+            _attend_apart_backward(by_token, logsum, gradients, place, ctx.scale)
         return *(gradient.to(q.dtype).transpose(0, 1)[None] for gradient in gradients), None, None
 
 
 # ---- long sequences --------------------------------------------------------------------------------------------------
 
 
-def _attend(given: Sequence[torch.Tensor], output: torch.Tensor, place: Place, scale: float) -> torch.Tensor:
+def _attend_apart(given: Sequence[torch.Tensor], output: torch.Tensor, place: Place, scale: float) -> torch.Tensor:
     """Write into `output` (T, heads, d) what one sequence attends to; the logarithm of each sum, to base 2.
 
     given: q, k and v (T, heads, d).
     """
     q, k, v = given
-    own, kind, queries = place[-1], _quick(q), _under(q[place[-1]], k).float()
-    keys, values = _all(k, place).float() * (scale * LOG2E), _all(v, place).to(kind)
+    own, queries = place[-1], _under(q[place[-1]], k)
+    keys, values = _all(k, place).mul_(scale * LOG2E), _all(v, place)
     attended, logsum = torch.empty_like(queries), queries.new_empty(*queries.shape[:-1], 1)
-    for rows, seen, ahead in _blocks(queries, keys, own):
-        scores = _scores(queries[:, rows], keys[:, seen], ahead)
+    for rows, seen, later in _blocks(queries, keys, own):
+        scores = _scores(queries[:, rows], keys[:, seen], later)
         most = scores.amax(-1, keepdim=True)
         total = scores.sub_(most).exp2_().sum(-1, keepdim=True)
-        torch.div(torch.bmm(scores.to(kind), values[:, seen]), total, out=attended[:, rows])
+        torch.div(torch.bmm(scores, values[:, seen]), total, out=attended[:, rows])
         torch.add(most, total.log2_(), out=logsum[:, rows])
     output[own] = _by_token(attended, own)
     return logsum
 
 
-def _attend_backward(
+def _attend_apart_backward(
     given: Sequence[torch.Tensor],
     logsum: torch.Tensor,
     gradients: Sequence[torch.Tensor],
@@ -155,19 +158,17 @@ def _attend_backward(
     given: the output's gradient, q, k, v and the output (T, heads, d).
     """
     outer, q, k, v, output = given
-    own, kind = place[-1], _quick(q)
-    come, queries = _under(outer[own], k), _under(q[own], k)
-    along = (come.float() * _under(output[own], k)).sum(-1, keepdim=True)
-    wide, keys, values = queries.float(), _all(k, place), _all(v, place)
-    in_base_2 = keys.float() * (scale * LOG2E)
-    come, queries, keys, values = (tensor.to(kind) for tensor in (come, queries, keys, values))
-    for_q, for_k, for_v = torch.empty_like(wide), torch.zeros_like(in_base_2), torch.zeros_like(in_base_2)
-    for rows, seen, ahead in _blocks(wide, keys, own):
-        chances = _scores(wide[:, rows], in_base_2[:, seen], ahead).sub_(logsum[:, rows]).exp2_()
-        for_v[:, seen] += torch.bmm(chances.to(kind).mT, come[:, rows])
-        for_scores = torch.bmm(come[:, rows], values[:, seen].mT).float().sub_(along[:, rows]).mul_(chances).to(kind)
+    own, queries, come = place[-1], _under(q[place[-1]], k), _under(outer[place[-1]], k)
+    along = (come * _under(output[own], k)).sum(-1, keepdim=True)
+    keys, values = _all(k, place), _all(v, place)
+    in_base_2 = keys * (scale * LOG2E)
+    for_q, for_k, for_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
+    for rows, seen, later in _blocks(queries, keys, own):
+        chances = _scores(queries[:, rows], in_base_2[:, seen], later).sub_(logsum[:, rows]).exp2_()
+        for_v[:, seen].baddbmm_(chances.mT, come[:, rows])
+        for_scores = torch.bmm(come[:, rows], values[:, seen].mT).sub_(along[:, rows]).mul_(chances)
         for_q[:, rows] = torch.bmm(for_scores, keys[:, seen])
-        for_k[:, seen] += torch.bmm(for_scores.mT, queries[:, rows])
+        for_k[:, seen].baddbmm_(for_scores.mT, queries[:, rows])
     gradients[0][own] += _by_token(for_q, own).mul_(scale)
     for gradient, made in ((gradients[1], for_k.mul_(scale)), (gradients[2], for_v)):
         for span, part in zip(place, made.transpose(0, 1).split([*map(_size, place)]), strict=True):
@@ -175,13 +176,17 @@ def _attend_backward(
 
 
 def _all(tensor: torch.Tensor, place: Place) -> torch.Tensor:
-    """(T, heads, d) -> (heads, L, d) of one sequence."""
-    return torch.cat([tensor[span] for span in place]).transpose(0, 1).contiguous()
+    """(T, heads, d) -> (heads, L, d) of one sequence, in fp32 and in memory of its own."""
+    return (
+        torch.cat([tensor[span] for span in place])
+        .transpose(0, 1)
+        .to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    )
 
 
 def _under(tensor: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """(tokens, heads, d) -> (kv_heads, rows, d): the heads that share a key head, token by token."""
-    return tensor.unflatten(1, (k.shape[1], -1)).transpose(0, 1).flatten(1, 2)
+    """(tokens, heads, d) -> (kv_heads, rows, d) in fp32: the heads that share a key head, token by token."""
+    return tensor.unflatten(1, (k.shape[1], -1)).transpose(0, 1).flatten(1, 2).float()
 
 
 def _by_token(rows: torch.Tensor, own: slice) -> torch.Tensor:
@@ -193,22 +198,17 @@ def _blocks(queries: torch.Tensor, keys: torch.Tensor, own: slice) -> Iterator[t
     """Some tokens at a time: their rows in queries, the keys up to them, and 0 or -inf for the last of these."""
     tokens, first = _size(own), keys.shape[1] - _size(own)
     each = queries.shape[1] // tokens
-    ahead = torch.full((BLOCK, BLOCK), -math.inf).triu_(1)
+    later = torch.full((BLOCK, BLOCK), -math.inf).triu_(1)
     for start in range(0, tokens, BLOCK):
         stop = min(start + BLOCK, tokens)
-        yield slice(start * each, stop * each), slice(0, first + stop), ahead[: stop - start, : stop - start]
+        yield slice(start * each, stop * each), slice(0, first + stop), later[: stop - start, : stop - start]
 
 
-def _scores(queries: torch.Tensor, keys: torch.Tensor, ahead: torch.Tensor) -> torch.Tensor:
-    """(kv_heads, rows, keys), -inf where a key lies ahead of its row's token."""
-    scores, count = torch.bmm(queries, keys.mT), len(ahead)
-    scores.unflatten(1, (count, -1))[..., -count:].add_(ahead[:, None])
+def _scores(queries: torch.Tensor, keys: torch.Tensor, later: torch.Tensor) -> torch.Tensor:
+    """(kv_heads, rows, keys), -inf where a key comes later than its row's token."""
+    scores, count = torch.bmm(queries, keys.mT), len(later)
+    scores.unflatten(1, (count, -1))[..., -count:].add_(later[:, None])
     return scores
-
-
-def _quick(q: torch.Tensor) -> torch.dtype:
-    """In what all but the scores are multiplied: bfloat16 where that is quick, else fp32."""
-    return q.dtype if q.dtype == torch.bfloat16 and upcast.multiplies_bfloat16() else torch.float32
 
 
 def _size(span: slice) -> int:

@@ -181,11 +181,14 @@ def _labels(tokens: Tokens) -> list[int]:
     return [token if kept else IGNORED for token, kept in following] + [IGNORED]
 
 
-def room(model: nn.Module, device: str) -> int:
-    """Tokens of a pass: as many as keep the matrix products busy. More would only take memory."""
+def room(model: nn.Module, device: str, *, recorded: bool) -> int:
+    """Tokens of a pass in training: as many as keep the matrix products busy. More would only take memory.
+
+    A pass on a GPU that is not `recorded` waits for Python, however few its tokens are, so there are few passes.
+    """
     config: Any = model.config
     most = PASS[device]
-    return min(most, max(1024, WIDE // config.get_text_config().hidden_size)) if device == "cuda" else most
+    return min(most, max(1024, WIDE // config.get_text_config().hidden_size)) if recorded else most
 
 
 def packable(model: nn.Module) -> bool:
