@@ -47,6 +47,7 @@ def recordable(lora: LoRA, name: str) -> bool:
     )
 
 
+@torch.no_grad()  # a head that is trained is another matter: `only_factors`
 def suits(model: nn.Module) -> bool:
     """Whether its architecture can be recorded."""
     config: Any = model.config

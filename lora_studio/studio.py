@@ -1038,9 +1038,8 @@ def _can_be_recorded(skeleton: Any, method: Method) -> bool:
     """Whether passes of a training can, on a GPU: what recorded.recordable finds of an adapter that is there."""
     from lora_studio.recorded import suits
 
-    if not isinstance(method, LoraSpec) or method.modules_to_save or method.dropout:
-        return False
-    return method.variant not in ("dora", "pissa") and suits(skeleton)
+    plain = isinstance(method, LoraSpec) and not (method.modules_to_save or method.dropout)
+    return plain and suits(skeleton)
 
 
 def _check_strength(view: Run, strength: float) -> None:

@@ -105,6 +105,17 @@ def test_a_prefix_that_the_rows_share_is_counted_once_a_pass() -> None:
     assert of(CONFIG, shared).seconds < of(CONFIG, plain).seconds
 
 
+def test_passes_that_are_recorded_take_less_memory_where_the_model_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean, "WIDE", 1)
+    monkeypatch.setattr("lora_studio.estimate.matrix_rate", lambda *_: 1e12)
+    model, config = causal("llama"), dataclasses.replace(CONFIG, batch_size=64)
+    kept, cut = (
+        estimate(model, plan(model, LoraSpec()), config, precision="bfloat16", device="cuda", recorded=recorded)
+        for recorded in (False, True)
+    )
+    assert cut.memory_bytes["activations"] < kept.memory_bytes["activations"] / 4
+
+
 @pytest.mark.parametrize("abreast", [1, 2])
 @pytest.mark.parametrize(
     ("rows", "shared", "accumulate", "room", "passes"),

@@ -19,6 +19,7 @@ from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
 from lora_studio.measure import leanly
 from lora_studio.recorded import Recordings, filled, forget, recordable, size_for
+from lora_studio.studio import _can_be_recorded
 from lora_studio.train import Job, train
 from tests.test_train import CONFIG, job, values
 from tests.tiny import causal
@@ -84,6 +85,7 @@ def test_what_would_be_frozen_is_not_recorded(family: str, method: Method, dtype
     lora = LoRA(causal(family).to(dtype))
     add(lora, "x", method, seed=0)
     assert recordable(lora, "x") == may
+    assert (dtype != torch.float32 and _can_be_recorded(causal(family), method)) == may  # and so it is planned
 
 
 def test_a_rotation_that_looks_at_the_length_is_not_recorded() -> None:
