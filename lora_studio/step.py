@@ -148,12 +148,13 @@ def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str) -> S
     """An adapter's part, as its settings, its method and the machine want it cut."""
     model, shares = lora.model, shares_prefix(lora, [adapter])
     device = next(model.parameters()).device.type
+    recorded = device == "cuda" and checkpointing != "on" and recordable(lora, adapter)
     return Share(
         adapter=adapter,
         accumulate=accumulate,
         # virtual tokens stand in a cache, which a block that computes twice does not take
         checkpointing=checkpointing if lora.packs(adapter) else "off",
-        room=lean.room(model, device, recorded=device == "cuda" and recordable(lora, adapter)),
+        room=lean.room(model, device, recorded=recorded),
         shares=shares,
         abreast=side_by_side(model, shares=shares, only_factors=lora.only_factors(adapter)),
         # with more, a CPU's products are busy as they are, and a larger pass leaves its caches

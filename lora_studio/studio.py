@@ -266,6 +266,7 @@ class Studio:
         if lengths and not shares:
             lengths = replace(lengths, shared_prefix=0)
         factors = isinstance(method, LoraSpec) and not method.modules_to_save
+        recorded = on == "cuda" and precision == "bfloat16" and config.checkpointing != "on"
         forecast = estimate(
             skeleton,
             pieces,
@@ -275,7 +276,7 @@ class Studio:
             lengths=lengths,
             rows=seen.health.rows if seen else 100,
             abreast=side_by_side(skeleton, shares=shares, only_factors=factors),
-            recorded=on == "cuda" and precision == "bfloat16" and _can_be_recorded(skeleton, method),
+            recorded=recorded and _can_be_recorded(skeleton, method),
         )
         return Plan(pieces=pieces, method=method, labels=labels, estimate=forecast)
 
