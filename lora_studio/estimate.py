@@ -9,7 +9,7 @@
                                                           SPARE for the allocator and the backward; a attention weights
                                                           per token, which only a model that drops some of them keeps;
                                                           with checkpointing a layer keeps h, and one at a time the rest
-    head         CHUNK · V · (4 | 6 bf16)                 the logits of one chunk in fp32, in bf16 where products are,
+    head         CHUNK · V · (4 | 6 bf16 | b on CUDA)     the logits of one chunk in fp32, in bf16 where products are,
                                                           for each pass of a round; a classifier has none
     runtime      the interpreter, its libraries and their buffers
 
@@ -29,6 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lora_studio import recorded as recordings
 from lora_studio.core import lean, upcast
 from lora_studio.core.baselines import Piece
 from lora_studio.core.functions import CHUNK
@@ -94,13 +95,16 @@ def estimate(
     pads = _pads(model, pieces)
     kept = spare * size * _kept_elements(model, pieces, pads=pads) + _kept_weights(model, config, data, rows)
     layers = kept + spare * size * text.hidden_size * passed if config.checkpointing == "on" else kept * passed
-    cut = functools.partial(_cut, config, data, lean.room(model, device, recorded=recorded), busy(model), abreast)
+    room = lean.room(model, device, recorded=recorded)
+    cut = functools.partial(_cut, config, data, room, busy(model), abreast)
+    if recorded and config.accumulate == 1:
+        cut = functools.partial(_filled, data, room, text.hidden_size)
     step = cut(*_long_step(config, data, rows))
     memory = {
         "weights": total_bytes(model, precision),
         "adapter": (12 + 4 * (step.passes + (step.passes > 1 and step.rounds > 1))) * trainable,
         "activations": int(_together(config, data, rows, step, pads=pads) * layers),
-        "head": step.passes * CHUNK[device] * _vocabulary(model) * (4 if size == 4 or _upcasts(device) else 6),
+        "head": step.passes * CHUNK[device] * _vocabulary(model) * _logit_bytes(size, device),
         "runtime": RUNTIME_BYTES if device == "cpu" else 0,
     }
     memory["peak"] = sum(memory.values())
@@ -124,6 +128,13 @@ def _vocabulary(model: Any) -> int:
     return model.config.get_text_config().vocab_size if model.get_output_embeddings() is not None else 0
 
 
+def _logit_bytes(size: int, device: str) -> int:
+    """Of one logit, with weights of so many bytes."""
+    if device == "cuda":
+        return size
+    return 4 if size == 4 or _upcasts(device) else 6
+
+
 def _upcasts(device: str) -> bool:
     """Whether products of bfloat16 tensors are made in fp32."""
     return device == "cpu" and upcast.lacks_bfloat16()
@@ -136,11 +147,13 @@ def _pads(model: Any, pieces: Sequence[Piece]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Cut:
-    """A step, as step.Share cuts it: rounds, and tokens and passes of each."""
+    """A step, as step.Share cuts it: rounds, tokens of the largest and of all, passes of each; whether filled up."""
 
     rounds: int
     tokens: float
-    passes: int
+    in_all: float
+    passes: int = 1
+    full: bool = False
 
 
 def _cut(config: TrainConfig, data: Lengths, room: int, alone: float, abreast: int, rows: float, row: float) -> _Cut:
@@ -151,12 +164,21 @@ def _cut(config: TrainConfig, data: Lengths, room: int, alone: float, abreast: i
     def of(passes: int) -> _Cut:
         rounds = max(1, config.accumulate, math.ceil(own / max(1, room - passes * shared)))
         rounds = rounds if passes > 1 else max(1, min(round(rows), rounds))
-        return _Cut(rounds=rounds, tokens=passes * shared + own / rounds, passes=passes)
+        tokens = passes * shared + own / rounds
+        return _Cut(rounds=rounds, tokens=tokens, in_all=rounds * tokens, passes=passes)
 
     one_by_one, beside = of(1), of(abreast)
     largest = shared + math.ceil(rows / (beside.rounds * abreast)) * (row - shared)
     worth = beside.rounds * abreast * largest <= MORE * one_by_one.rounds * one_by_one.tokens
     return beside if own + shared > alone and beside.rounds * abreast <= rows and worth else one_by_one
+
+
+def _filled(data: Lengths, room: int, width: int, rows: float, row: float) -> _Cut:
+    """The same where passes are recorded."""
+    shared, own = data.shared_prefix, max(1, round(row - data.shared_prefix))
+    passes = recordings.cut([own] * max(1, round(rows)), shared, room, width)
+    taken = [recordings.full(shared + own * len(part), width) for part in passes]
+    return _Cut(rounds=len(taken), tokens=max(taken), in_all=sum(taken), full=True)
 
 
 def _long_step(config: TrainConfig, data: Lengths, rows: int) -> tuple[float, float]:
@@ -172,7 +194,8 @@ def _together(config: TrainConfig, data: Lengths, rows: int, step: _Cut, *, pads
         most = min(config.max_length, data.max)  # the longest row is in some batch
         return math.ceil(_long_step(config, data, rows)[0] / step.rounds) * most
     long = _long(config, data, rows)
-    uneven = (long - data.shared_prefix) / 4 if step.rounds > 1 else 0  # rows are whole, and dealt longest first
+    apart = step.rounds > 1 and not step.full
+    uneven = (long - data.shared_prefix) / 4 if apart else 0  # rows are whole, and dealt longest first
     return int(max(long, step.tokens + uneven))
 
 
@@ -230,7 +253,7 @@ def _seconds(
     steps = config.total_steps(kept, int(kept * mean))
     together = config.batch_tokens / mean if config.batch_tokens else min(config.batch_size, kept)
     step = cut(together, mean)
-    tokens = steps * step.rounds * step.tokens
+    tokens = steps * step.in_all
     supervised = steps * together * data.supervised / rows
     measured = min(HELDOUT_TOKENS, config.holdout * data.total)
     measured -= max(0.0, measured / mean - 1) * data.shared_prefix

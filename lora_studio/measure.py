@@ -88,10 +88,9 @@ def _laid(lora: LoRA, names: Sequence[str], groups: Sequence[Sequence[lean.Token
 def shares_prefix(lora: LoRA, names: Sequence[str]) -> bool:
     """Whether the prefix that the rows of a pass share is computed once, under these adapters.
 
-    It has to be the same for each row, so nothing may be drawn at random. On a CPU alone: a GPU's attention for
-    variable lengths has no words for it.
+    It has to be the same for each row, so nothing may be drawn at random.
     """
-    return _device(lora).type == "cpu" and packs(lora, names) and not any(map(lora.draws, names))
+    return lean.can_share(lora.model) and packs(lora, names) and not any(map(lora.draws, names))
 
 
 def _device(lora: LoRA) -> torch.device:

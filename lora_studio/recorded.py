@@ -10,11 +10,12 @@ that goes by the lengths themselves, weights that are cast anew for each pass. `
 these; everything else trains as it does elsewhere.
 """
 
+import functools
 import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -28,10 +29,15 @@ from lora_studio.measure import is_shortage
 
 log = logging.getLogger(__name__)
 KNOWN = ("llama", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "olmo2")  # tests/test_cuda.py shows it of these
-GROWTH = 1.1  # from one size to the next
-GRAIN = 64  # tokens; sizes are multiples of it
-SEATS = 8  # sequences; the same
-MOST = 6  # sizes that are recorded
+GRAIN = 64  # tokens of the smallest size
+STEPS, COARSE = (8, 9, 10, 11, 12, 13, 14, 15), (8, 10, 12)  # eighths of a power of two that sizes are
+BROAD = 2048  # width from which they are coarse: a GPU takes about as long for 13 and 14 eighths as for 16
+LEAST = 1024  # tokens of each pass, where there are several: products of fewer are slow
+ONCE = 2**20  # tokens times width that a pass costs besides its tokens
+UNIT = 8  # tokens; sizes are multiples of it
+SEATS = 16  # sequences; the same
+LONGEST = 512  # tokens that a sequence may have in any recording
+MOST = 8  # sizes that are recorded
 WORTH = 3  # a recording takes the time of some passes, so it is made when its size comes for so many times
 
 
@@ -55,34 +61,92 @@ def suits(model: nn.Module) -> bool:
     return known and not lean.rotates_by_length(model) and lean.plain_head(model)
 
 
+def sizes(width: int) -> Iterator[int]:
+    """Tokens of the passes that are recorded, from the smallest, of a model so wide."""
+    for power in itertools.count():
+        yield from (GRAIN * step * 2**power // 8 for step in (COARSE if width >= BROAD else STEPS))
+
+
+def full(tokens: int, width: int) -> int:
+    """The smallest size that takes so many."""
+    return next(size for size in sizes(width) if size >= tokens)
+
+
+def cut(own: Sequence[int], shared: int, most: int, width: int) -> list[list[int]]:
+    """The rows of each pass, so that all passes are filled up with little.
+
+    own: tokens that each row adds to a pass, each of which has `shared` besides; most: tokens of a pass, but for a row
+    that is longer by itself; width: of the model.
+    """
+    left, passes = list(range(len(own))), []
+    while left:
+        total = sum(own[row] for row in left)
+        largest = _largest(math.ceil(min(total, 3 * most) / UNIT), shared, most, width)
+        places = _fullest([own[row] for row in left], largest - shared)
+        chosen = [left[place] for place in places] or [max(left, key=lambda row: own[row])]
+        passes.append(chosen)
+        left = [row for row in left if row not in chosen]
+    return passes
+
+
+@functools.lru_cache(maxsize=4096)
+def _largest(units: int, shared: int, most: int, width: int) -> int:
+    """The largest of the sizes that take so many units of tokens at the least cost."""
+    least = min(LEAST, full(units * UNIT + shared, width))
+    usual = [size for size in itertools.takewhile(lambda size: size <= most, sizes(width)) if size >= least]
+    usual = [size for size in usual if size > shared + UNIT] or [most]
+    best = [(0.0, 0)]  # cost, and the largest size, of so many units
+    for taken in range(1, units + 1):
+        ways = ((size, best[max(0, taken - max(1, (size - shared) // UNIT))]) for size in usual)
+        best.append(min((cost + size + ONCE / width, max(size, largest)) for size, (cost, largest) in ways))
+    return best[-1][1]
+
+
+def _fullest(rows: Sequence[int], room: int) -> list[int]:
+    """Places of the rows that fill `room` as far as any do; none where the smallest has no room."""
+    sums = [1]  # bit n: the rows so far, or some of them, make n
+    for row in rows:
+        sums.append((sums[-1] | sums[-1] << row) & ((2 << max(0, room)) - 1))
+    chosen, left = [], sums[-1].bit_length() - 1
+    for place in reversed(range(len(rows))):
+        if not sums[place] >> left & 1:
+            chosen.append(place)
+            left -= rows[place]
+    return chosen[::-1]
+
+
 @dataclass(frozen=True)
 class Size:
-    """Of a recording: tokens in all, sequences, those that fill up included, and a power of two that none exceeds."""
+    """Of a recording: tokens in all, sequences, those that fill up included, and a length that none exceeds.
+
+    keys: rows in which keys are laid, where sequences begin with tokens of others; else 0.
+    """
 
     tokens: int
     sequences: int
     longest: int
+    keys: int
 
     @property
     def filling(self) -> int:
-        """Tokens of a sequence that fills up: no more than the longest real one has."""
-        return max(1, self.longest // 2)
+        """Tokens of a sequence that fills up."""
+        return self.longest // 2
 
 
-def size_for(lengths: Sequence[int]) -> Size:
-    """The smallest size that takes sequences of these lengths, whatever has to be filled up."""
-    total = sum(lengths)
-    tokens = GRAIN * math.ceil(GROWTH ** math.ceil(math.log(total, GROWTH)) / GRAIN)
-    longest = 1 << (max(lengths) - 1).bit_length()
-    most = tokens - math.floor(tokens / GROWTH) + 2 * GRAIN  # tokens to fill up
-    sequences = SEATS * math.ceil((len(lengths) + math.ceil(most / max(1, longest // 2))) / SEATS)
-    return Size(tokens, sequences, longest)
+def size_for(batch: lean.Packed, width: int) -> Size:
+    """The smallest size that takes a batch, whatever has to be filled up."""
+    tokens = full(sum(batch.lengths), width)
+    longest = max(LONGEST, 1 << (batch.lengths.longest - 1).bit_length())
+    fillers = math.ceil(max(GRAIN, tokens / 3) / (longest // 2))  # what a size may lack
+    sequences = SEATS * math.ceil((len(batch.lengths) + fillers) / SEATS)
+    shared = SEATS * math.ceil(batch.lengths.shared / SEATS)
+    return Size(tokens, sequences, longest, tokens + sequences * shared if shared else 0)
 
 
-def filled(batch: lean.Packed, size: Size) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def filled(batch: lean.Packed, size: Size) -> list[torch.Tensor]:
     """ids and positions (1, size.tokens), and ends (size.sequences + 1,) of a batch on the CPU that is filled up.
 
-    Sequences that are left over at the end are empty.
+    Sequences that are left over at the end are empty. With size.keys also the tensors of lean.KeyRows.
     """
     missing = size.tokens - sum(batch.lengths)
     more = [min(size.filling, missing - start) for start in range(0, missing, size.filling)]
@@ -91,19 +155,24 @@ def filled(batch: lean.Packed, size: Size) -> tuple[torch.Tensor, torch.Tensor, 
     ids = torch.cat([batch.ids, batch.ids.new_zeros(1, missing)], dim=1)
     positions = torch.cat([batch.positions, torch.tensor([places], dtype=batch.positions.dtype)], dim=1)
     empty = [0] * (size.sequences - len(batch.lengths) - len(more))
-    ends = list(itertools.accumulate((0, *batch.lengths, *more, *empty)))
-    return ids, positions, torch.tensor(ends, dtype=torch.int32)
+    lengths = batch.lengths.followed_by((*more, *empty))
+    keys = lean.KeyRows.of(lengths.places(), most=size.keys).tensors() if size.keys else ()
+    return [ids, positions, lengths.ends(ids.device), *keys]
 
 
 class Recordings:
     """Of one adapter's passes, by size. Use it while the adapter is in use and the model runs leanly, in training.
 
+    shares: a prefix that all rows of a pass have is computed once.
+
     No graph of an earlier pass may be alive: its leaves would draw the recording into the stream that it ran on. All
     recordings of a model share their memory, because their passes come one after another.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
-        self._model, self._parameters = model, list(parameters)
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], *, shares: bool) -> None:
+        self._model, self._parameters, self._shares = model, list(parameters), shares
+        config: Any = model.config
+        self._width = config.get_text_config().hidden_size
         self._seen: Counter[Size] = Counter()
         self._made: dict[Size, _Recording] = {}
         self.why_not = ""  # anything more is recorded
@@ -119,11 +188,11 @@ class Recordings:
 
         None, with nothing added, where a pass of this size is not recorded.
         """
-        size = size_for([len(tokens.ids) for tokens in batch])
+        packed = lean.pack_groups([batch], share=self._shares)
+        size = size_for(packed, self._width)
         self._seen[size] += 1
         if size not in self._made and (self.why_not or len(self) == MOST or self._seen[size] < WORTH):
             return None
-        packed = lean.pack(batch)
         if size not in self._made and not self._record(packed, size):
             return None
         labels = packed.labels[0]
@@ -184,8 +253,9 @@ class _Recording:
         self._size = size
         self._head: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
         self._inputs = [tensor.to(device) for tensor in filled(packed, size)]
-        ids, positions, ends = self._inputs
-        lengths = lean.Lengths((size.tokens,), ends=ends, longest=size.longest)
+        ids, positions, ends, *keys = self._inputs
+        rows = lean.KeyRows(*keys) if keys else None
+        lengths = lean.Lengths((size.tokens,), ends=ends, keys=rows, longest=size.longest)
 
         def forward() -> torch.Tensor:
             call = {"input_ids": ids, "position_ids": positions, "use_cache": False, "sequence_lengths": lengths}
@@ -211,9 +281,9 @@ class _Recording:
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
         """The loss of the labels at `places`, and the gradient of each parameter, until the next replay."""
         for held, tensor in zip(self._inputs, filled(packed, self._size), strict=True):
-            held.copy_(tensor)
+            held.copy_(tensor.pin_memory(), non_blocking=True)  # so that the next pass is laid while this one runs
         self._forward.replay()
-        places, labels = places.to(self._hidden.device), labels.to(self._hidden.device)
+        places, labels = (one.pin_memory().to(self._hidden.device, non_blocking=True) for one in (places, labels))
         rows = self._hidden[0].index_select(0, places).requires_grad_()
         loss = functions.CrossEntropy.apply(rows, self._head, labels).sum() / count  # type: ignore[union-attr]
         (gradient,) = torch.autograd.grad(loss, rows)

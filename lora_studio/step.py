@@ -35,7 +35,7 @@ from lora_studio.measure import (
     shares_prefix,
     shortage,
 )
-from lora_studio.recorded import Recordings, forget, recordable
+from lora_studio.recorded import Recordings, cut, forget, recordable
 
 HALVINGS = 3
 MARGIN = 0.9  # of the free memory may be used
@@ -56,6 +56,7 @@ class Share:
     shares: bool = False  # the prefix that the rows of a pass share is computed once
     abreast: int = 1  # passes of a round, side by side
     busy: float = math.inf  # tokens up to which a step is one pass, and others may join it
+    width: int = 0  # of a model whose passes are recorded, by sizes; 0 where they are not
     recompute: bool = field(init=False)  # activations, in the backward
     may_record: bool = field(init=False, default=False)  # its passes, on a GPU
     halvings: int = field(init=False, default=0)
@@ -70,8 +71,12 @@ class Share:
     def rounds(self, batch: Batch) -> Sequence[Sequence[Batch]]:
         """The batch in passes of about equally many tokens: rounds of one, or of `abreast` that are made side by side.
 
-        At least `accumulate` rounds, and as many as `room` asks for.
+        At least `accumulate` rounds, and as many as `room` asks for. What is recorded fills certain sizes instead.
         """
+        if self.width and self.accumulate == 1 and not self.recompute and batch[0].label is None:
+            shared = lean.shared_prefix(batch) if self.shares else 0
+            own = [len(tokens.ids) - shared for tokens in batch]
+            return [[[batch[place] for place in part]] for part in cut(own, shared, self.room, self.width)]
         one_by_one = self._dealt(batch, 1)
         if self.abreast > 1 and self.size(batch) > self.busy:
             beside = self._dealt(batch, self.abreast)
@@ -126,7 +131,7 @@ class Share:
         if not self.may_record or self.recompute:
             return None
         if self.recordings is None:
-            self.recordings = Recordings(lora.model, lora.parameters(self.adapter))
+            self.recordings = Recordings(lora.model, lora.parameters(self.adapter), shares=self.shares)
         return self.recordings.run(part, count)
 
     def give_way(self, lora: LoRA, batch: Batch) -> None:
@@ -147,6 +152,7 @@ class Share:
 def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str) -> Share:
     """An adapter's part, as its settings, its method and the machine want it cut."""
     model, shares = lora.model, shares_prefix(lora, [adapter])
+    config: Any = model.config
     device = next(model.parameters()).device.type
     recorded = device == "cuda" and checkpointing != "on" and recordable(lora, adapter)
     return Share(
@@ -156,9 +162,10 @@ def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str) -> S
         checkpointing=checkpointing if lora.packs(adapter) else "off",
         room=lean.room(model, device, recorded=recorded),
         shares=shares,
-        abreast=side_by_side(model, shares=shares, only_factors=lora.only_factors(adapter)),
+        abreast=side_by_side(model, shares=shares, only_factors=lora.only_factors(adapter)) if device == "cpu" else 1,
         # with more, a CPU's products are busy as they are, and a larger pass leaves its caches
         busy=busy(model) if device == "cpu" else math.inf,
+        width=config.get_text_config().hidden_size if recorded else 0,
     )
 
 
@@ -182,8 +189,10 @@ class Crowded(Exception):
     """Memory ran out in a pass of several adapters; from here on they do not share any."""
 
 
-def careful(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
-    """The gradients of one step of each adapter, in a shared pass when there are several; the loss of each.
+def careful(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> Sequence[torch.Tensor]:
+    """The gradients of one step of each adapter, in a shared pass when there are several; the loss of each ().
+
+    A GPU may still be at work on them: it is waited for by whoever reads a loss.
 
     Raises E_MEMORY when no way to cut the step of one fits, Crowded when that of several does not.
     """
@@ -273,7 +282,7 @@ def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, de
     return max(1, int(free / took))
 
 
-def _gradients(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
+def _gradients(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> Sequence[torch.Tensor]:
     """Backward of one step; the loss of each adapter averages over its own supervised tokens or labels."""
     model = lora.model.train()  # before `use`, which goes by it
     try:
@@ -282,27 +291,28 @@ def _gradients(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> list[float]:
         each = losses_together(lora, {share.adapter: batch for share, batch in work})
         means = torch.stack([one.sum() / len(one) for one in each])
         means.sum().backward()
-        return means.tolist()
+        return means.detach().unbind()
     finally:
         model.eval()
 
 
-def _alone(lora: LoRA, share: Share, batch: Batch) -> float:
+def _alone(lora: LoRA, share: Share, batch: Batch) -> torch.Tensor:
     count = sum(tokens.count for tokens in batch)
     with lora.use(share.adapter), leanly(lora, batch), lean.recomputing(lora.model, share.recompute):
-        return math.fsum(math.fsum(_round(lora, share, passes, count)) for passes in share.rounds(batch))
+        each = [loss for passes in share.rounds(batch) for loss in _round(lora, share, passes, count)]
+    return torch.stack(each).double().sum()
 
 
-def _round(lora: LoRA, share: Share, passes: Sequence[Batch], count: int) -> list[float]:
+def _round(lora: LoRA, share: Share, passes: Sequence[Batch], count: int) -> list[torch.Tensor]:
     """What each pass has of the loss; their gradients are added in order, so that every run adds alike."""
     if len(passes) == 1:
         return [_pass(lora, share, passes[0], count)]
     parameters, threads = lora.parameters(share.adapter), torch.get_num_threads()
     each = max(1, threads // len(passes))
 
-    def made(part: Batch) -> tuple[float, tuple[torch.Tensor | None, ...]]:
+    def made(part: Batch) -> tuple[torch.Tensor, tuple[torch.Tensor | None, ...]]:
         loss = losses(lora, part).sum() / count
-        return loss.item(), torch.autograd.grad(loss, parameters, allow_unused=True)
+        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
     others: list[Future] = []
     try:
@@ -326,13 +336,13 @@ def _helpers(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(ABREAST - 1, "pass", initializer=torch.set_num_threads, initargs=(threads,))
 
 
-def _pass(lora: LoRA, share: Share, part: Batch, count: int) -> float:
+def _pass(lora: LoRA, share: Share, part: Batch, count: int) -> torch.Tensor:
     """One pass's share of the loss, its gradients added; nothing of its graph outlives it, as a recording asks."""
     loss = share.run_recorded(lora, part, count)
     if loss is None:
         loss = losses(lora, part).sum() / count
         loss.backward()
-    return loss.item()
+    return loss.detach()
 
 
 def random_states(device: torch.device) -> list[torch.Tensor]:

@@ -262,7 +262,7 @@ class Studio:
         if precision in QUANTISED:
             check_quantising(skeleton, precision, on)
         lengths = seen.lengths if seen else None
-        shares = on == "cpu" and _lays_prefix_once(skeleton, method)
+        shares = on in ("cpu", "cuda") and _lays_prefix_once(skeleton, method)
         if lengths and not shares:
             lengths = replace(lengths, shared_prefix=0)
         factors = isinstance(method, LoraSpec) and not method.modules_to_save
@@ -275,7 +275,7 @@ class Studio:
             device=on,
             lengths=lengths,
             rows=seen.health.rows if seen else 100,
-            abreast=side_by_side(skeleton, shares=shares, only_factors=factors),
+            abreast=side_by_side(skeleton, shares=shares, only_factors=factors) if on == "cpu" else 1,
             recorded=recorded and _can_be_recorded(skeleton, method),
         )
         return Plan(pieces=pieces, method=method, labels=labels, estimate=forecast)
@@ -1027,7 +1027,7 @@ class Studio:
 
 
 def _lays_prefix_once(skeleton: Any, method: Method) -> bool:
-    """Whether a training's passes will, on a CPU: what measure.losses finds of an adapter that is there."""
+    """Whether a training's passes will, where they can: what measure.losses finds of an adapter that is there."""
     from lora_studio.core.layout import drops
     from lora_studio.core.lean import packable
 

@@ -253,8 +253,8 @@ class _Course:
     def has_no_patience(self) -> bool:
         return 0 < self.job.config.patience <= self.job.stale
 
-    def update(self, loss: float) -> Iterator[Event]:
-        """The optimizer's part of a step, its gradients being there; and its figures."""
+    def update(self, lost: torch.Tensor) -> Iterator[Event]:
+        """The optimizer's part of a step, its gradients being there; and its figures. lost: the step's loss ()."""
         job, config = self.job, self.job.config
         unreached = job.lora.unreached(job.adapter)
         if unreached:
@@ -264,10 +264,11 @@ class _Course:
         rate = config.learning_rate * schedule(config, step, self.steps)
         for group in job.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
-        norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf))
+        total = torch.nn.utils.clip_grad_norm_(self.parameters, config.clip_norm or math.inf)
         job.optimizer.step()
         torch.autograd.graph.increment_version(self.parameters)  # what is kept until they change asks for it
         job.optimizer.zero_grad(set_to_none=True)
+        loss, norm = float(lost), float(total)  # a GPU is waited for here, and nowhere before
         job.step = step
         self.seen += sum(len(tokens.ids) for tokens in self.batch)
         elapsed = time.monotonic() - self.clock

@@ -108,6 +108,7 @@ def test_the_core_knows_tensors_only() -> None:
         "logging",
         "math",
         "threading",
+        "types",
         "functools",
         "itertools",
         "weakref",

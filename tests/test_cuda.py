@@ -9,13 +9,14 @@ import gc
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lora_studio import recorded
 from lora_studio.core import functions, kernels, lean
@@ -24,7 +25,7 @@ from lora_studio.core.spec import LoraSpec
 from lora_studio.data.batches import Encoded
 from lora_studio.events import Metric, Probed, Warned
 from lora_studio.generate import Sampling, answers, compare
-from lora_studio.measure import leanly, losses
+from lora_studio.measure import leanly, losses, shares_prefix
 from lora_studio.runs.config import DataChoice, RunConfig
 from lora_studio.settings import TrainConfig
 from lora_studio.studio import Studio
@@ -42,10 +43,13 @@ def apart(ours: torch.Tensor, exact: torch.Tensor) -> float:
     return float((ours.double().cpu() - exact.double().cpu()).norm() / exact.double().cpu().norm())
 
 
-def rows(seed: int = 0, lengths: tuple[int, ...] = LENGTHS, words: int = 90) -> list[lean.Tokens]:
+def rows(
+    seed: int = 0, lengths: tuple[int, ...] = LENGTHS, words: int = 90, shared: Sequence[int] = ()
+) -> list[lean.Tokens]:
+    """Rows of drawn tokens, behind those that all of them share, if any."""
     draws = torch.Generator().manual_seed(seed)
-    ids = [torch.randint(3, words, (length,), generator=draws).tolist() for length in lengths]
-    return [lean.Tokens(one, [place > 1 for place in range(len(one))]) for one in ids]
+    ids = [[*shared, *torch.randint(3, words, (length,), generator=draws).tolist()] for length in lengths]
+    return [lean.Tokens(one, [place > len(shared) + 1 for place in range(len(one))]) for one in ids]
 
 
 def adapted(model: torch.nn.Module, device: str = "cuda", dtype: torch.dtype = torch.float32) -> LoRA:
@@ -89,6 +93,48 @@ def test_each_kernel_gives_what_its_formula_gives_in_double_precision(
         assert apart(mine, theirs) < near
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "width"), [(1, 8), (3, 64), (8, 96), (32, 128)])
+def test_turning_by_positions_is_what_transformers_does(heads: int, width: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(width)
+    x = torch.randn(1, 37, heads, width, device="cuda").to(dtype).transpose(1, 2).requires_grad_()
+    angles = torch.randn(1, 37, width, device="cuda")
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    theirs, _ = apply_rotary_pos_emb(x, x, cos, sin)
+    ours = functions.Turned.apply(x, cos, sin)
+    outer = torch.randn_like(theirs)
+    near = 1e-6 if dtype == torch.float32 else 3e-3
+    assert apart(ours, theirs) < near and ours[0].transpose(0, 1).is_contiguous()
+    assert apart(*(torch.autograd.grad(one, x, outer)[0] for one in (ours, theirs))) < near
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "phi3", "gpt_neox", "cohere"])
+def test_models_turn_by_kernel_where_they_turn_halves(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    kernel = kernels.turned
+    monkeypatch.setattr(kernels, "turned", lambda x, *given, **named: (calls.append(1), kernel(x, *given, **named))[1])
+    lora = adapted(causal(family))
+    with lora.use("x"):
+        losses(lora, rows())
+    whole = family not in ("gpt_neox", "cohere")  # the first turns a part of each head, the other turns pairs
+    assert len(calls) == (4 if whole else 2) * lora.model.config.num_hidden_layers  # q and k, on the trial and then
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("words", [50, 5000, 128_256])
+def test_cross_entropy_in_one_buffer_is_that_of_double_precision(words: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(words)
+    logits = 4 * torch.randn(5, words, device="cuda").to(dtype)
+    labels = torch.randint(words, (5,), device="cuda")
+    wide = logits.double().requires_grad_()
+    exact = torch.nn.functional.cross_entropy(wide, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(exact.sum(), wide)
+    assert apart(kernels.cross_entropy_(logits, labels), exact) < 1e-6
+    assert apart(logits, gradient) < (1e-6 if dtype == torch.float32 else 5e-3)
+    logits[1, 7] = math.nan
+    assert kernels.cross_entropy_(logits, labels).isnan().tolist() == [False, True, False, False, False]
+
+
 def test_a_kernel_takes_what_does_not_lie_in_one_piece() -> None:
     both = torch.randn(1, 5, 64, device="cuda")
     gate, up = both.chunk(2, dim=-1)
@@ -114,6 +160,49 @@ def test_losses_and_gradients_are_those_of_the_cpu_in_fp32(family: str, dtype: t
     (exact, gradient), (ours, mine) = found
     assert apart(ours, exact) < (1e-4 if dtype == torch.float32 else 2e-2)
     assert apart(mine, gradient) < (1e-3 if dtype == torch.float32 else 0.15)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+def test_a_prefix_computed_once_gives_the_losses_and_gradients_of_the_cpu(family: str, dtype: torch.dtype) -> None:
+    model, found, batch = causal(family), [], rows(shared=range(5, 25))
+    for device, kind in (("cpu", torch.float32), ("cuda", dtype)):
+        lora = adapted(model, device, kind)
+        lora.model.train()
+        seen: list[int] = []
+        words: torch.nn.Module = lora.model.get_input_embeddings()  # type: ignore[operator]
+        words.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0].shape[1]))
+        with lora.use("x"):
+            assert shares_prefix(lora, ["x"])
+            each = losses(lora, batch)
+            each.mean().backward()
+        assert seen == [20 + sum(LENGTHS)]
+        found.append((each.detach(), torch.cat([one.grad.flatten() for one in lora.parameters("x")])))
+    (exact, gradient), (ours, mine) = found
+    assert apart(ours, exact) < (1e-4 if dtype == torch.float32 else 2e-2)
+    assert apart(mine, gradient) < (1e-3 if dtype == torch.float32 else 0.15)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
+def test_attention_to_a_prefix_that_lies_with_another_is_attention_by_sequence(heads: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    packed = lean.pack_groups([rows(shared=range(5, 25)), rows(1, shared=range(30, 37))], share=True)
+    lengths, total = packed.lengths, sum(packed.lengths)
+    q, k, v = (
+        torch.randn(1, n, total, 64, device="cuda").bfloat16().requires_grad_() for n in (heads[0], *heads[1:] * 2)
+    )
+    outer = torch.randn(1, total, heads[0], 64, device="cuda").bfloat16()
+    ours = lean._variable_length(q, k, v, lengths, 0.2)
+    parts = []
+    for place in lengths.places():
+        whole = [torch.cat([tensor[:, :, span] for span in place], dim=2).double() for tensor in (q, k, v)]
+        own = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True, scale=0.2, enable_gqa=True)
+        parts.append(own[:, :, place[-1].start - place[-1].stop :])
+    exact = torch.cat(parts, dim=2).transpose(1, 2)
+    assert apart(ours, exact) < 1e-2
+    theirs = torch.autograd.grad(exact, (q, k, v), outer.double())
+    for mine, other in zip(torch.autograd.grad(ours, (q, k, v), outer), theirs, strict=True):
+        assert apart(mine, other) < 1e-2
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
@@ -202,15 +291,16 @@ def test_adapters_trained_together_end_as_if_each_had_trained_alone() -> None:
         assert values(found[number], "train_loss") == pytest.approx(values(list(train(alone)), "train_loss"), abs=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize("shared", [0, 21])
 @pytest.mark.parametrize("family", recorded.KNOWN)
 def test_a_recorded_pass_gives_the_losses_and_gradients_of_a_plain_one(
-    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    family: str, shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorded, "WORTH", 1)
-    lora, parts = adapted(causal(family), dtype=dtype), [rows(seed, (9, 4, 9, 17 + seed)) for seed in (1, 2, 3, 1)]
+    lora = adapted(causal(family), dtype=torch.bfloat16)
+    parts = [rows(seed, (9, 4, 9, 17 + seed), shared=range(5, 5 + shared)) for seed in (1, 2, 3, 1)]
     lora.model.train()
-    recordings = recorded.Recordings(lora.model, lora.parameters("x"))
+    recordings = recorded.Recordings(lora.model, lora.parameters("x"), shares=shares_prefix(lora, ["x"]))
     assert recorded.recordable(lora, "x")
 
     def plainly(part: list[lean.Tokens]) -> torch.Tensor:
@@ -232,6 +322,7 @@ def test_a_recorded_pass_gives_the_losses_and_gradients_of_a_plain_one(
             exact, ours = gradient(plainly, part), gradient(lambda part: recordings.run(part, 30), part)
             assert apart(ours[0], exact[0]) < 2e-3 and apart(ours[1], exact[1]) < 3e-2
         before = torch.cat([one.grad.flatten() for one in lora.parameters("x")])
+        assert all(bool(size.keys) == bool(shared) for size in recordings._made)
         recordings.run(parts[0], 30)  # a second pass of one step adds up
         assert apart(torch.cat([one.grad.flatten() for one in lora.parameters("x")]), 2 * before) < 1e-3
 

@@ -4,6 +4,9 @@ tests/test_cuda.py has the recordings themselves.
 """
 
 import dataclasses
+import itertools
+import math
+import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,7 +21,7 @@ from lora_studio.core.baselines import add
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
 from lora_studio.measure import leanly
-from lora_studio.recorded import Recordings, filled, forget, recordable, size_for
+from lora_studio.recorded import Recordings, cut, filled, forget, full, recordable, size_for
 from lora_studio.studio import _can_be_recorded
 from lora_studio.train import Job, train
 from tests.test_train import CONFIG, job, values
@@ -35,22 +38,59 @@ def rows(lengths: Sequence[int] = LENGTHS) -> list[lean.Tokens]:
 # ---- sizes -----------------------------------------------------------------------------------------------------------
 
 
-@given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=40))
-def test_a_size_takes_every_batch_that_it_is_for(lengths: list[int]) -> None:
-    """Filled up by a tenth and a little, with sequences no longer than the longest, and always by one shape."""
-    size = size_for(lengths)
-    ids, positions, ends = filled(lean.pack(rows(lengths)), size)
+def beginning_alike(lengths: Sequence[int], shared: int) -> list[lean.Tokens]:
+    """Rows that begin with the same `shared` tokens and then differ, of so many tokens besides."""
+    ids = [(*range(2, 2 + shared), 2 + shared + row, *[5] * (length - 1)) for row, length in enumerate(lengths)]
+    return [lean.Tokens(one, [place > shared for place in range(len(one))]) for one in ids]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=40),
+    shared=st.sampled_from([0, 0, 1, 30, 300]),
+    width=st.sampled_from([64, 4096]),
+)
+def test_a_size_takes_every_batch_that_it_is_for(lengths: list[int], shared: int, width: int) -> None:
+    """Filled up by an eighth and a little, a third in wide models, with sequences of its own, always in one shape."""
+    batch = beginning_alike(lengths, shared)
+    packed = lean.pack_groups([batch], share=True)
+    size = size_for(packed, width)
+    ids, positions, ends, *keys = filled(packed, size)
     assert ids.shape == positions.shape == (1, size.tokens) and ends.shape == (size.sequences + 1,)
-    sizes = ends.diff().tolist()
-    assert sizes[: len(lengths)] == lengths and sum(sizes) == size.tokens and min(sizes) >= 0
-    assert max(sizes[len(lengths) :]) <= max(lengths) <= size.longest < 2 * max(lengths)
-    assert size.tokens < 1.1 * sum(lengths) + 2 * 64
-    assert positions[0].tolist() == [place for length in sizes for place in range(length)]
+    own = ends.diff().tolist()
+    assert own[: len(lengths)] == list(packed.lengths) and sum(own) == size.tokens and min(own) >= 0
+    assert max(own[len(lengths) :]) <= size.longest and max(len(tokens.ids) for tokens in batch) <= size.longest
+    most = 4 / 3 if width == 4096 else 9 / 8
+    assert size.tokens <= max(64, most * sum(packed.lengths) + 1)
+    assert positions[0, sum(packed.lengths) :].tolist() == [n for length in own[len(lengths) :] for n in range(length)]
+    assert bool(keys) == bool(size.keys) == (len(lengths) > 1 and shared > 0)
+    if keys:
+        assert [len(one) for one in keys] == [size.keys, size.sequences + 1, size.tokens + 1, size.keys]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 60), min_size=2, max_size=9), shared=st.integers(1, 40), groups=st.integers(1, 3)
+)
+def test_keys_are_laid_as_each_sequence_reads_and_their_gradients_find_back(
+    lengths: list[int], shared: int, groups: int
+) -> None:
+    """Row for row the tokens of each sequence; and each token has the rows that it lies in, whatever lies behind."""
+    rows = [beginning_alike(lengths, shared)] * groups
+    packed = lean.pack_groups(rows, share=True)
+    most = sum(packed.lengths) + len(packed.lengths) * packed.lengths.shared
+    keys = lean.KeyRows.of(packed.lengths.places(), most=most)
+    laid = packed.ids[0][keys.order]
+    parts = [laid[start:end].tolist() for start, end in itertools.pairwise(keys.ends.tolist())]
+    assert parts == [list(tokens.ids) for group in rows for tokens in group]
+    outer = torch.randn(most, 2, generator=torch.Generator().manual_seed(0))
+    real = int(keys.ends[-1])
+    exact = torch.zeros(sum(packed.lengths), 2).index_add_(0, keys.order[:real], outer[:real])
+    spans = itertools.pairwise(keys.starts.tolist())
+    torch.testing.assert_close(torch.stack([outer[keys.rows[a:b]].sum(0) for a, b in spans]), exact)
 
 
 def test_what_fills_up_changes_nothing_for_the_sequences() -> None:
     model, batch = causal("llama"), lean.pack(rows())
-    ids, positions, ends = filled(batch, size_for(batch.lengths))
+    ids, positions, ends = filled(batch, size_for(batch, 64))
     hidden = []
     with lean.packed_attention(model), torch.no_grad():
         for ids_, positions_, lengths in (
@@ -60,6 +100,35 @@ def test_what_fills_up_changes_nothing_for_the_sequences() -> None:
             call = {"input_ids": ids_, "position_ids": positions_, "sequence_lengths": lengths}
             hidden.append(model.base_model(**call, use_cache=False)[0][:, : sum(LENGTHS)])
     torch.testing.assert_close(*hidden, rtol=1e-5, atol=1e-6)
+
+
+# ---- how a step is cut for them --------------------------------------------------------------------------------------
+
+
+@given(
+    own=st.lists(st.integers(1, 700), min_size=1, max_size=60),
+    shared=st.sampled_from([0, 30, 300]),
+    most=st.sampled_from([1024, 2048, 5461]),
+    width=st.sampled_from([64, 4096]),
+)
+def test_passes_take_each_row_once_and_hold_no_more_than_they_may(
+    own: list[int], shared: int, most: int, width: int
+) -> None:
+    passes = cut(own, shared, most, width)
+    assert sorted(itertools.chain(*passes)) == list(range(len(own)))
+    assert all(shared + sum(own[row] for row in part) <= most for part in passes if len(part) > 1)
+
+
+def test_passes_of_a_wide_model_are_of_few_sizes_and_full() -> None:
+    """Sixteen rows at 8 B: two passes as a rule, and a twentieth of them filled up at most, on the whole."""
+    draws, took, had, seen = random.Random(0), 0, 0, set()
+    for _ in range(100):
+        own = [draws.randint(30, 300) for _ in range(16)]
+        tokens = [28 + sum(own[row] for row in part) for part in cut(own, 28, 2048, 4096)]
+        sizes = [full(one, 4096) for one in tokens]
+        assert len(sizes) <= 1 + math.ceil(sum(own) / 2020)
+        took, had, seen = took + sum(sizes), had + sum(tokens), seen | set(sizes)
+    assert took < 1.05 * had and seen <= {1024, 1280, 1536, 2048}
 
 
 # ---- what may be recorded --------------------------------------------------------------------------------------------
@@ -112,8 +181,9 @@ class Played:
     def replay(
         self, packed: lean.Packed, places: torch.Tensor, labels: torch.Tensor, count: int
     ) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
-        ids, positions, ends = filled(packed, self.size)
-        lengths = lean.Lengths([one for one in ends.diff().tolist() if one])
+        ids, positions, ends, *_ = filled(packed, self.size)
+        behind = ends.diff().tolist()[len(packed.lengths) :]
+        lengths = packed.lengths.followed_by([one for one in behind if one])
         call = {"input_ids": ids, "position_ids": positions, "use_cache": False, "sequence_lengths": lengths}
         hidden = self.model.base_model(**call)[0][0][places]
         loss = functions.CrossEntropy.apply(hidden, self.model.get_output_embeddings().weight, labels).sum() / count  # type: ignore[union-attr]
@@ -154,21 +224,21 @@ def test_a_run_that_records_is_the_run_that_does_not(played: type[Played]) -> No
 def test_a_size_is_recorded_when_it_comes_the_third_time_and_only_so_many_are(played: type[Played]) -> None:
     lora = LoRA(causal("llama"))
     lora.add("x", Q)
-    recordings = Recordings(lora.model, lora.parameters("x"))
+    recordings = Recordings(lora.model, lora.parameters("x"), shares=False)
     with lora.use("x"), leanly(lora, rows()):
         assert [recordings.run(rows(), 9) is None for _ in range(4)] == [True, True, False, False]
-        for length in (100, 200, 300, 400, 500, 600, 700):
+        for length in range(100, 1000, 100):
             for _ in range(3):
                 recordings.run(rows((length,)), 9)
         assert len(recordings) == recorded.MOST
-        assert recordings.run(rows(), 9) is not None and recordings.run(rows((700,)), 9) is None
+        assert recordings.run(rows(), 9) is not None and recordings.run(rows((900,)), 9) is None
 
 
 def test_memory_that_is_short_takes_all_recordings_of_the_model_and_no_more_are_made(played: type[Played]) -> None:
     lora, both = LoRA(causal("llama")), []
     for name in ("x", "y"):
         lora.add(name, Q)
-        both.append(Recordings(lora.model, lora.parameters(name)))
+        both.append(Recordings(lora.model, lora.parameters(name), shares=False))
     for name, recordings in zip(("x", "y"), both, strict=True):
         with lora.use(name), leanly(lora, rows()):
             assert [recordings.run(rows(), 9) is None for _ in range(3)] == [True, True, False]

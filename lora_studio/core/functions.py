@@ -2,6 +2,7 @@
 
     RMSNorm        keeps x and one number a position         instead of x in fp32, twice
     Gated          keeps gate and up                         instead of act(gate) as well
+    Turned         keeps cos and sin, on a GPU               and reads and writes x once instead of five times
     CrossEntropy   keeps one gradient the size of its input  instead of the logits, several times
 
 `attention` has one more. They are for frozen weights: none of them has a gradient for a weight.
@@ -19,7 +20,7 @@ from transformers.activations import ACT2FN
 from lora_studio.core import kernels, upcast
 
 # Positions whose logits are in memory together: as many as keep the products with the head busy.
-CHUNK = {"cpu": 256, "mps": 128, "cuda": 512}
+CHUNK = {"cpu": 256, "mps": 128, "cuda": 1024}
 # Such a product has on a CPU, or a multiple: few are summed in another order, and a loss went by who shared its pass.
 ROWS = 16
 LOG2E = 1 / math.log(2)  # powers of two take a third of the time of powers of e
@@ -85,6 +86,49 @@ class Gated(torch.autograd.Function):
         return for_gate, acted.detach().mul_(outer[0]), None
 
 
+class Turned(torch.autograd.Function):
+    """x (1, heads, T, d) turned by its positions: x · cos + (-second half, first half) · sin; cos and sin (1, T, d)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(cos, sin)
+        return kernels.turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return kernels.turned(outer[0], *ctx.saved_tensors, back=True), None, None
+
+
+def turned(
+    plain: Callable, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *more: Any, **named: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and k as `plain`, a model's own function, turns them: by kernels where these know the shapes."""
+    whole = q.dim() == 4 and (1, *q.shape[2:]) == cos.shape == sin.shape
+    if more or named or not whole or len(q) > 1 or cos.dtype != q.dtype or not kernels.usable(q):
+        return plain(q, k, cos, sin, *more, **named)
+    return Turned.apply(q, cos, sin), Turned.apply(k, cos, sin)  # type: ignore[return-value]
+
+
+class Laid(torch.autograd.Function):
+    """x (T, heads, d) laid again as x[order] (rows, heads, d), on a GPU.
+
+    A token's gradient is the sum of those in its rows, rows[starts[t] : starts[t + 1]], in this order; what is behind
+    the last of them is nobody's.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(starts, rows)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        summed = kernels.added_up(outer[0].flatten(1), *ctx.saved_tensors)
+        return summed.unflatten(1, outer[0].shape[1:]), None, None, None
+
+
 class CrossEntropy(torch.autograd.Function):
     """Cross-entropy of hidden @ headᵀ at each position (positions,), a chunk of them at a time.
 
@@ -94,39 +138,13 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        most_rows, real = CHUNK[hidden.device.type], len(hidden)
+        real = len(hidden)
         if hidden.device.type == "cpu" and (more := -real % ROWS):
             hidden, labels = F.pad(hidden, (0, 0, 0, more)), F.pad(labels, (0, more))
-        count, words, upcasts = min(most_rows, len(hidden)), len(head), upcast.needed(hidden)
-        in_fp32 = upcasts or hidden.dtype == torch.float32  # how the head is multiplied
-        by_word = in_fp32 and hidden.device.type == "cpu"
-        # the same buffers for every chunk: fresh pages are not free
-        wide = _buffer(count, words, hidden.device, by_word=by_word)
-        logits = wide if in_fp32 else hidden.new_empty(count, words)
-        ones = wide.new_ones(words, ROWS) if by_word else None
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        for start in range(0, len(hidden), most_rows):
-            span = slice(start, start + most_rows)
-            part, label = hidden[span], labels[span, None]
-            narrow, chunk = logits[: len(part)], wide[: len(part)]
-            if upcasts:
-                upcast.times_transposed(part, head, out=chunk)
-            else:
-                torch.mm(part, head.T, out=narrow)
-                chunk.copy_(narrow)
-            most = chunk.amax(-1, keepdim=True)
-            picked = chunk.gather(1, label)
-            chunk.sub_(most).mul_(LOG2E).exp2_()  # softmax · total from here on
-            total = chunk.sum(-1, keepdim=True) if ones is None else (chunk @ ones)[:, :1]
-            losses[span] = (total.log() + most - picked)[:, 0]
-            if gradient is not None:
-                chunk.scatter_add_(1, label, -total)
-                if upcasts:
-                    made = upcast.times(chunk, head)
-                else:
-                    made = (head.T @ chunk.T).T if by_word else narrow.copy_(chunk) @ head
-                gradient[span] = made.div_(total)
+        loss_of = _losses_by_kernel if kernels.usable(hidden) else _losses
+        loss_of(hidden, head, labels, losses, gradient)
         ctx.save_for_backward(None if gradient is None else gradient[:real])
         return losses[:real]
 
@@ -134,6 +152,64 @@ class CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * outer[0][:, None].to(gradient.dtype), None, None
+
+
+def _losses(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    gradient: torch.Tensor | None,
+) -> None:
+    """Write the loss of each position and, where there is room for it, the gradient of its hidden state."""
+    most_rows = CHUNK[hidden.device.type]
+    count, words, upcasts = min(most_rows, len(hidden)), len(head), upcast.needed(hidden)
+    in_fp32 = upcasts or hidden.dtype == torch.float32  # how the head is multiplied
+    by_word = in_fp32 and hidden.device.type == "cpu"
+    # the same buffers for every chunk: fresh pages are not free
+    wide = _buffer(count, words, hidden.device, by_word=by_word)
+    logits = wide if in_fp32 else hidden.new_empty(count, words)
+    ones = wide.new_ones(words, ROWS) if by_word else None
+    for start in range(0, len(hidden), most_rows):
+        span = slice(start, start + most_rows)
+        part, label = hidden[span], labels[span, None]
+        narrow, chunk = logits[: len(part)], wide[: len(part)]
+        if upcasts:
+            upcast.times_transposed(part, head, out=chunk)
+        else:
+            torch.mm(part, head.T, out=narrow)
+            chunk.copy_(narrow)
+        most = chunk.amax(-1, keepdim=True)
+        picked = chunk.gather(1, label)
+        chunk.sub_(most).mul_(LOG2E).exp2_()  # softmax · total from here on
+        total = chunk.sum(-1, keepdim=True) if ones is None else (chunk @ ones)[:, :1]
+        losses[span] = (total.log() + most - picked)[:, 0]
+        if gradient is not None:
+            chunk.scatter_add_(1, label, -total)
+            if upcasts:
+                made = upcast.times(chunk, head)
+            else:
+                made = (head.T @ chunk.T).T if by_word else narrow.copy_(chunk) @ head
+            gradient[span] = made.div_(total)
+
+
+def _losses_by_kernel(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    labels: torch.Tensor,
+    losses: torch.Tensor,
+    gradient: torch.Tensor | None,
+) -> None:
+    """The same on a GPU, in one buffer."""
+    most_rows = CHUNK[hidden.device.type]
+    logits = hidden.new_empty(min(most_rows, len(hidden)), len(head))
+    for start in range(0, len(hidden), most_rows):
+        span = slice(start, start + most_rows)
+        chunk = logits[: len(losses[span])]
+        torch.mm(hidden[span], head.T, out=chunk)
+        losses[span] = kernels.cross_entropy_(chunk, labels[span])
+        if gradient is not None:
+            torch.mm(chunk, head, out=gradient[span])
 
 
 def _buffer(rows: int, words: int, device: torch.device, *, by_word: bool) -> torch.Tensor:

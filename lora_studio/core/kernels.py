@@ -38,6 +38,10 @@ def _work() -> bool:
         y, inverse = norm(row, row[0], 1e-6)
         norm_backward(y, row, row[0], inverse)
         silu_gate_backward(silu_gate(row, y), row, y)
+        turned(row[None, None], row[None], row[None])
+        place = torch.arange(2, device="cuda")
+        added_up(row, place, place)
+        cross_entropy_(row, place[:1])
     except Exception as error:  # whatever is wrong with it, torch's own operations do the same
         log.warning("The GPU works without fused kernels: %s", error)
         return False
@@ -75,6 +79,36 @@ def silu_gate_backward(outer: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
     grid = (triton.cdiv(gate.numel(), SPAN),)
     _silu_gate_backward[grid](outer, gate, up, for_gate, for_up, gate.numel(), SPAN=SPAN)
     return for_gate, for_up
+
+
+def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool = False) -> torch.Tensor:
+    """x (1, heads, T, d) turned by its positions' cos and sin (1, T, d), half against half; or a gradient turned back.
+
+    What it gives lies in memory as (T, heads, d), which attention for sequences end to end asks for.
+    """
+    _, heads, tokens, width = x.shape
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    y = x.new_empty(tokens, heads, width)
+    spans = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(width // 2)}
+    strides = x.stride(2), x.stride(1)
+    _turned[(tokens,)](x, cos.contiguous(), sin.contiguous(), y, *strides, heads, width // 2, BACK=back, **spans)
+    return y.transpose(0, 1)[None]
+
+
+def added_up(x: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """(T, width): the sums of x[rows[starts[t] : starts[t + 1]]] (rows, width), in that order."""
+    x, width = x.contiguous(), x.shape[-1]
+    y = x.new_empty(len(starts) - 1, width)
+    _added_up[(len(y),)](x, starts, rows, y, width, **_row(width))
+    return y
+
+
+def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(rows,): the cross-entropy of each row of logits (rows, words), which are overwritten by their gradient."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    span = min(4 * SPAN, triton.next_power_of_2(logits.shape[1]))
+    _cross_entropy[(len(logits),)](logits, labels, losses, logits.shape[1], SPAN=span, num_warps=8)
+    return losses
 
 
 def _row(width: int) -> dict[str, int]:
@@ -132,3 +166,63 @@ if triton is not None:
         for_acted = (come * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)).to(taken.dtype).to(tl.float32)
         tl.store(for_up + at, (acted * come).to(taken.dtype), mask=inside)
         tl.store(for_gate + at, (for_acted * part * (1 + wide * (1 - part))).to(taken.dtype), mask=inside)
+
+    @triton.jit
+    def _turned(
+        x, cos, sin, y, by_token, by_head, heads, half,
+        BACK: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr,
+    ):  # fmt: skip
+        token = tl.program_id(0).to(tl.int64)
+        head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+        inside = (head < heads) & (at < half)
+        taken = x + token * by_token + head * by_head + at
+        given = y + (token * heads + head) * 2 * half + at
+        angle = token * 2 * half + at
+        one = tl.load(taken, mask=inside, other=0.0).to(tl.float32)
+        two = tl.load(taken + half, mask=inside, other=0.0).to(tl.float32)
+        cos_one = tl.load(cos + angle, mask=at < half, other=0.0).to(tl.float32)
+        cos_two = tl.load(cos + angle + half, mask=at < half, other=0.0).to(tl.float32)
+        sin_one = tl.load(sin + angle, mask=at < half, other=0.0).to(tl.float32)
+        sin_two = tl.load(sin + angle + half, mask=at < half, other=0.0).to(tl.float32)
+        if BACK:
+            across_one, across_two = two * sin_two, -one * sin_one
+        else:
+            across_one, across_two = -two * sin_one, one * sin_two
+        along_one, along_two = (one * cos_one).to(y.dtype.element_ty), (two * cos_two).to(y.dtype.element_ty)
+        first = along_one.to(tl.float32) + across_one.to(y.dtype.element_ty).to(tl.float32)
+        second = along_two.to(tl.float32) + across_two.to(y.dtype.element_ty).to(tl.float32)
+        tl.store(given, first.to(y.dtype.element_ty), mask=inside)
+        tl.store(given + half, second.to(y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _added_up(x, starts, rows, y, width, SPAN: tl.constexpr):
+        token = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, SPAN)
+        inside = at < width
+        total = tl.zeros([SPAN], tl.float32)
+        for place in range(tl.load(starts + token), tl.load(starts + token + 1)):
+            row = tl.load(rows + place).to(tl.int64)
+            total += tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y + token * width + at, total.to(y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _cross_entropy(logits, labels, losses, words, SPAN: tl.constexpr):
+        row = tl.program_id(0).to(tl.int64)
+        start, at = logits + row * words, tl.arange(0, SPAN)
+        label = tl.load(labels + row)
+        picked = tl.load(start + label).to(tl.float32)
+        most, total = tl.full([SPAN], -3e38, tl.float32), tl.zeros([SPAN], tl.float32)
+        for first in range(0, words, SPAN):  # each lane has a maximum and a sum of its own
+            taken = tl.load(start + first + at, mask=first + at < words, other=-3e38).to(tl.float32)
+            higher = tl.maximum(most, taken)
+            total = total * tl.exp(most - higher) + tl.exp(taken - higher)
+            most = higher
+        highest = tl.max(most)
+        sum_of_all = tl.sum(total * tl.exp(most - highest))
+        tl.store(losses + row, tl.log(sum_of_all) + highest - picked)
+        tl.debug_barrier()  # everybody has read
+        for first in range(0, words, SPAN):
+            inside = first + at < words
+            taken = tl.load(start + first + at, mask=inside, other=-3e38).to(tl.float32)
+            chance = tl.exp(taken - highest) / sum_of_all - tl.where(first + at == label, 1.0, 0.0)
+            tl.store(start + first + at, chance.to(logits.dtype.element_ty), mask=inside)

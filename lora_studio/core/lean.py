@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -29,7 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_studio.core import attention, functions, upcast
+from lora_studio.core import attention, functions, kernels, upcast
 from lora_studio.core.layout import ENCODERS
 
 IGNORED = -100  # label of a position that is not supervised
@@ -39,6 +40,7 @@ PACKED, STEPWISE = "lora_studio_packed", "lora_studio_stepwise"
 FEW = 32  # rows that a decoding step has at most, to be multiplied as columns
 ATTENTIONS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))  # kinds of a config's layers
 BY_LENGTH = ("dynamic", "longrope")  # rotations that look at how long the text is
+TURNS = "apply_rotary_pos_emb"  # what transformers' models call the turning of q and k by their positions
 DEAF = ("nemotron",)  # their blocks take keyword arguments and do not hand them to the attention
 
 
@@ -56,6 +58,37 @@ class Tokens:
         return sum(self.supervised[1:]) if self.label is None else 1
 
 
+@dataclass(frozen=True)
+class KeyRows:
+    """How keys are laid for sequences that begin with tokens of others: each sequence whole, one behind the other.
+
+    order: the token in each row. ends (sequences + 1,): where the rows of each end. A token's rows are
+    rows[starts[t] : starts[t + 1]]. Behind the last end both name rows and tokens of no consequence.
+    """
+
+    order: torch.Tensor
+    ends: torch.Tensor
+    starts: torch.Tensor
+    rows: torch.Tensor
+
+    @classmethod
+    def of(cls, places: Sequence[attention.Place], *, most: int = 0) -> "KeyRows":
+        """For sequences of these tokens, on the CPU; with `most` of so many rows."""
+        order = torch.tensor([token for place in places for span in place for token in range(span.start, span.stop)])
+        sizes = [sum(span.stop - span.start for span in place) for place in places]
+        counts = torch.bincount(order)
+        spare = max(0, most - len(order))
+        return cls(
+            order=F.pad(order, (0, spare)),
+            ends=torch.tensor((0, *itertools.accumulate(sizes)), dtype=torch.int32),
+            starts=F.pad(counts.cumsum(0), (1, 0)),
+            rows=F.pad(order.argsort(stable=True), (0, spare)),
+        )
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.order, self.ends, self.starts, self.rows
+
+
 class Lengths(tuple[int, ...]):
     """Tokens of each of some sequences that lie end to end.
 
@@ -63,7 +96,8 @@ class Lengths(tuple[int, ...]):
     its own place, `longest` all of it.
 
     On a GPU also `ends` (sequences + 1,): where they end, so that all layers share one tensor. With `ends` given they
-    are where that says at the time, of at most `longest` tokens, and the tuple itself says no more than their sum.
+    are where that says at the time, of at most `longest` tokens, and the tuple itself says no more than their sum; so
+    do `keys` for what begins with tokens of others.
     """
 
     def __new__(
@@ -72,6 +106,7 @@ class Lengths(tuple[int, ...]):
         *,
         ahead: Sequence[slice | None] = (),
         ends: torch.Tensor | None = None,
+        keys: KeyRows | None = None,
         longest: int = 0,
     ) -> "Lengths":
         return super().__new__(cls, lengths)
@@ -82,25 +117,44 @@ class Lengths(tuple[int, ...]):
         *,
         ahead: Sequence[slice | None] = (),
         ends: torch.Tensor | None = None,
+        keys: KeyRows | None = None,
         longest: int = 0,
     ) -> None:
-        self._ahead = ahead or [None] * len(lengths)
-        self._ends, self.known = ends, ends is None
+        self._ahead = list(ahead) or [None] * len(lengths)
+        self._ends, self._keys, self.known = ends, keys, ends is None
         self._arrangements: dict[float, attention.Arrangement] = {}
         self.longest = longest or max(lengths)
 
     def arrangement(self, device: torch.device, long: float = math.inf) -> attention.Arrangement:
         """How they are laid to be attended to, but for those of `long` tokens; made once for all layers."""
         if long not in self._arrangements:
-            own = [slice(end - length, end) for length, end in zip(self, itertools.accumulate(self), strict=True)]
-            places = [(one,) if ahead is None else (ahead, one) for ahead, one in zip(self._ahead, own, strict=True)]
-            self._arrangements[long] = attention.Arrangement(places, device, long)
+            self._arrangements[long] = attention.Arrangement(self.places(), device, long)
         return self._arrangements[long]
+
+    def places(self) -> list[attention.Place]:
+        """The tokens that each sequence consists of."""
+        own = [slice(end - length, end) for length, end in zip(self, itertools.accumulate(self), strict=True)]
+        return [(one,) if ahead is None else (ahead, one) for ahead, one in zip(self._ahead, own, strict=True)]
 
     def ends(self, device: torch.device) -> torch.Tensor:
         if self._ends is None:
             self._ends = torch.tensor((0, *itertools.accumulate(self)), dtype=torch.int32, device=device)
         return self._ends
+
+    @property
+    def shared(self) -> int:
+        """Most tokens that a sequence has with another."""
+        return max((ahead.stop - ahead.start for ahead in self._ahead if ahead), default=0)
+
+    def followed_by(self, lengths: Sequence[int]) -> "Lengths":
+        """These sequences, and behind them some that have nothing of others."""
+        return Lengths((*self, *lengths), ahead=[*self._ahead, *[None] * len(lengths)], longest=self.longest)
+
+    def keys(self, device: torch.device) -> KeyRows | None:
+        """How keys are laid; None where they lie as they are, no sequence having any of another."""
+        if self._keys is None and any(self._ahead):
+            self._keys = KeyRows(*(one.to(device) for one in KeyRows.of(self.places()).tensors()))
+        return self._keys
 
 
 @dataclass(frozen=True)
@@ -156,6 +210,12 @@ def shared_prefix(batch: Sequence[Tokens]) -> int:
         return 0
     unsupervised = min(_first_supervised(tokens) for tokens in batch) - 1
     return max(0, min(len(common_prefix([tuple(tokens.ids) for tokens in batch])), unsupervised))
+
+
+def can_share(model: nn.Module) -> bool:
+    """Whether sequences may begin with tokens of others where the model is: a GPU takes a kernel for it."""
+    like = next(model.parameters())
+    return like.device.type == "cpu" or kernels.usable(like[:1])
 
 
 def laid(batch: Sequence[Tokens], *, share: bool) -> int:
@@ -318,6 +378,8 @@ def _form(module: nn.Module) -> Callable | None:
     """A frugal forward for this module, if one gives what its own gives on a trial."""
     if "forward" in vars(module):
         return None  # somebody else's
+    if turning := _turning(module):
+        return turning
     for form in (*_norms(module), *_gates(module)):
         width = next(tensor for tensor in module.parameters()).shape[-1]
         like = next(module.parameters())
@@ -360,6 +422,28 @@ def _gates(module: nn.Module) -> Iterator[Callable]:
         yield lambda x: layer.down_proj(functions.Gated.apply(layer.gate_proj(x), layer.up_proj(x), act))
     elif names >= {"gate_up_proj", "down_proj"}:
         yield lambda x: layer.down_proj(functions.Gated.apply(*layer.gate_up_proj(x).chunk(2, dim=-1), act))
+
+
+def _turning(module: nn.Module) -> Callable | None:
+    """The forward of an attention on a GPU, its own but for how it turns q and k by their positions: in one kernel.
+
+    None where the model turns them otherwise, such as in pairs.
+    """
+    forward: Any = type(module).forward
+    plain, like = getattr(forward, "__globals__", {}).get(TURNS), next(module.parameters(), None)
+    if plain is None or TURNS not in forward.__code__.co_names or like is None or not kernels.usable(like):
+        return None
+    q, k, angles = torch.linspace(-2, 3, 7 * 80, device=like.device).view(7, 5, 16).split((4, 2, 1))
+    given = q[None], k[None], angles.cos(), angles.sin()
+    turned = partial(functions.turned, plain)
+    with torch.no_grad():
+        if not all(torch.allclose(*pair, atol=1e-5) for pair in zip(turned(*given), plain(*given), strict=True)):
+            return None
+    mine = FunctionType(
+        forward.__code__, forward.__globals__ | {TURNS: turned}, None, forward.__defaults__, forward.__closure__
+    )
+    mine.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(mine, module)
 
 
 def packed_losses(model: nn.Module, batch: Packed) -> torch.Tensor:
@@ -519,9 +603,12 @@ def _variable_length(
     from torch.nn.attention.varlen import varlen_attn
 
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, heads, head_dim)
-    ends, most = lengths.ends(query.device), lengths.longest
+    ends, keys, most = lengths.ends(query.device), lengths.keys(query.device), lengths.longest
+    key_ends = ends if keys is None else keys.ends
+    if keys is not None:  # the last of these are the queries' own tokens, and it is to them that causality goes
+        k, v = (functions.Laid.apply(tensor, keys.order, keys.starts, keys.rows) for tensor in (k, v))
     grouped: Any = {"enable_gqa": True} if _takes("enable_gqa") else {}  # older torch need not be told
-    attended = varlen_attn(q, k, v, ends, ends, most, most, scale=scaling, window_size=(-1, 0), **grouped)
+    attended = varlen_attn(q, k, v, ends, key_ends, most, most, scale=scaling, window_size=(-1, 0), **grouped)  # type: ignore[arg-type]
     assert isinstance(attended, torch.Tensor)
     return attended[None]
 
