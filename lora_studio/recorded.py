@@ -16,7 +16,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -30,14 +30,15 @@ from lora_studio.measure import is_shortage
 log = logging.getLogger(__name__)
 KNOWN = ("llama", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "olmo2")  # tests/test_cuda.py shows it of these
 GRAIN = 64  # tokens of the smallest size
-STEPS, COARSE = (8, 9, 10, 11, 12, 13, 14, 15), (8, 10, 12)  # eighths of a power of two that sizes are
-BROAD = 2048  # width from which they are coarse: a GPU takes about as long for 13 and 14 eighths as for 16
+STEPS, COARSE = (8, 9, 10, 11, 12, 13, 14, 15), (8, 10, 12, 15)  # eighths of a power of two that sizes are
+BROAD = 2048  # width from which they are coarse: a GPU takes as long for 13 and 14 eighths as for 15
 LEAST = 1024  # tokens of each pass, where there are several: products of fewer are slow
 ONCE = 2**20  # tokens times width that a pass costs besides its tokens
 UNIT = 8  # tokens; sizes are multiples of it
 SEATS = 16  # sequences; the same
 LONGEST = 512  # tokens that a sequence may have in any recording
 MOST = 8  # sizes that are recorded
+SPARE = 1.5  # times its own size that a pass may be filled up to while that is not recorded
 WORTH = 3  # a recording takes the time of some passes, so it is made when its size comes for so many times
 
 
@@ -127,6 +128,10 @@ class Size:
     longest: int
     keys: int
 
+    def takes(self, other: "Size") -> bool:
+        """Whether a pass of the other size can be filled up to this one."""
+        return all(mine >= its for mine, its in zip(astuple(self), astuple(other), strict=True))
+
     @property
     def filling(self) -> int:
         """Tokens of a sequence that fills up."""
@@ -175,6 +180,7 @@ class Recordings:
         self._width = config.get_text_config().hidden_size
         self._seen: Counter[Size] = Counter()
         self._made: dict[Size, _Recording] = {}
+        self._laid: list[tuple[Sequence[lean.Tokens], _Laid]] = []  # passes to come
         self.why_not = ""  # anything more is recorded
         self._pool, others = _OF.setdefault(model, (torch.cuda.graph_pool_handle(), WeakSet()))
         others.add(self)
@@ -188,25 +194,41 @@ class Recordings:
 
         None, with nothing added, where a pass of this size is not recorded.
         """
-        packed = lean.pack_groups([batch], share=self._shares)
-        size = size_for(packed, self._width)
-        self._seen[size] += 1
-        if size not in self._made and (self.why_not or len(self) == MOST or self._seen[size] < WORTH):
+        laid = self._taken(batch)
+        self._seen[laid.own] += 1
+        if laid.own not in self._made and self._seen[laid.own] >= WORTH and len(self) < MOST and not self.why_not:
+            laid.fill(laid.own)
+            self._record(laid)
+        if laid.size not in self._made:
             return None
-        if size not in self._made and not self._record(packed, size):
-            return None
-        labels = packed.labels[0]
-        places = (labels != lean.IGNORED).nonzero()[:, 0]
-        loss, gradients = self._made[size].replay(packed, places, labels[places], count)
+        loss, gradients = self._made[laid.size].replay(laid, count)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if gradient is not None:  # the next replay writes into the same tensor
                 parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
         return loss
 
-    def _record(self, packed: lean.Packed, size: Size) -> bool:
+    def lay(self, batches: Sequence[Sequence[lean.Tokens]]) -> None:
+        """Lay passes that are to come, and forget those that have not."""
+        self._laid = [(batch, self._lay(batch)) for batch in batches]
+
+    def _lay(self, batch: Sequence[lean.Tokens]) -> "_Laid":
+        laid = _Laid(batch, self._width, shares=self._shares)
+        sizes = [size for size in self._made if size.takes(laid.own) and size.tokens <= SPARE * laid.own.tokens]
+        laid.fill(min(sizes, key=lambda size: size.tokens, default=laid.own))
+        return laid
+
+    def _taken(self, batch: Sequence[lean.Tokens]) -> "_Laid":
+        """As it was laid, or is now."""
+        for place, (rows, laid) in enumerate(self._laid):
+            if len(rows) == len(batch) and all(one is other for one, other in zip(rows, batch, strict=True)):
+                del self._laid[place]
+                return laid
+        return self._lay(batch)
+
+    def _record(self, laid: "_Laid") -> None:
         here = torch.cuda.current_stream()
         try:
-            self._made[size] = _Recording(self._model, self._parameters, packed, size, self._pool)
+            self._made[laid.size] = _Recording(self._model, self._parameters, laid, self._pool)
         except Exception as error:  # the plain way shows whether anything is wrong
             self.why_not = f"{type(error).__name__}: {error}"
             short = is_shortage(error)
@@ -216,7 +238,6 @@ class Recordings:
             torch.cuda.empty_cache()
             if short:
                 forget(self._model)
-        return not self.why_not
 
     def stop(self) -> bool:
         """Give back the memory and record no more; whether there was anything to give back."""
@@ -238,6 +259,28 @@ def forget(model: nn.Module) -> bool:
     return any(held)
 
 
+class _Laid:
+    """A pass on the CPU, in memory that a GPU reads by itself.
+
+    own: its size; size: the one that it was filled up to. places, labels: where a token is supervised, and the token
+    that should come there.
+    """
+
+    def __init__(self, batch: Sequence[lean.Tokens], width: int, *, shares: bool) -> None:
+        self.packed = lean.pack_groups([batch], share=shares)
+        self.own = size_for(self.packed, width)
+        labels = self.packed.labels[0]
+        places = (labels != lean.IGNORED).nonzero()[:, 0]
+        self.places, self.labels = _pinned((places, labels[places]))
+
+    def fill(self, size: Size) -> None:
+        self.size, self.inputs = size, _pinned(filled(self.packed, size))
+
+
+def _pinned(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [one.pin_memory() for one in tensors] if torch.cuda.is_available() else list(tensors)
+
+
 class _Recording:
     """Passes of one size."""
 
@@ -245,17 +288,15 @@ class _Recording:
         self,
         model: nn.Module,
         parameters: Sequence[nn.Parameter],
-        packed: lean.Packed,
-        size: Size,
+        laid: _Laid,
         pool: Any,
     ) -> None:
         device = next(model.parameters()).device
-        self._size = size
         self._head: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-        self._inputs = [tensor.to(device) for tensor in filled(packed, size)]
+        self._inputs = [tensor.to(device) for tensor in laid.inputs]
         ids, positions, ends, *keys = self._inputs
         rows = lean.KeyRows(*keys) if keys else None
-        lengths = lean.Lengths((size.tokens,), ends=ends, keys=rows, longest=size.longest)
+        lengths = lean.Lengths((laid.size.tokens,), ends=ends, keys=rows, longest=laid.size.longest)
 
         def forward() -> torch.Tensor:
             call = {"input_ids": ids, "position_ids": positions, "use_cache": False, "sequence_lengths": lengths}
@@ -276,14 +317,12 @@ class _Recording:
             self._gradients = torch.autograd.grad(hidden, parameters, self._outer, allow_unused=True)
         self._hidden = hidden.detach()
 
-    def replay(
-        self, packed: lean.Packed, places: torch.Tensor, labels: torch.Tensor, count: int
-    ) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
-        """The loss of the labels at `places`, and the gradient of each parameter, until the next replay."""
-        for held, tensor in zip(self._inputs, filled(packed, self._size), strict=True):
-            held.copy_(tensor.pin_memory(), non_blocking=True)  # so that the next pass is laid while this one runs
+    def replay(self, laid: _Laid, count: int) -> tuple[torch.Tensor, Sequence[torch.Tensor | None]]:
+        """The loss of what is supervised, and the gradient of each parameter, until the next replay."""
+        for held, tensor in zip(self._inputs, laid.inputs, strict=True):
+            held.copy_(tensor, non_blocking=True)
         self._forward.replay()
-        places, labels = (one.pin_memory().to(self._hidden.device, non_blocking=True) for one in (places, labels))
+        places, labels = (one.to(self._hidden.device, non_blocking=True) for one in (laid.places, laid.labels))
         rows = self._hidden[0].index_select(0, places).requires_grad_()
         loss = functions.CrossEntropy.apply(rows, self._head, labels).sum() / count  # type: ignore[union-attr]
         (gradient,) = torch.autograd.grad(loss, rows)

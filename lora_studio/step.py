@@ -134,6 +134,11 @@ class Share:
             self.recordings = Recordings(lora.model, lora.parameters(self.adapter), shares=self.shares)
         return self.recordings.run(part, count)
 
+    def look_ahead(self, batch: Batch) -> None:
+        """Lay the passes of a step to come, so that a GPU does not have to wait for it then."""
+        if self.recordings is not None:
+            self.recordings.lay([part for passes in self.rounds(batch) for part in passes])
+
     def give_way(self, lora: LoRA, batch: Batch) -> None:
         """Take less memory from here on. Raises E_MEMORY when nothing is left to try."""
         rounds = self.rounds(batch)

@@ -191,6 +191,7 @@ class _Course:
         self.measured_at: frozenset[int] = frozenset()
         self.batches: Iterator[list[lean.Tokens]] = iter(())
         self.batch: list[lean.Tokens] = []  # of the step that is next
+        self.ahead: list[lean.Tokens] | None = None  # of the one behind it, once it was looked at
         self.clock, self.seen, self.since = 0.0, 0, job.step  # of this attempt: start, tokens, first step
         self.seen_before = 0  # tokens, by earlier attempts
         self.parameters = job.parameters
@@ -253,6 +254,11 @@ class _Course:
     def has_no_patience(self) -> bool:
         return 0 < self.job.config.patience <= self.job.stale
 
+    def advance(self) -> None:
+        """Fetch the batch of the next step."""
+        self.batch = next(self.batches) if self.ahead is None else self.ahead
+        self.ahead = None
+
     def update(self, lost: torch.Tensor) -> Iterator[Event]:
         """The optimizer's part of a step, its gradients being there; and its figures. lost: the step's loss ()."""
         job, config = self.job, self.job.config
@@ -268,9 +274,13 @@ class _Course:
         job.optimizer.step()
         torch.autograd.graph.increment_version(self.parameters)  # what is kept until they change asks for it
         job.optimizer.zero_grad(set_to_none=True)
-        loss, norm = float(lost), float(total)  # a GPU is waited for here, and nowhere before
-        job.step = step
         self.seen += sum(len(tokens.ids) for tokens in self.batch)
+        if job.device.type == "cuda" and (ahead := next(self.batches, None)):
+            self.ahead = ahead
+            job.share.look_ahead(ahead)  # while the GPU is at work on this step
+        held = max(self.floor, peak_memory(job.device))
+        loss, norm = float(lost), float(total)  # it is waited for here, and nowhere before
+        job.step = step
         elapsed = time.monotonic() - self.clock
         yield Metric(
             step=step,
@@ -281,7 +291,7 @@ class _Course:
                 "tokens": self.seen_before + self.seen,
                 "tokens_per_s": self.seen / elapsed,
                 "seconds_left": elapsed / (step - self.since) * (self.steps - step),
-                "memory_bytes": max(self.floor, peak_memory(job.device)),
+                "memory_bytes": held,
             },
         )
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -312,7 +322,7 @@ def _groups(lora: LoRA, live: Sequence[_Course]) -> list[list[_Course]]:
     groups: list[list[_Course]] = []
     room = 0
     for course in live:
-        course.batch = next(course.batches)
+        course.advance()
         size = course.job.share.size(course.batch)
         joins = course.job.share.joins(lora, course.batch)
         if joins and size <= room:

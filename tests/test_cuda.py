@@ -112,6 +112,7 @@ def test_turning_by_positions_is_what_transformers_does(heads: int, width: int, 
 def test_models_turn_by_kernel_where_they_turn_halves(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     kernel = kernels.turned
+    assert kernels.usable(torch.ones(1, device="cuda"))  # asked once, it tries them all
     monkeypatch.setattr(kernels, "turned", lambda x, *given, **named: (calls.append(1), kernel(x, *given, **named))[1])
     lora = adapted(causal(family))
     with lora.use("x"):

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from lora_studio.core import kernels, upcast
 
 # Positions whose logits are in memory together: as many as keep the products with the head busy.
-CHUNK = {"cpu": 256, "mps": 128, "cuda": 1024}
+CHUNK = {"cpu": 256, "mps": 128, "cuda": 1536}
 # Such a product has on a CPU, or a multiple: few are summed in another order, and a loss went by who shared its pass.
 ROWS = 16
 LOG2E = 1 / math.log(2)  # powers of two take a third of the time of powers of e

@@ -602,7 +602,8 @@ def _variable_length(
     """torch's own kernel for sequences end to end, on a CUDA GPU: one call for all of them."""
     from torch.nn.attention.varlen import varlen_attn
 
-    q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))  # (T, heads, head_dim)
+    # (T, heads, head_dim); squeezed, because the gradient of tensor[0] is a copy among zeros
+    q, k, v = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
     ends, keys, most = lengths.ends(query.device), lengths.keys(query.device), lengths.longest
     key_ends = ends if keys is None else keys.ends
     if keys is not None:  # the last of these are the queries' own tokens, and it is to them that causality goes

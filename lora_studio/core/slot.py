@@ -542,6 +542,7 @@ def _product(
 class Product(torch.autograd.Function):
     """y + scale · ((x Aᵀ) ⊙ g) Bᵀ that keeps x alone for its backward: x Aᵀ and the casts of A and B are made again.
 
+    A GPU keeps the narrow (x Aᵀ) ⊙ g, too: its many small products take it longer than their arithmetic.
     With a frozen A it keeps (x Aᵀ) ⊙ g instead, which is narrow, and x is free to go (LoRA-FA's saving).
     x (batch, ..., in); A (R, in) and B (out, R) fp32 masters; g (1 or batch, 1, ..., R);
     y (batch, ..., out), the layer's own output, to which one matrix product adds; None for 0.
@@ -558,8 +559,9 @@ class Product(torch.autograd.Function):
         y: torch.Tensor | None,
     ) -> torch.Tensor:
         hidden = _hidden(upcast.widened(x), A, scale, gates)  # (batch, ..., R)
-        ctx.scale, ctx.trains_A = scale, ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if ctx.trains_A else hidden.to(x.dtype), A, B, gates)
+        ctx.scale = scale
+        trains_A, keeps = ctx.needs_input_grad[1], x.device.type == "cuda" or not ctx.needs_input_grad[1]
+        ctx.save_for_backward(x if trains_A else None, hidden.to(x.dtype) if keeps else None, A, B, gates)
         B = B.to(hidden.dtype)
         if y is None:
             return F.linear(hidden, B).to(x.dtype)
@@ -569,16 +571,16 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kept, A, B, gates = ctx.saved_tensors
-        kept, gradient = upcast.widened(kept), upcast.widened(outer[0])  # (batch, ..., out)
-        hidden = _hidden(kept, A, ctx.scale, gates) if ctx.trains_A else kept
+        x, hidden, A, B, gates = ctx.saved_tensors
+        x, gradient = None if x is None else upcast.widened(x), upcast.widened(outer[0])  # (batch, ..., in), ... out)
+        hidden = _hidden(x, A, ctx.scale, gates) if hidden is None else upcast.widened(hidden)
         for_x = for_A = for_B = None
         if ctx.needs_input_grad[2]:
             for_B = (gradient.flatten(0, -2).T @ hidden.flatten(0, -2)).to(B.dtype)
         inner = (gradient @ B.to(gradient.dtype)) * ctx.scale  # (batch, ..., R)
         inner = inner if gates is None else inner * gates
-        if ctx.trains_A:
-            for_A = (inner.flatten(0, -2).T @ kept.flatten(0, -2)).to(A.dtype)
+        if x is not None:
+            for_A = (inner.flatten(0, -2).T @ x.flatten(0, -2)).to(A.dtype)
         if ctx.needs_input_grad[0]:
             for_x = (inner @ A.to(inner.dtype)).to(outer[0].dtype)
         return for_x, for_A, for_B, None, None, outer[0] if ctx.needs_input_grad[5] else None
