@@ -559,9 +559,9 @@ class Product(torch.autograd.Function):
         y: torch.Tensor | None,
     ) -> torch.Tensor:
         hidden = _hidden(upcast.widened(x), A, scale, gates)  # (batch, ..., R)
-        ctx.scale = scale
-        trains_A, keeps = ctx.needs_input_grad[1], x.device.type == "cuda" or not ctx.needs_input_grad[1]
-        ctx.save_for_backward(x if trains_A else None, hidden.to(x.dtype) if keeps else None, A, B, gates)
+        ctx.scale, trains_A = scale, ctx.needs_input_grad[1]
+        narrow = hidden.to(x.dtype) if x.device.type == "cuda" or not trains_A else None
+        ctx.save_for_backward(x if trains_A else None, narrow, A, B, gates)
         B = B.to(hidden.dtype)
         if y is None:
             return F.linear(hidden, B).to(x.dtype)
@@ -571,16 +571,17 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, hidden, A, B, gates = ctx.saved_tensors
-        x, gradient = None if x is None else upcast.widened(x), upcast.widened(outer[0])  # (batch, ..., in), ... out)
-        hidden = _hidden(x, A, ctx.scale, gates) if hidden is None else upcast.widened(hidden)
+        x, narrow, A, B, gates = ctx.saved_tensors
+        wide: Any = None if x is None else upcast.widened(x)
+        gradient = upcast.widened(outer[0])  # (batch, ..., out)
+        hidden = _hidden(wide, A, ctx.scale, gates) if narrow is None else upcast.widened(narrow)
         for_x = for_A = for_B = None
         if ctx.needs_input_grad[2]:
             for_B = (gradient.flatten(0, -2).T @ hidden.flatten(0, -2)).to(B.dtype)
         inner = (gradient @ B.to(gradient.dtype)) * ctx.scale  # (batch, ..., R)
         inner = inner if gates is None else inner * gates
-        if x is not None:
-            for_A = (inner.flatten(0, -2).T @ x.flatten(0, -2)).to(A.dtype)
+        if wide is not None:
+            for_A = (inner.flatten(0, -2).T @ wide.flatten(0, -2)).to(A.dtype)
         if ctx.needs_input_grad[0]:
             for_x = (inner @ A.to(inner.dtype)).to(outer[0].dtype)
         return for_x, for_A, for_B, None, None, outer[0] if ctx.needs_input_grad[5] else None
