@@ -135,6 +135,8 @@ def test_a_process_that_fails_says_why() -> None:
 def test_a_process_waits_without_spinning() -> None:
     told = fresh.environment(3)
     assert told["OMP_NUM_THREADS"] == "3" and told["OMP_WAIT_POLICY"] == "PASSIVE" and told["GOMP_SPINCOUNT"] == "0"
+    awake = fresh.environment(3, awake=True)
+    assert {**awake, "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"} == told
 
 
 # ---- the ways of training --------------------------------------------------------------------------------------------

@@ -371,23 +371,28 @@ class Slot:
 class Ready:
     """What a slot adds while its model answers, made once and used until the route or a factor changes.
 
-    A (in, R) and B (R, out) of all parts, with the scale in B, and the weights, too, where all rows have the same;
-    else columns (rows, 1, R) holds them. In the dtype of the layer, and in fp32 for few tokens on a CPU, or for any
-    number where core.upcast says so.
+    A (in, R) and B (R, out) of all parts; the weights are in the scale or in B where all rows have the same, else in
+    columns (rows, 1, R). In the dtype of the layer, and in fp32 for few tokens on a CPU, or for any number where
+    core.upcast says so. One part's factors are its own and no copies, which take longer than a prompt's products.
     """
 
     def __init__(self, parts: Sequence[tuple[int, LowRank]], gates: Gates | None, output: torch.Tensor) -> None:
         self._factors = [factor for _, part in parts for factor in (part.A, part.B)]
         self._as_of = self._versions()
-        A, B, scale = _stack([part for _, part in parts], output.shape[-1])
-        A, B = A.detach().T, scale * B.detach().T
-        columns = None if gates is None else gates.columns(tuple((column, part.rank) for column, part in parts))
+        A, B, self._scale = _stack([part for _, part in parts], output.shape[-1])
+        A, B = A.detach().T, B.detach().T
+        alone = parts[0][0] if len(parts) == 1 and output.device.type == "cpu" else None
+        columns = None
+        if gates is not None and len(gates) == 1 and alone is not None:
+            self._scale *= float(gates.of(alone))
+        elif gates is not None:
+            columns = gates.columns(tuple((column, part.rank) for column, part in parts))
         if columns is not None and len(columns) == 1:
             B, columns = columns.flatten()[:, None].to(B.dtype) * B, None
         self._columns, self._batch = columns, None if columns is None else (output.shape[0], output.dim())
         few = FEW * len(A) if output.device.type == "cpu" else 0
         self._few = math.inf if upcast.needed(output) else few  # numbers in x
-        self._wide, self._dtype = (A, B.contiguous()), output.dtype
+        self._wide, self._dtype = (A, B), output.dtype
         self._cast: tuple[torch.Tensor, ...] | None = None
 
     def fits(self, x: torch.Tensor) -> bool:
@@ -404,8 +409,8 @@ class Ready:
         if self._columns is not None:
             hidden.mul_(self._columns)
         if few:
-            return output.add_(torch.matmul(hidden, B))
-        return torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), B).view(output.shape)
+            return output.add_(torch.matmul(hidden, B), alpha=self._scale)
+        return torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), B, alpha=self._scale).view(output.shape)
 
     def _versions(self) -> int:
         return sum(factor._version for factor in self._factors)

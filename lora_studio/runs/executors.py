@@ -186,7 +186,9 @@ def environment() -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if name in names | families}
     here = str(Path(__file__).resolve().parents[2])
     kept["PYTHONPATH"] = os.pathsep.join(filter(None, [here, kept.get("PYTHONPATH", "")]))
-    kept |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    kept |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    # Threads that wait for a moment before they sleep: a wake-up takes longer than a product of few rows.
+    kept |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"}
     # Every step has a length of its own, and torch keeps a compiled matrix product for each: 15 MB more a step.
     kept |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
     # Memory of one step is there for the next: giving it back costs a page fault for every 4 kB.
