@@ -2,9 +2,9 @@
 
     measure("benchmarks.contenders:trained", {...})
 
-The child starts with the asked number of threads and passive waiting, so that its processor time is its own work and
-not its waiting. Processor seconds are user and system time of all its threads, start-up included; the peak is the
-most memory that it ever held. Times of single steps are the function's own affair.
+The child starts with the asked number of threads, which sleep when they wait unless they are to be awake, so that its
+processor time is its own work and not its waiting. Processor seconds are user and system time of all its threads,
+start-up included; the peak is the most memory that it ever held. Times of single steps are the function's own affair.
 """
 
 import importlib

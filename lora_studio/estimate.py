@@ -9,7 +9,7 @@
                                                           SPARE for the allocator and the backward; a attention weights
                                                           per token, which only a model that drops some of them keeps;
                                                           with checkpointing a layer keeps h, and one at a time the rest
-    head         CHUNK · V · (4 | 6 bf16 | b on CUDA)     the logits of one chunk in fp32, in bf16 where products are,
+    head         CHUNK · V · (4 | 6 bf16)                 the logits of one chunk in fp32, in bf16 where products are,
                                                           for each pass of a round; a classifier has none
     runtime      the interpreter, its libraries and their buffers
 
@@ -26,7 +26,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora_studio import recorded as recordings
@@ -97,14 +97,15 @@ def estimate(
     layers = kept + spare * size * text.hidden_size * passed if config.checkpointing == "on" else kept * passed
     room = lean.room(model, device, recorded=recorded)
     cut = functools.partial(_cut, config, data, room, busy(model), abreast)
-    if recorded and config.accumulate == 1:
-        cut = functools.partial(_filled, data, room, text.hidden_size)
+    if recorded:
+        cut = functools.partial(_filled, config, data, room, text.hidden_size)
     step = cut(*_long_step(config, data, rows))
     memory = {
         "weights": total_bytes(model, precision),
         "adapter": (12 + 4 * (step.passes + (step.passes > 1 and step.rounds > 1))) * trainable,
-        "activations": int(_together(config, data, rows, step, pads=pads) * layers),
-        "head": step.passes * CHUNK[device] * _vocabulary(model) * _logit_bytes(size, device),
+        "activations": int(_together(config, data, rows, step, pads=pads) * layers)
+        + int(step.again * 2 * _key_width(text) * spare * size * passed if device == "cuda" else 0),
+        "head": step.passes * CHUNK[device] * _vocabulary(model) * (4 if size == 4 or _upcasts(device) else 6),
         "runtime": RUNTIME_BYTES if device == "cpu" else 0,
     }
     memory["peak"] = sum(memory.values())
@@ -128,13 +129,6 @@ def _vocabulary(model: Any) -> int:
     return model.config.get_text_config().vocab_size if model.get_output_embeddings() is not None else 0
 
 
-def _logit_bytes(size: int, device: str) -> int:
-    """Of one logit, with weights of so many bytes."""
-    if device == "cuda":
-        return size
-    return 4 if size == 4 or _upcasts(device) else 6
-
-
 def _upcasts(device: str) -> bool:
     """Whether products of bfloat16 tensors are made in fp32."""
     return device == "cpu" and upcast.lacks_bfloat16()
@@ -147,11 +141,15 @@ def _pads(model: Any, pieces: Sequence[Piece]) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class _Cut:
-    """A step, as step.Share cuts it: rounds, tokens of the largest and of all, passes of each; whether filled up."""
+    """A step, as step.Share cuts it: rounds, tokens of the largest and of all, passes of each; whether filled up.
+
+    again: tokens of the shared prefix that a round's rows have with the first, whose keys a GPU lays again.
+    """
 
     rounds: int
     tokens: float
     in_all: float
+    again: float
     passes: int = 1
     full: bool = False
 
@@ -165,7 +163,8 @@ def _cut(config: TrainConfig, data: Lengths, room: int, alone: float, abreast: i
         rounds = max(1, config.accumulate, math.ceil(own / max(1, room - passes * shared)))
         rounds = rounds if passes > 1 else max(1, min(round(rows), rounds))
         tokens = passes * shared + own / rounds
-        return _Cut(rounds=rounds, tokens=tokens, in_all=rounds * tokens, passes=passes)
+        again = max(0.0, rows / rounds - passes) * shared
+        return _Cut(rounds=rounds, tokens=tokens, in_all=rounds * tokens, again=again, passes=passes)
 
     one_by_one, beside = of(1), of(abreast)
     largest = shared + math.ceil(rows / (beside.rounds * abreast)) * (row - shared)
@@ -173,12 +172,18 @@ def _cut(config: TrainConfig, data: Lengths, room: int, alone: float, abreast: i
     return beside if own + shared > alone and beside.rounds * abreast <= rows and worth else one_by_one
 
 
-def _filled(data: Lengths, room: int, width: int, rows: float, row: float) -> _Cut:
+def _filled(config: TrainConfig, data: Lengths, room: int, width: int, rows: float, row: float) -> _Cut:
     """The same where passes are recorded."""
     shared, own = data.shared_prefix, max(1, round(row - data.shared_prefix))
+    if config.accumulate > 1:
+        even = _cut(config, data, room, math.inf, 1, rows, row)
+        largest = shared + math.ceil(rows / even.rounds) * own
+        usual, most = (recordings.full(math.ceil(tokens), width) for tokens in (even.tokens, largest))
+        return replace(even, tokens=most, in_all=even.rounds * usual, full=True)
     passes = recordings.cut([own] * max(1, round(rows)), shared, room, width)
     taken = [recordings.full(shared + own * len(part), width) for part in passes]
-    return _Cut(rounds=len(taken), tokens=max(taken), in_all=sum(taken), full=True)
+    again = (max(map(len, passes)) - 1) * shared
+    return _Cut(rounds=len(taken), tokens=max(taken), in_all=sum(taken), again=again, full=True)
 
 
 def _long_step(config: TrainConfig, data: Lengths, rows: int) -> tuple[float, float]:
@@ -211,13 +216,20 @@ def _kept_weights(model: Any, config: TrainConfig, data: Lengths, rows: int) -> 
     return DROPPED * text.num_attention_heads * _long(config, data, rows) if drops else 0.0
 
 
+def _key_width(text: Any) -> int:
+    """Elements of a token's keys in a layer."""
+    heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+
+
 def _kept_elements(model: Any, pieces: Sequence[Piece], *, pads: bool) -> float:
     """Elements a block keeps for its backward per token."""
     text = model.config.get_text_config()
     hidden = text.hidden_size
     heads = text.num_attention_heads
     head_dim = getattr(text, "head_dim", None) or hidden // heads
-    keys = (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+    keys = _key_width(text)
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
     keys = heads * head_dim if pads else keys
     inside = [piece for piece in pieces if piece.layer >= 0]

@@ -90,7 +90,7 @@ def shares_prefix(lora: LoRA, names: Sequence[str]) -> bool:
 
     It has to be the same for each row, so nothing may be drawn at random.
     """
-    return lean.can_share(lora.model) and packs(lora, names) and not any(map(lora.draws, names))
+    return lean.can_share(lora.model, _device(lora).type) and packs(lora, names) and not any(map(lora.draws, names))
 
 
 def _device(lora: LoRA) -> torch.device:

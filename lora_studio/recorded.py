@@ -16,7 +16,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -34,7 +34,7 @@ STEPS, COARSE = (8, 9, 10, 11, 12, 13, 14, 15), (8, 10, 12, 15)  # eighths of a 
 BROAD = 2048  # width from which they are coarse: a GPU takes as long for 13 and 14 eighths as for 15
 LEAST = 1024  # tokens of each pass, where there are several: products of fewer are slow
 ONCE = 2**20  # tokens times width that a pass costs besides its tokens
-UNIT = 8  # tokens; sizes are multiples of it
+UNIT = 16  # tokens, to which a cut is planned
 SEATS = 16  # sequences; the same
 LONGEST = 512  # tokens that a sequence may have in any recording
 MOST = 8  # sizes that are recorded
@@ -82,7 +82,7 @@ def cut(own: Sequence[int], shared: int, most: int, width: int) -> list[list[int
     left, passes = list(range(len(own))), []
     while left:
         total = sum(own[row] for row in left)
-        largest = _largest(math.ceil(min(total, 3 * most) / UNIT), shared, most, width)
+        largest = _largest(total, shared, most, width)
         places = _fullest([own[row] for row in left], largest - shared)
         chosen = [left[place] for place in places] or [max(left, key=lambda row: own[row])]
         passes.append(chosen)
@@ -90,17 +90,23 @@ def cut(own: Sequence[int], shared: int, most: int, width: int) -> list[list[int
     return passes
 
 
-@functools.lru_cache(maxsize=4096)
-def _largest(units: int, shared: int, most: int, width: int) -> int:
-    """The largest of the sizes that take so many units of tokens at the least cost."""
-    least = min(LEAST, full(units * UNIT + shared, width))
-    usual = [size for size in itertools.takewhile(lambda size: size <= most, sizes(width)) if size >= least]
-    usual = [size for size in usual if size > shared + UNIT] or [most]
-    best = [(0.0, 0)]  # cost, and the largest size, of so many units
-    for taken in range(1, units + 1):
+def _largest(total: int, shared: int, most: int, width: int) -> int:
+    """The largest of the sizes that take so many tokens at the least cost."""
+    if total + shared <= LEAST:
+        return full(total + shared, width)
+    return _largest_of(UNIT * math.ceil(shared / UNIT), most, width)[math.ceil(min(total, 3 * most) / UNIT)]
+
+
+@functools.lru_cache(maxsize=64)
+def _largest_of(shared: int, most: int, width: int) -> list[int]:
+    """The same for each number of units, up to three passes."""
+    usual = [size for size in itertools.takewhile(lambda size: size <= most, sizes(width)) if size >= LEAST]
+    usual = [size for size in usual if size > shared] or [most]
+    best = [(0.0, 0)]  # cost, and the largest size
+    for taken in range(1, 3 * most // UNIT + 2):
         ways = ((size, best[max(0, taken - max(1, (size - shared) // UNIT))]) for size in usual)
         best.append(min((cost + size + ONCE / width, max(size, largest)) for size, (cost, largest) in ways))
-    return best[-1][1]
+    return [size for _, size in best]
 
 
 def _fullest(rows: Sequence[int], room: int) -> list[int]:
@@ -128,10 +134,6 @@ class Size:
     longest: int
     keys: int
 
-    def takes(self, other: "Size") -> bool:
-        """Whether a pass of the other size can be filled up to this one."""
-        return all(mine >= its for mine, its in zip(astuple(self), astuple(other), strict=True))
-
     @property
     def filling(self) -> int:
         """Tokens of a sequence that fills up."""
@@ -139,7 +141,7 @@ class Size:
 
 
 def size_for(batch: lean.Packed, width: int) -> Size:
-    """The smallest size that takes a batch, whatever has to be filled up."""
+    """The smallest size that takes a batch."""
     tokens = full(sum(batch.lengths), width)
     longest = max(LONGEST, 1 << (batch.lengths.longest - 1).bit_length())
     fillers = math.ceil(max(GRAIN, tokens / 3) / (longest // 2))  # what a size may lack
@@ -148,14 +150,23 @@ def size_for(batch: lean.Packed, width: int) -> Size:
     return Size(tokens, sequences, longest, tokens + sequences * shared if shared else 0)
 
 
+def fits(batch: lean.Packed, size: Size) -> bool:
+    """Whether a batch can be filled up to a size: it has the seats for what is missing, and the rows of the keys."""
+    missing = size.tokens - sum(batch.lengths)
+    sequences = len(batch.lengths) + math.ceil(missing / size.filling)
+    again = batch.lengths.again
+    whole = batch.lengths.longest <= size.longest and (not again or size.tokens + again <= size.keys)
+    return missing >= 0 and sequences <= size.sequences and whole
+
+
 def filled(batch: lean.Packed, size: Size) -> list[torch.Tensor]:
     """ids and positions (1, size.tokens), and ends (size.sequences + 1,) of a batch on the CPU that is filled up.
 
     Sequences that are left over at the end are empty. With size.keys also the tensors of lean.KeyRows.
     """
+    assert fits(batch, size), "the size does not take this batch"
     missing = size.tokens - sum(batch.lengths)
     more = [min(size.filling, missing - start) for start in range(0, missing, size.filling)]
-    assert len(batch.lengths) + len(more) <= size.sequences, "the size does not take this batch"
     places = [place for length in more for place in range(length)]
     ids = torch.cat([batch.ids, batch.ids.new_zeros(1, missing)], dim=1)
     positions = torch.cat([batch.positions, torch.tensor([places], dtype=batch.positions.dtype)], dim=1)
@@ -194,6 +205,8 @@ class Recordings:
 
         None, with nothing added, where a pass of this size is not recorded.
         """
+        if self.why_not and not self._made:
+            return None
         laid = self._taken(batch)
         self._seen[laid.own] += 1
         if laid.own not in self._made and self._seen[laid.own] >= WORTH and len(self) < MOST and not self.why_not:
@@ -209,12 +222,13 @@ class Recordings:
 
     def lay(self, batches: Sequence[Sequence[lean.Tokens]]) -> None:
         """Lay passes that are to come, and forget those that have not."""
-        self._laid = [(batch, self._lay(batch)) for batch in batches]
+        wanted = self._made or not self.why_not
+        self._laid = [(batch, self._lay(batch)) for batch in batches] if wanted else []
 
     def _lay(self, batch: Sequence[lean.Tokens]) -> "_Laid":
         laid = _Laid(batch, self._width, shares=self._shares)
-        sizes = [size for size in self._made if size.takes(laid.own) and size.tokens <= SPARE * laid.own.tokens]
-        laid.fill(min(sizes, key=lambda size: size.tokens, default=laid.own))
+        larger = [one for one in self._made if one.tokens <= SPARE * laid.own.tokens and fits(laid.packed, one)]
+        laid.fill(min(larger, key=lambda size: size.tokens, default=laid.own))
         return laid
 
     def _taken(self, batch: Sequence[lean.Tokens]) -> "_Laid":
@@ -242,7 +256,10 @@ class Recordings:
     def stop(self) -> bool:
         """Give back the memory and record no more; whether there was anything to give back."""
         held = bool(self._made)
+        if held:
+            torch.cuda.synchronize()  # one of them may still be at work
         self._made.clear()
+        self._laid.clear()
         self.why_not = self.why_not or "stopped"
         return held
 

@@ -41,6 +41,7 @@ HALVINGS = 3
 MARGIN = 0.9  # of the free memory may be used
 BUSY = 256  # tokens, or tokens times width over this, that keep a CPU busy
 ABREAST = 2  # passes side by side
+LAID_AGAIN = 1 / 6  # of a token's activations: its keys and values, at most
 MORE = 1.1  # times the tokens of passes one by one that such may take, so that they are quicker still
 Batch = Sequence[lean.Tokens]
 
@@ -277,7 +278,12 @@ def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, de
     per_token = took / len(longest.ids)
 
     def needs() -> float:
-        return per_token * max(sum(map(share.size, passes)) for passes in share.rounds(batch))
+        return per_token * max(sum(map(weight, passes)) for passes in share.rounds(batch))
+
+    def weight(part: Batch) -> float:
+        """Tokens, and what a GPU keeps of keys that it lays again."""
+        again = (sum(len(tokens.ids) for tokens in part) - share.size(part)) if device.type == "cuda" else 0
+        return share.size(part) + again * LAID_AGAIN
 
     if needs() <= free:
         return None

@@ -229,6 +229,7 @@ class Studio:
         """
         from lora_studio.core.baselines import plan
         from lora_studio.core.layout import heads
+        from lora_studio.core.lean import can_share
         from lora_studio.estimate import estimate
         from lora_studio.models import check_quantising, context, device, parameter_count
         from lora_studio.step import side_by_side
@@ -262,7 +263,7 @@ class Studio:
         if precision in QUANTISED:
             check_quantising(skeleton, precision, on)
         lengths = seen.lengths if seen else None
-        shares = on in ("cpu", "cuda") and _lays_prefix_once(skeleton, method)
+        shares = can_share(skeleton, on) and _lays_prefix_once(skeleton, method)
         if lengths and not shares:
             lengths = replace(lengths, shared_prefix=0)
         factors = isinstance(method, LoraSpec) and not method.modules_to_save
@@ -1027,7 +1028,7 @@ class Studio:
 
 
 def _lays_prefix_once(skeleton: Any, method: Method) -> bool:
-    """Whether a training's passes will, where they can: what measure.losses finds of an adapter that is there."""
+    """Whether a training's passes will, where core.lean.can_share: what measure finds of an adapter that is there."""
     from lora_studio.core.layout import drops
     from lora_studio.core.lean import packable
 

@@ -275,7 +275,7 @@ class _Course:
         torch.autograd.graph.increment_version(self.parameters)  # what is kept until they change asks for it
         job.optimizer.zero_grad(set_to_none=True)
         self.seen += sum(len(tokens.ids) for tokens in self.batch)
-        if job.device.type == "cuda" and (ahead := next(self.batches, None)):
+        if job.share.recordings is not None and (ahead := next(self.batches, None)):
             self.ahead = ahead
             job.share.look_ahead(ahead)  # while the GPU is at work on this step
         held = max(self.floor, peak_memory(job.device))

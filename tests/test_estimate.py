@@ -10,8 +10,9 @@ from lora_studio.core.baselines import add, plan
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
 from lora_studio.data.batches import Lengths
-from lora_studio.estimate import ASSUMED, Estimate, _cut, _pads, estimate
+from lora_studio.estimate import ASSUMED, Estimate, _cut, _filled, _pads, estimate
 from lora_studio.measure import packs
+from lora_studio.recorded import full
 from lora_studio.settings import TrainConfig
 from lora_studio.step import Share
 from tests.tiny import causal, classifier
@@ -137,6 +138,25 @@ def test_a_step_is_forecast_as_it_is_cut(
     assert [len(beside) for beside in made] == [cut.passes] * cut.rounds
     sizes = [sum(map(share.size, beside)) for beside in made]
     assert sum(sizes) == pytest.approx(cut.rounds * cut.tokens) and max(sizes) - cut.tokens < length
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize(("rows", "shared"), [(1, 0), (8, 0), (16, 24), (40, 24), (300, 5)])
+@pytest.mark.parametrize("width", [896, 4096])
+def test_a_step_of_recorded_passes_is_forecast_as_it_is_cut(
+    rows: int, shared: int, accumulate: int, width: int
+) -> None:
+    marks = [False] * (shared + 1) + [True] * (199 - shared)
+    batch = [lean.Tokens((*range(shared), *range(n, n + 200 - shared)), marks) for n in range(1000, 1000 + rows)]
+    share = Share(adapter="x", accumulate=accumulate, room=2048, shares=True, width=width)
+    made = [part for passes in share.rounds(batch) for part in passes]
+    lengths = dataclasses.replace(ASSUMED, shared_prefix=lean.shared_prefix(batch))
+    step = _filled(dataclasses.replace(CONFIG, accumulate=accumulate), lengths, 2048, width, rows, 200)
+    sizes = [full(share.size(part), width) for part in made]
+    assert step.rounds == len(made) and step.passes == 1
+    assert step.tokens == pytest.approx(max(sizes), rel=0.15) and step.in_all == pytest.approx(sum(sizes), rel=0.15)
+    again = max(sum(len(one.ids) for one in part) - share.size(part) for part in made)
+    assert again - shared <= step.again <= again + shared
 
 
 @pytest.mark.parametrize("kind", ["full", "top", "bitfit", "adapter_h", "adapter_p", "adapter_l", "prefix", "prompt"])

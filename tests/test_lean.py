@@ -11,7 +11,7 @@ import transformers
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_studio.core import attention, functions, lean, upcast
+from lora_studio.core import attention, functions, kernels, lean, upcast
 from lora_studio.core.baselines import add
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BaselineSpec, LoraSpec
@@ -286,6 +286,31 @@ def test_nothing_is_saved_below_the_lowest_adapted_layer() -> None:
         return sum(total)
 
     assert saved(1) < 0.7 * saved(0)
+
+
+@pytest.mark.parametrize("family", sorted({**CAUSAL, **PLAIN_TOO}))
+def test_a_models_own_turning_is_replaced_where_a_kernel_gives_the_same_and_asked_nothing_else(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, with torch's formula in place of the kernel: whatever signature a model's function has."""
+
+    def formula(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+    calls: list[int] = []
+    count = lambda x, *angles: (calls.append(1), formula(x, *angles))[1]  # noqa: E731
+    model, ids = causal(family), batch().ids
+    with torch.no_grad():
+        plain = model(input_ids=ids).logits
+        monkeypatch.setattr(kernels, "usable", lambda x: True)
+        monkeypatch.setattr(kernels, "turned", count)
+        for module in model.modules():
+            if form := lean._turning(module):
+                monkeypatch.setitem(vars(module), "forward", form)
+        calls.clear()
+        torch.testing.assert_close(model(input_ids=ids).logits, plain, rtol=1e-5, atol=1e-5)
+    assert calls or family not in ("llama", "qwen2", "qwen3", "gemma", "mistral", "phi3", "olmo2")
 
 
 @pytest.mark.parametrize(("width", "tokens"), [(64, 16_384), (4096, 2048), (16_384, 1024)])

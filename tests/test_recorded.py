@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora_studio import recorded, step
@@ -21,7 +21,7 @@ from lora_studio.core.baselines import add
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BaselineSpec, LoraSpec, Method
 from lora_studio.measure import leanly
-from lora_studio.recorded import Recordings, cut, filled, forget, full, recordable, size_for
+from lora_studio.recorded import Recordings, cut, filled, fits, forget, full, recordable, size_for
 from lora_studio.studio import _can_be_recorded
 from lora_studio.train import Job, train
 from tests.test_train import CONFIG, job, values
@@ -65,6 +65,28 @@ def test_a_size_takes_every_batch_that_it_is_for(lengths: list[int], shared: int
     assert bool(keys) == bool(size.keys) == (len(lengths) > 1 and shared > 0)
     if keys:
         assert [len(one) for one in keys] == [size.keys, size.sequences + 1, size.tokens + 1, size.keys]
+
+
+@given(
+    batches=st.lists(
+        st.tuples(st.lists(st.integers(1, 150), min_size=1, max_size=30), st.sampled_from([0, 10, 48])),
+        min_size=2,
+        max_size=2,
+    ),
+    width=st.sampled_from([896, 4096]),
+)
+@example(batches=[([105] * 14, 0), ([70] * 14, 0)], width=896)
+@example(batches=[([130] * 11, 10), ([70] * 12, 48)], width=896)
+def test_what_fits_a_size_is_filled_up_to_its_shapes(batches: list[tuple[list[int], int]], width: int) -> None:
+    first, second = (lean.pack_groups([beginning_alike(*one)], share=True) for one in batches)
+    size = size_for(first, width)
+    assert fits(first, size) and fits(second, size_for(second, width))
+    if fits(second, size):
+        shapes = [[tensor.shape for tensor in filled(one, size)] for one in (first, second)]
+        assert shapes[0] == shapes[1]
+    else:
+        with pytest.raises(AssertionError, match="does not take"):
+            filled(second, size)
 
 
 @given(
@@ -195,7 +217,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Played]]:
     """As on a GPU, as far as this module sees one."""
     monkeypatch.setattr(recorded, "_Recording", Played)
     monkeypatch.setattr(step, "recordable", lambda lora, name: True)
-    for name in ("graph_pool_handle", "current_stream", "empty_cache"):
+    for name in ("graph_pool_handle", "current_stream", "empty_cache", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
     Played.left = 100

@@ -1,7 +1,8 @@
-"""The elementwise work of a block on a GPU, one kernel a formula, in Triton, which comes with torch for CUDA.
+"""What lies between the matrix products on a GPU, one kernel a formula, in Triton, which comes with torch for CUDA.
 
 Such work waits for memory, not for arithmetic: written as torch operations, each of them reads and writes the whole
-tensor again. `functions` holds the same formulas in torch, for every other device and where Triton cannot be used.
+tensor again. Where Triton cannot be used, and on every other device, `functions` has torch's operations for it, or
+goes the way that does without.
 
 Tensors are (..., width); arithmetic is in fp32, and rounded where torch's operations round.
 """

@@ -73,11 +73,12 @@ class KeyRows:
 
     @classmethod
     def of(cls, places: Sequence[attention.Place], *, most: int = 0) -> "KeyRows":
-        """For sequences of these tokens, on the CPU; with `most` of so many rows."""
+        """For sequences of these tokens, on the CPU; with `most` there are so many rows."""
         order = torch.tensor([token for place in places for span in place for token in range(span.start, span.stop)])
         sizes = [sum(span.stop - span.start for span in place) for place in places]
         counts = torch.bincount(order)
-        spare = max(0, most - len(order))
+        spare = most - len(order) if most else 0
+        assert spare >= 0, "the sequences have more rows"
         return cls(
             order=F.pad(order, (0, spare)),
             ends=torch.tensor((0, *itertools.accumulate(sizes)), dtype=torch.int32),
@@ -146,6 +147,11 @@ class Lengths(tuple[int, ...]):
         """Most tokens that a sequence has with another."""
         return max((ahead.stop - ahead.start for ahead in self._ahead if ahead), default=0)
 
+    @property
+    def again(self) -> int:
+        """Tokens that sequences have with others, counted for each of them."""
+        return sum(ahead.stop - ahead.start for ahead in self._ahead if ahead)
+
     def followed_by(self, lengths: Sequence[int]) -> "Lengths":
         """These sequences, and behind them some that have nothing of others."""
         return Lengths((*self, *lengths), ahead=[*self._ahead, *[None] * len(lengths)], longest=self.longest)
@@ -212,10 +218,17 @@ def shared_prefix(batch: Sequence[Tokens]) -> int:
     return max(0, min(len(common_prefix([tuple(tokens.ids) for tokens in batch])), unsupervised))
 
 
-def can_share(model: nn.Module) -> bool:
-    """Whether sequences may begin with tokens of others where the model is: a GPU takes a kernel for it."""
-    like = next(model.parameters())
-    return like.device.type == "cpu" or kernels.usable(like[:1])
+def can_share(model: nn.Module, device: str) -> bool:
+    """Whether sequences may begin with tokens of others on this kind of device.
+
+    A GPU takes a kernel and torch's attention for variable lengths for it, which knows no windows here.
+    """
+    config: Any = model.config
+    text = config.get_text_config()
+    windows = getattr(text, "sliding_window", None) and getattr(text, "use_sliding_window", True)
+    if device == "cuda":
+        return not windows and kernels.usable(torch.empty(1, device=device)) and _takes("scale")
+    return device == "cpu"
 
 
 def laid(batch: Sequence[Tokens], *, share: bool) -> int:
@@ -433,17 +446,25 @@ def _turning(module: nn.Module) -> Callable | None:
     plain, like = getattr(forward, "__globals__", {}).get(TURNS), next(module.parameters(), None)
     if plain is None or TURNS not in forward.__code__.co_names or like is None or not kernels.usable(like):
         return None
-    q, k, angles = torch.linspace(-2, 3, 7 * 80, device=like.device).view(7, 5, 16).split((4, 2, 1))
-    given = q[None], k[None], angles.cos(), angles.sin()
     turned = partial(functions.turned, plain)
-    with torch.no_grad():
-        if not all(torch.allclose(*pair, atol=1e-5) for pair in zip(turned(*given), plain(*given), strict=True)):
-            return None
+    if not _alike(turned, plain, like.device):
+        return None
     mine = FunctionType(
         forward.__code__, forward.__globals__ | {TURNS: turned}, None, forward.__defaults__, forward.__closure__
     )
     mine.__kwdefaults__ = forward.__kwdefaults__
     return MethodType(mine, module)
+
+
+def _alike(turned: Callable, plain: Callable, device: torch.device) -> bool:
+    """Whether both turn the same q and k by the same angles to the same."""
+    q, k, angles = torch.linspace(-2, 3, 7 * 80, device=device).view(7, 5, 16).split((4, 2, 1))
+    given = q[None], k[None], angles.cos(), angles.sin()
+    try:
+        with torch.no_grad():
+            return all(torch.allclose(*pair, atol=1e-5) for pair in zip(turned(*given), plain(*given), strict=True))
+    except (TypeError, ValueError, RuntimeError):  # it is not called so
+        return False
 
 
 def packed_losses(model: nn.Module, batch: Packed) -> torch.Tensor:

@@ -400,7 +400,7 @@ class Ready:
         return self._batch in (None, (x.shape[0], x.dim())) and self._as_of == self._versions()
 
     def add(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """output + ((x A) ⊙ columns) B; `output` may be written to, being the layer's own and nobody else's yet."""
+        """output + scale · ((x A) ⊙ columns) B; `output` may be written to: it is the layer's own, nobody else's."""
         few = x.numel() <= self._few
         if not few and self._cast is None:
             self._cast = tuple(factor.to(self._dtype) for factor in self._wide)
