@@ -2,7 +2,8 @@
 
     RMSNorm        keeps x and one number a position         instead of x in fp32, twice
     Gated          keeps gate and up                         instead of act(gate) as well
-    Turned         keeps cos and sin, on a GPU               and reads and writes x once instead of five times
+    Turned         keeps cos and sin, on a GPU               and makes x once instead of five times
+    Laid           keeps where its rows lie, on a GPU        and adds their gradients up in a fixed order
     CrossEntropy   keeps one gradient the size of its input  instead of the logits, several times
 
 `attention` has one more. They are for frozen weights: none of them has a gradient for a weight.
