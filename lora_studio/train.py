@@ -274,13 +274,13 @@ class _Course:
         job.optimizer.step()
         torch.autograd.graph.increment_version(self.parameters)  # what is kept until they change asks for it
         job.optimizer.zero_grad(set_to_none=True)
+        job.step = step
         self.seen += sum(len(tokens.ids) for tokens in self.batch)
         if job.share.recordings is not None and (ahead := next(self.batches, None)):
             self.ahead = ahead
             job.share.look_ahead(ahead)  # while the GPU is at work on this step
         held = max(self.floor, peak_memory(job.device))
         loss, norm = float(lost), float(total)  # it is waited for here, and nowhere before
-        job.step = step
         elapsed = time.monotonic() - self.clock
         yield Metric(
             step=step,
