@@ -27,6 +27,7 @@ ROWS = 16
 LOG2E = 1 / math.log(2)  # powers of two take a third of the time of powers of e
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 aten = torch.ops.aten
+Made = tuple[torch.Tensor, torch.Tensor | None]  # losses (positions,), gradient (positions, d)
 
 
 class RMSNorm(torch.autograd.Function):
@@ -142,10 +143,8 @@ class CrossEntropy(torch.autograd.Function):
         real = len(hidden)
         if hidden.device.type == "cpu" and (more := -real % ROWS):
             hidden, labels = F.pad(hidden, (0, 0, 0, more)), F.pad(labels, (0, more))
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        loss_of = _losses_by_kernel if kernels.usable(hidden) else _losses
-        loss_of(hidden, head, labels, losses, gradient)
+        made = _losses_by_kernel if kernels.usable(hidden) else _losses
+        losses, gradient = made(hidden, head, labels, learns=ctx.needs_input_grad[0])
         ctx.save_for_backward(None if gradient is None else gradient[:real])
         return losses[:real]
 
@@ -155,14 +154,9 @@ class CrossEntropy(torch.autograd.Function):
         return gradient * outer[0][:, None].to(gradient.dtype), None, None
 
 
-def _losses(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    labels: torch.Tensor,
-    losses: torch.Tensor,
-    gradient: torch.Tensor | None,
-) -> None:
-    """Write the loss of each position and, where there is room for it, the gradient of its hidden state."""
+def _losses(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, learns: bool) -> Made:
+    """The loss of each position and, where something learns from it, the gradient of its hidden state."""
+    losses, gradient = _room(hidden, learns=learns)
     most_rows = CHUNK[hidden.device.type]
     count, words, upcasts = min(most_rows, len(hidden)), len(head), upcast.needed(hidden)
     in_fp32 = upcasts or hidden.dtype == torch.float32  # how the head is multiplied
@@ -192,17 +186,13 @@ def _losses(
             else:
                 made = (head.T @ chunk.T).T if by_word else narrow.copy_(chunk) @ head
             gradient[span] = made.div_(total)
+    return losses, gradient
 
 
-def _losses_by_kernel(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    labels: torch.Tensor,
-    losses: torch.Tensor,
-    gradient: torch.Tensor | None,
-) -> None:
+def _losses_by_kernel(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, learns: bool) -> Made:
     """The same on a GPU, in one buffer, which holds three times as many bf16 logits in the memory of two."""
-    most_rows = CHUNK[hidden.device.type] * (6 // hidden.itemsize)
+    losses, gradient = _room(hidden, learns=learns)
+    most_rows = CHUNK[hidden.device.type] * max(1, 6 // hidden.itemsize)
     logits = hidden.new_empty(min(most_rows, len(hidden)), len(head))
     for start in range(0, len(hidden), most_rows):
         span = slice(start, start + most_rows)
@@ -211,6 +201,12 @@ def _losses_by_kernel(
         losses[span] = kernels.cross_entropy_(chunk, labels[span])
         if gradient is not None:
             torch.mm(chunk, head, out=gradient[span])
+    return losses, gradient
+
+
+def _room(hidden: torch.Tensor, *, learns: bool) -> Made:
+    losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    return losses, torch.empty_like(hidden) if learns else None
 
 
 def _buffer(rows: int, words: int, device: torch.device, *, by_word: bool) -> torch.Tensor:
