@@ -156,7 +156,7 @@ def with_prefix(shared: int, supervised: int = 10) -> list[lean.Tokens]:
 def test_a_shared_prefix_is_laid_once_and_changes_neither_loss_nor_gradients(
     family: str, long: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "LONG", long)
+    monkeypatch.setattr(attention, "long", lambda q: long)
     monkeypatch.setattr(attention, "BLOCK", 3)
     lora, groups, results = with_adapter(family), [with_prefix(7), with_prefix(4)[:3], with_prefix(3)[:1]], []
     rows = [tokens for group in groups for tokens in group]
@@ -559,7 +559,7 @@ def test_attention_of_a_long_sequence_in_bfloat16_is_that_in_fp32_rounded() -> N
     exact = [torch.randn(1, number, 200, 16).bfloat16().float().requires_grad_() for number in (4, 2, 2)]
     narrow = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
     places, outer = (
-        lean.Lengths((200,)).arrangement(torch.device("cpu"), attention.LONG),
+        lean.Lengths((200,)).arrangement(torch.device("cpu"), 64),
         torch.randn(1, 200, 4, 16).bfloat16(),
     )
     found = []

@@ -12,10 +12,15 @@ import torch
 
 from lora_studio.core.functions import LOG2E
 
-LONG = 64  # tokens from which a sequence is computed in blocks
 BLOCK = 64  # tokens
+ENOUGH = 75_000  # a sequence's tokens times width from which its blocks are quicker than torch's kernel
 Place = tuple[slice, ...]  # of a sequence's tokens in a row: those it begins with, where they lie with another, its own
 aten = torch.ops.aten
+
+
+def long(q: torch.Tensor) -> int:
+    """Tokens from which a sequence of these queries (1, heads, T, d) is computed in blocks."""
+    return max(BLOCK, ENOUGH // (q.shape[1] * q.shape[3]))
 
 
 class Arrangement:

@@ -576,7 +576,7 @@ def _attend(
     if not sequence_lengths.known:
         raise RuntimeError("its attention goes by the lengths of the sequences")
     if plain and query.device.type == "cpu":
-        apart = sequence_lengths.arrangement(query.device, attention.LONG)
+        apart = sequence_lengths.arrangement(query.device, attention.long(query))
         return attention.CausalAttention.apply(query, key, value, apart, scaling), None  # type: ignore
     arrangement = sequence_lengths.arrangement(query.device)
     grouped = query.shape[1] != key.shape[1]  # fewer key and value heads than query heads
