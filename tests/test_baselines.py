@@ -15,7 +15,7 @@ from lora_studio.core.lora import LoRA
 from lora_studio.core.merge import merged, merged_state
 from lora_studio.core.spec import BASELINES, BaselineSpec, LoraSpec, paper_count
 from lora_studio.errors import StudioError
-from tests.tiny import CAUSAL, causal, classifier
+from tests.tiny import CAUSAL, causal, classifier, touched
 
 IDS = torch.arange(3, 36).view(3, 11)
 AT_REST = [kind for kind in BASELINES if kind not in ("prefix", "prompt")]  # they change nothing before training
@@ -269,7 +269,7 @@ def test_what_cannot_be_is_said_and_leaves_the_model_alone(family: str, method: 
     with pytest.raises(StudioError) as caught:
         add(lora, "x", method)  # type: ignore[arg-type]
     assert caught.value.code == code and caught.value.hint
-    assert lora.names == () and not any(module._forward_hooks for module in lora.model.modules())
+    assert lora.names == () and not touched(lora.model)
 
 
 @pytest.mark.parametrize("kind", ["full", "bitfit", "adapter_h", "adapter_p", "top"])

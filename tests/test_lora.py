@@ -11,7 +11,7 @@ from lora_studio.core.layout import dimensions
 from lora_studio.core.lora import LoRA
 from lora_studio.core.merge import merged, merged_state
 from lora_studio.core.spec import LoraSpec
-from tests.tiny import CAUSAL, causal
+from tests.tiny import CAUSAL, causal, touched
 
 EVERY = LoraSpec(rank=3, targets=("all-linear",))
 IDS = torch.arange(3, 36).view(3, 11)
@@ -234,7 +234,7 @@ def test_detaching_and_removing_leave_the_model_as_it_was() -> None:
     with lora.use("x"), lora.unhooked():
         assert torch.equal(logits(model), base)
     lora.detach()
-    assert torch.equal(logits(model), base) and not any(module._forward_hooks for module in model.modules())
+    assert torch.equal(logits(model), base) and not touched(model)
 
 
 @pytest.mark.parametrize("family", CAUSAL)

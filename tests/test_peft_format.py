@@ -15,7 +15,7 @@ from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import VARIANTS, LoraSpec
 from lora_studio.errors import StudioError
 from lora_studio.peft_format import CONFIG, WEIGHTS, load, portable, save
-from tests.tiny import CAUSAL, causal, classifier
+from tests.tiny import CAUSAL, causal, classifier, touched
 
 logging.getLogger("peft").setLevel(logging.ERROR)
 IDS = torch.arange(3, 36).view(3, 11)
@@ -319,7 +319,7 @@ def test_a_damaged_or_foreign_adapter_is_refused_by_name_and_leaves_nothing_behi
     with pytest.raises(StudioError) as caught:
         load(fresh, tmp_path, "again")
     assert caught.value.code == DAMAGE[what] and caught.value.hint
-    assert fresh.names == () and not any(module._forward_hooks for module in fresh.model.modules())
+    assert fresh.names == () and not touched(fresh.model)
 
 
 @pytest.mark.parametrize(

@@ -90,6 +90,12 @@ ENCODERS = {
 CLASSIFIERS = ("bert", "roberta", "deberta-v2", "distilbert", "gpt2", "llama", "electra", "deberta", "modernbert")
 
 
+def touched(model: torch.nn.Module) -> set[torch.nn.Module]:
+    """Modules that somebody acts on: with a hook, or with a forward that is not their class's."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return {one for one in model.modules() if "forward" in vars(one) or any(getattr(one, name) for name in hooks)}
+
+
 def causal(family: str, seed: int = 0, vocabulary: int = 97, **sizes_too: int) -> torch.nn.Module:
     """A two-layer causal model with random weights, in evaluation mode."""
     name, sizes = FAMILIES[family]

@@ -317,24 +317,23 @@ def few_at_once(model: nn.Module) -> Iterator[None]:
     torch's kernel for two to FEW rows takes up to twice as long for the same product; one row is quick as it is.
     """
     layers = model.modules() if next(model.parameters()).device.type == "cpu" else ()
-    plain = [one for one in layers if type(one) is nn.Linear and "forward" not in vars(one)]
-    mine = [one for one in plain if one.weight.dtype == torch.float32]
+    mine = [one for one in layers if type(one) is nn.Linear and one.weight.dtype == torch.float32]
     for layer in mine:
-        vars(layer)["forward"] = partial(_by_columns, layer)
+        layer.__class__ = _ByColumns
     try:
         yield
     finally:
         for layer in mine:
-            del vars(layer)["forward"]
+            layer.__class__ = nn.Linear
 
 
-def _by_columns(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """(..., inputs) -> (..., outputs)"""
-    rows = x.reshape(-1, x.shape[-1])
-    if not 1 < len(rows) <= FEW:
-        return F.linear(x, layer.weight, layer.bias)
-    y = torch.mm(layer.weight, rows.t()).t().contiguous()
-    return (y if layer.bias is None else y + layer.bias).reshape(*x.shape[:-1], -1)
+class _ByColumns(nn.Linear):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.reshape(-1, input.shape[-1])
+        if not 1 < len(rows) <= FEW:
+            return super().forward(input)
+        y = torch.mm(self.weight, rows.t()).t().contiguous()
+        return (y if self.bias is None else y + self.bias).reshape(*input.shape[:-1], -1)
 
 
 @contextmanager
@@ -551,7 +550,7 @@ def plain_head(model: nn.Module) -> bool:
     if altered or not isinstance(head, nn.Linear) or head.bias is not None:
         return False
     trained = head.weight.requires_grad and torch.is_grad_enabled()
-    return not (trained or head._forward_hooks or head._forward_pre_hooks)
+    return not (trained or "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks)
 
 
 def _attend(

@@ -14,7 +14,8 @@ the peak memory and changes no gradient), but for the moment of a product that c
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,7 +52,7 @@ class Route:
         self.strength = torch.empty(0)
         self.whole = False
         self.spans: tuple[int, ...] = ()
-        self.ready: dict[Slot, Ready] = {}  # while nothing above changes
+        self.ready: set[Slot] = set()  # that have made ready what they add while nothing above changes
         self._kept: dict[tuple, Gates | None] = {}  # the same
 
     def gates(self, x: torch.Tensor, output: torch.Tensor, training: bool) -> "Gates | None":
@@ -71,6 +72,8 @@ class Route:
 
     def change(self) -> None:
         """To be called after any of the above was written."""
+        for slot in self.ready:
+            slot.ready = None
         self.ready.clear()
         self._kept.clear()
 
@@ -294,7 +297,7 @@ class Copied(Part):
 
     def delta(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor:
         with self.instead(layer):
-            return layer.forward(*inputs) - output
+            return type(layer).forward(layer, *inputs) - output
 
     def changed(self, layer: nn.Module) -> bool:
         own: dict[str, Any] = layer._parameters
@@ -302,17 +305,25 @@ class Copied(Part):
 
 
 class Slot:
-    """All adapters of one layer. It is kept outside the model, which therefore stays as it was."""
+    """All adapters of one layer. It is kept outside the model, which therefore stays as it was.
+
+    ready: what it adds while the model answers, until the route changes; None where that is still to be made.
+    """
 
     def __init__(self, route: Route) -> None:
         self.parts: dict[str, list[Part]] = {}
         self.route = route
-        self._handle: RemovableHandle | None = None
+        self.ready: Ready | None = None
+        self._handle: RemovableHandle | _Instead | None = None
 
     def hook(self, layer: nn.Module) -> None:
-        """Begin to act on `layer`."""
+        """Begin to act on `layer`.
+
+        A linear layer gets another forward, any other a hook, which adds a dozen microseconds to a decoding step.
+        """
         assert self._handle is None, "this slot is hooked already"
-        self._handle = layer.register_forward_hook(self._add)
+        linear = isinstance(layer, nn.Linear)
+        self._handle = _Instead(layer, self._add) if linear else layer.register_forward_hook(self._add)
 
     def unhook(self) -> None:
         """Leave the layer as it was."""
@@ -322,9 +333,8 @@ class Slot:
 
     def _add(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
         answering = not (layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        ready = self.route.ready.get(self) if answering else None
-        if ready and ready.fits(inputs[0]):
-            return ready.add(inputs[0], output)
+        if answering and self.ready and (changed := self.ready.add(inputs[0], output)) is not None:
+            return changed
         names, spans = self.route.names, self.route.spans
         live = [
             (column, part)
@@ -347,8 +357,9 @@ class Slot:
             raise _not_by_row(layer)
         parts = [(column, part) for column, part in live if isinstance(part, LowRank) and part.stacks]
         if answering and len(parts) == len(live) and not isinstance(layer, nn.Embedding):
-            self.route.ready[self] = ready = Ready(parts, gates, output)
-            return ready.add(inputs[0], output)
+            self.ready = Ready(parts, gates, output)
+            self.route.ready.add(self)
+            return self.ready.add(inputs[0], output)
         return _changed(layer, inputs[0], output, live, gates)
 
     def _by_span(self, layer: nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
@@ -368,20 +379,41 @@ class Slot:
         )
 
 
+class _Instead:
+    """A hook that is a layer's forward, around its own, until it is removed. It does not keep the layer alive."""
+
+    def __init__(self, layer: nn.Module, hook: Callable) -> None:
+        self._layer = itself = weakref.ref(layer)
+
+        def forward(input: torch.Tensor) -> torch.Tensor:
+            layer: Any = itself()
+            output = type(layer).forward(layer, input)
+            changed = hook(layer, (input,), output)
+            return output if changed is None else changed
+
+        vars(layer)["forward"] = forward
+
+    def remove(self) -> None:
+        if layer := self._layer():
+            del vars(layer)["forward"]
+
+
 class Ready:
     """What a slot adds while its model answers, made once and used until the route or a factor changes.
 
     A (in, R) and B (R, out) of all parts; the weights are in the scale or in B where all rows have the same, else in
-    columns (rows, 1, R). In the dtype of the layer, and in fp32 for few tokens on a CPU, or for any number where
-    core.upcast says so. One part's factors are its own and no copies, which take longer than a prompt's products.
+    columns (rows, 1, R). A CPU has them in fp32, and one part's are its own and no copies, which would take longer
+    than a prompt's products. It casts them for more than FEW tokens, unless core.upcast says that fp32 is quicker.
     """
 
+    __slots__ = ("_A", "_B", "_as_of", "_batch", "_bound", "_columns", "_few", "_scale", "_watched")
+
     def __init__(self, parts: Sequence[tuple[int, LowRank]], gates: Gates | None, output: torch.Tensor) -> None:
-        self._factors = [factor for _, part in parts for factor in (part.A, part.B)]
-        self._as_of = self._versions()
+        factors = [factor for _, part in parts for factor in (part.A, part.B)]
         A, B, self._scale = _stack([part for _, part in parts], output.shape[-1])
         A, B = A.detach().T, B.detach().T
-        alone = parts[0][0] if len(parts) == 1 and output.device.type == "cpu" else None
+        on_cpu = output.device.type == "cpu"
+        alone = parts[0][0] if len(parts) == 1 and on_cpu else None
         columns = None
         if gates is not None and len(gates) == 1 and alone is not None:
             self._scale *= float(gates.of(alone))
@@ -390,30 +422,36 @@ class Ready:
         if columns is not None and len(columns) == 1:
             B, columns = columns.flatten()[:, None].to(B.dtype) * B, None
         self._columns, self._batch = columns, None if columns is None else (output.shape[0], output.dim())
-        few = FEW * len(A) if output.device.type == "cpu" else 0
+        few = FEW * len(A) if on_cpu else 0
         self._few = math.inf if upcast.needed(output) else few  # numbers in x
-        self._wide, self._dtype = (A, B), output.dtype
-        self._cast: tuple[torch.Tensor, ...] | None = None
+        self._A, self._B = (A, B) if on_cpu else (A.to(output.dtype), B.to(output.dtype))
+        views = all(any(one.data_ptr() == factor.data_ptr() for factor in factors) for one in (self._A, self._B))
+        self._watched = () if views else factors
+        self._as_of = self._versions()
+        self._bound = bool(self._watched) or self._batch is not None
 
-    def fits(self, x: torch.Tensor) -> bool:
-        """Whether it is for a batch like that of x, and nobody has written to a factor since."""
-        return self._batch in (None, (x.shape[0], x.dim())) and self._as_of == self._versions()
+    def add(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
+        """output + scale · ((x A) ⊙ columns) B; `output` may be written to: it is the layer's own, nobody else's.
 
-    def add(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        """output + scale · ((x A) ⊙ columns) B; `output` may be written to: it is the layer's own, nobody else's."""
-        few = x.numel() <= self._few
-        if not few and self._cast is None:
-            self._cast = tuple(factor.to(self._dtype) for factor in self._wide)
-        A, B = self._wide if few or self._cast is None else self._cast
-        hidden = torch.matmul(x.to(A.dtype), A)  # (batch, ..., R)
+        None where the batch is another, or somebody has written to a factor that was copied since.
+        """
+        if self._bound and not self._fits(x):
+            return None
+        if x.numel() > self._few:
+            hidden = x @ self._A.to(x.dtype)
+            hidden = hidden if self._columns is None else hidden.mul_(self._columns)
+            B = self._B.to(x.dtype)
+            return torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), B, alpha=self._scale).view(output.shape)
+        hidden = x.type_as(self._A) @ self._A  # (batch, ..., R)
         if self._columns is not None:
             hidden.mul_(self._columns)
-        if few:
-            return output.add_(torch.matmul(hidden, B), alpha=self._scale)
-        return torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), B, alpha=self._scale).view(output.shape)
+        return output.add_(hidden @ self._B, alpha=self._scale)
+
+    def _fits(self, x: torch.Tensor) -> bool:
+        return self._batch in (None, (x.shape[0], x.dim())) and self._as_of == self._versions()
 
     def _versions(self) -> int:
-        return sum(factor._version for factor in self._factors)
+        return sum(factor._version for factor in self._watched)
 
 
 def _changed(
