@@ -177,7 +177,7 @@ def filled(batch: lean.Packed, size: Size) -> list[torch.Tensor]:
 
 
 class Recordings:
-    """Of one adapter's passes, by size. Use it while the adapter is in use and the model runs leanly, in training.
+    """Of one adapter's passes, by size. They are made while it is in use and the model runs leanly, in training.
 
     shares: a prefix that all rows of a pass have is computed once.
 
@@ -200,20 +200,39 @@ class Recordings:
         """Sizes that are recorded."""
         return len(self._made)
 
-    def run(self, batch: Sequence[lean.Tokens], count: int) -> torch.Tensor | None:
+    def replay(self, batch: Sequence[lean.Tokens], count: int) -> torch.Tensor | None:
         """Add to the gradients those of the sum of the batch's losses over `count`; that loss.
 
-        None, with nothing added, where a pass of this size is not recorded.
+        None, with nothing added, where no recording takes this pass, or one is to be made of it. The model may be in
+        any state.
         """
+        if not self._made:
+            return None
+        laid = self._taken(batch)
+        if laid.size not in self._made or self._due(laid.own):
+            self._laid.append((batch, laid))
+            return None
+        return self._replayed(laid, count)
+
+    def run(self, batch: Sequence[lean.Tokens], count: int) -> torch.Tensor | None:
+        """The same, and make a recording where its size comes often enough."""
         if self.why_not and not self._made:
             return None
         laid = self._taken(batch)
-        self._seen[laid.own] += 1
-        if laid.own not in self._made and self._seen[laid.own] >= WORTH and len(self) < MOST and not self.why_not:
+        if self._due(laid.own):
             laid.fill(laid.own)
             self._record(laid)
-        if laid.size not in self._made:
-            return None
+        if laid.size in self._made:
+            return self._replayed(laid, count)
+        self._seen[laid.own] += 1
+        return None
+
+    def _due(self, size: Size) -> bool:
+        """Whether a pass of this size is to be recorded when it comes now."""
+        return size not in self._made and self._seen[size] + 1 >= WORTH and len(self) < MOST and not self.why_not
+
+    def _replayed(self, laid: "_Laid", count: int) -> torch.Tensor:
+        self._seen[laid.own] += 1
         loss, gradients = self._made[laid.size].replay(laid, count)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if gradient is not None:  # the next replay writes into the same tensor

@@ -12,8 +12,9 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +65,7 @@ class Share:
     alone: bool = field(init=False, default=False)  # it shares no pass with others any more
     notes: list[str] = field(init=False, default_factory=list)
     _may_join: bool | None = field(init=False, default=None)  # once it was asked
+    _ahead: tuple[Any, ...] = field(init=False, default=())  # a batch to come, as it was cut, and by what
     recordings: Recordings | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -74,6 +76,8 @@ class Share:
 
         At least `accumulate` rounds, and as many as `room` asks for. What is recorded fills certain sizes instead.
         """
+        if self._ahead and self._ahead[0] is batch and self._ahead[2:] == (self.accumulate, self.recompute):
+            return self._ahead[1]
         if self.width and self.accumulate == 1 and not self.recompute and batch[0].label is None:
             shared = lean.shared_prefix(batch) if self.shares else 0
             own = [len(tokens.ids) - shared for tokens in batch]
@@ -125,8 +129,12 @@ class Share:
             self._may_join = packs(lora, [self.adapter]) and lora.shares(self.adapter)
         return self._may_join
 
-    def run_recorded(self, lora: LoRA, part: Batch, count: int) -> torch.Tensor | None:
+    def replayed(self, part: Batch, count: int) -> torch.Tensor | None:
         """The loss of a pass whose gradients were added by a recording; None where there is none of it."""
+        return None if self.recordings is None or self.recompute else self.recordings.replay(part, count)
+
+    def run_recorded(self, lora: LoRA, part: Batch, count: int) -> torch.Tensor | None:
+        """The same, and a recording is made where it pays."""
         if self.may_record and self.recordings is None:
             self.may_record = part[0].label is None and recordable(lora, self.adapter)
         if not self.may_record or self.recompute:
@@ -138,7 +146,8 @@ class Share:
     def look_ahead(self, batch: Batch) -> None:
         """Lay the passes of a step to come, so that a GPU does not have to wait for it then."""
         if self.recordings is not None:
-            self.recordings.lay([part for passes in self.rounds(batch) for part in passes])
+            self._ahead = batch, self.rounds(batch), self.accumulate, self.recompute
+            self.recordings.lay([part for passes in self._ahead[1] for part in passes])
 
     def give_way(self, lora: LoRA, batch: Batch) -> None:
         """Take less memory from here on. Raises E_MEMORY when nothing is left to try."""
@@ -295,22 +304,39 @@ def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, de
 
 def _gradients(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> Sequence[torch.Tensor]:
     """Backward of one step; the loss of each adapter averages over its own supervised tokens or labels."""
-    model = lora.model.train()  # before `use`, which goes by it
-    try:
-        if len(work) == 1:
-            return [_alone(lora, *work[0])]
+    if len(work) == 1:
+        return [_alone(lora, *work[0])]
+    with _in_training(lora.model):
         each = losses_together(lora, {share.adapter: batch for share, batch in work})
         means = torch.stack([one.sum() / len(one) for one in each])
         means.sum().backward()
-        return means.detach().unbind()
+    return means.detach().unbind()
+
+
+@contextmanager
+def _in_training(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is as in training; go in before `use`, which goes by it."""
+    model.train()
+    try:
+        yield
     finally:
         model.eval()
 
 
 def _alone(lora: LoRA, share: Share, batch: Batch) -> torch.Tensor:
-    count = sum(tokens.count for tokens in batch)
-    with lora.use(share.adapter), leanly(lora, batch), lean.recomputing(lora.model, share.recompute):
-        each = [loss for passes in share.rounds(batch) for loss in _round(lora, share, passes, count)]
+    """A GPU waits for nothing that a recording has no need of."""
+    count, left, each = sum(tokens.count for tokens in batch), list(share.rounds(batch)), []
+    while left and len(left[0]) == 1 and (loss := share.replayed(left[0][0], count)) is not None:
+        each.append(loss)
+        left.pop(0)
+    if left:
+        with (
+            _in_training(lora.model),
+            lora.use(share.adapter),
+            leanly(lora, batch),
+            lean.recomputing(lora.model, share.recompute),
+        ):
+            each += [loss for passes in left for loss in _round(lora, share, passes, count)]
     return torch.stack(each).double().sum()
 
 

@@ -323,8 +323,8 @@ def _groups(lora: LoRA, live: Sequence[_Course]) -> list[list[_Course]]:
     room = 0
     for course in live:
         course.advance()
-        size = course.job.share.size(course.batch)
-        joins = course.job.share.joins(lora, course.batch)
+        joins = len(live) > 1 and course.job.share.joins(lora, course.batch)
+        size = course.job.share.size(course.batch) if joins else 0
         if joins and size <= room:
             groups[-1].append(course)
             room -= size

@@ -19,7 +19,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lora_studio import recorded
-from lora_studio.core import functions, kernels, lean
+from lora_studio.core import functions, kernels, lean, together
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import LoraSpec
 from lora_studio.data.batches import Encoded
@@ -141,6 +141,30 @@ def test_a_kernel_takes_what_does_not_lie_in_one_piece() -> None:
     gate, up = both.chunk(2, dim=-1)
     assert not gate.is_contiguous()
     torch.testing.assert_close(kernels.silu_gate(gate, up), torch.nn.functional.silu(gate) * up)
+    outer, apart = torch.randn(1, 5, 32, device="cuda"), (gate.contiguous(), up.contiguous())
+    for mine, theirs in zip(*(kernels.silu_gate_backward(outer, *pair) for pair in ((gate, up), apart)), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("targets", [("attn.q", "attn.v"), ("all-linear",)])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_layers_that_compute_together_give_the_same(
+    family: str, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for joins in (True, False):
+        monkeypatch.setattr(together, "can_join", lambda weight, joins=joins: joins)
+        lora = LoRA(copy.deepcopy(causal(family)).to("cuda", torch.bfloat16))
+        lora.add("x", LoraSpec(rank=3, targets=targets))
+        draws = torch.Generator().manual_seed(1)
+        for tensor in lora.parameters("x"):
+            tensor.data.copy_(torch.empty(tensor.shape).normal_(0, 0.1, generator=draws))
+        lora.model.train()
+        with lora.use("x"):
+            each = losses(lora, rows())
+            each.mean().backward()
+        found.append((each.detach(), torch.cat([one.grad.flatten() for one in lora.parameters("x")])))
+    assert apart(found[0][0], found[1][0]) < 5e-3 and apart(found[0][1], found[1][1]) < 3e-2
 
 
 # ---- the packed way --------------------------------------------------------------------------------------------------

@@ -7,7 +7,9 @@ import dataclasses
 import itertools
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -190,9 +192,13 @@ def test_a_rotation_that_looks_at_the_length_is_not_recorded() -> None:
 
 
 class Played:
-    """In place of a recording: the filled up batch goes the plain way. Made `left` times, then memory runs out."""
+    """In place of a recording: the filled up batch goes the plain way. Made `left` times, then memory runs out.
+
+    as_recorded: what the model is in when it is recorded, since a recording knows nothing else.
+    """
 
     left = 0
+    as_recorded: Callable[[], AbstractContextManager] = nullcontext
 
     def __init__(self, model: Any, parameters: Any, laid: Any, pool: object) -> None:
         if not Played.left:
@@ -205,11 +211,11 @@ class Played:
         of = laid.packed.lengths
         lengths = of.followed_by([one for one in ends.diff().tolist()[len(of) :] if one])
         call = {"input_ids": ids, "position_ids": positions, "use_cache": False, "sequence_lengths": lengths}
-        hidden = self.model.base_model(**call)[0][0][laid.places]
-        loss = (
-            functions.CrossEntropy.apply(hidden, self.model.get_output_embeddings().weight, laid.labels).sum() / count
-        )  # type: ignore[union-attr]
-        return loss.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        head = self.model.get_output_embeddings().weight
+        with Played.as_recorded():
+            hidden = self.model.base_model(**call)[0][0][laid.places]
+            loss: Any = functions.CrossEntropy.apply(hidden, head, laid.labels).sum() / count  # type: ignore[union-attr]
+            return loss.detach(), torch.autograd.grad(loss, self.parameters, allow_unused=True)
 
 
 @pytest.fixture
@@ -220,13 +226,21 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Played]]:
     for name in ("graph_pool_handle", "current_stream", "empty_cache", "synchronize"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: None)
-    Played.left = 100
+    monkeypatch.setattr(Played, "left", 100)
+    monkeypatch.setattr(Played, "as_recorded", nullcontext)
     yield Played
+
+
+@contextmanager
+def in_training(work: Job) -> Iterator[None]:
+    with step._in_training(work.lora.model), work.lora.use(work.adapter), leanly(work.lora, rows()):
+        yield
 
 
 def run(work: Job) -> tuple[list[float], int]:
     """The losses of a run that may record, and how many sizes it recorded at most."""
     events, most = [], 0
+    Played.as_recorded = partial(in_training, work)
     for event in train(work):
         work.share.may_record = True
         events.append(event)

@@ -67,18 +67,20 @@ def norm_backward(outer: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, in
 
 def silu_gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) · up"""
-    gate, up = gate.contiguous(), up.contiguous()
-    y = torch.empty_like(gate)
-    _silu_gate[(triton.cdiv(y.numel(), SPAN),)](gate, up, y, y.numel(), SPAN=SPAN)
+    gate, up, width = _rows(gate), _rows(up), gate.shape[-1]
+    y = gate.new_empty(gate.shape)
+    grid = (y.numel() // width, triton.cdiv(width, SPAN))
+    _silu_gate[grid](gate, up, y, gate.stride(-2), up.stride(-2), width, SPAN=SPAN)
     return y
 
 
 def silu_gate_backward(outer: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of gate and up from that of their product."""
-    outer, gate, up = outer.contiguous(), gate.contiguous(), up.contiguous()
-    for_gate, for_up = torch.empty_like(gate), torch.empty_like(up)
-    grid = (triton.cdiv(gate.numel(), SPAN),)
-    _silu_gate_backward[grid](outer, gate, up, for_gate, for_up, gate.numel(), SPAN=SPAN)
+    """The gradients of gate and up from that of their product, side by side in one tensor."""
+    outer, gate, up, width = outer.contiguous(), _rows(gate), _rows(up), gate.shape[-1]
+    both = gate.new_empty(*gate.shape[:-1], 2 * width)
+    grid = (gate.numel() // width, triton.cdiv(width, SPAN))
+    _silu_gate_backward[grid](outer, gate, up, both, gate.stride(-2), up.stride(-2), width, SPAN=SPAN)
+    for_gate, for_up = both.split(width, dim=-1)
     return for_gate, for_up
 
 
@@ -110,6 +112,12 @@ def cross_entropy_(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     span = min(4 * SPAN, triton.next_power_of_2(logits.shape[1]))
     _cross_entropy[(len(logits),)](logits, labels, losses, logits.shape[1], SPAN=span, num_warps=8)
     return losses
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """x (..., width) such that its rows have all the same distance in memory: columns of another tensor may stay so."""
+    one = x.numel() == x.shape[-2] * x.shape[-1]
+    return x if one and x.stride(-1) == 1 else x.contiguous()
 
 
 def _row(width: int) -> dict[str, int]:
@@ -147,26 +155,29 @@ if triton is not None:
         tl.store(made + row * width + at, ((gradient - wide * along) * over_rms).to(taken.dtype), mask=inside)
 
     @triton.jit
-    def _silu_gate(gate, up, y, count, SPAN: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
-        inside = at < count
-        taken = tl.load(gate + at, mask=inside, other=0.0)
+    def _silu_gate(gate, up, y, by_gate, by_up, width, SPAN: tl.constexpr):
+        row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+        inside = at < width
+        taken = tl.load(gate + row * by_gate + at, mask=inside, other=0.0)
+        other = tl.load(up + row * by_up + at, mask=inside, other=0.0)
         wide = taken.to(tl.float32)
         acted = (wide * tl.sigmoid(wide)).to(taken.dtype).to(tl.float32)
-        tl.store(y + at, (acted * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)).to(taken.dtype), mask=inside)
+        tl.store(y + row * width + at, (acted * other.to(tl.float32)).to(taken.dtype), mask=inside)
 
     @triton.jit
-    def _silu_gate_backward(outer, gate, up, for_gate, for_up, count, SPAN: tl.constexpr):
-        at = tl.program_id(0).to(tl.int64) * SPAN + tl.arange(0, SPAN)
-        inside = at < count
-        taken = tl.load(gate + at, mask=inside, other=0.0)
+    def _silu_gate_backward(outer, gate, up, both, by_gate, by_up, width, SPAN: tl.constexpr):
+        row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+        inside = at < width
+        taken = tl.load(gate + row * by_gate + at, mask=inside, other=0.0)
+        other = tl.load(up + row * by_up + at, mask=inside, other=0.0)
         wide = taken.to(tl.float32)
-        come = tl.load(outer + at, mask=inside, other=0.0).to(tl.float32)
+        come = tl.load(outer + row * width + at, mask=inside, other=0.0).to(tl.float32)
         part = tl.sigmoid(wide)
         acted = (wide * part).to(taken.dtype).to(tl.float32)
-        for_acted = (come * tl.load(up + at, mask=inside, other=0.0).to(tl.float32)).to(taken.dtype).to(tl.float32)
-        tl.store(for_up + at, (acted * come).to(taken.dtype), mask=inside)
-        tl.store(for_gate + at, (for_acted * part * (1 + wide * (1 - part))).to(taken.dtype), mask=inside)
+        for_acted = (come * other.to(tl.float32)).to(taken.dtype).to(tl.float32)
+        given = both + row * 2 * width + at
+        tl.store(given, (for_acted * part * (1 + wide * (1 - part))).to(taken.dtype), mask=inside)
+        tl.store(given + width, (acted * come).to(taken.dtype), mask=inside)
 
     @triton.jit
     def _turned(

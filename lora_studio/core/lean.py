@@ -30,7 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_studio.core import attention, functions, kernels, upcast
+from lora_studio.core import attention, functions, kernels, together, upcast
 from lora_studio.core.layout import ENCODERS
 
 IGNORED = -100  # label of a position that is not supervised
@@ -369,7 +369,10 @@ def recomputing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
 
 @contextmanager
 def frugal(model: nn.Module) -> Iterator[None]:
-    """Inside, norms and gated feed-forwards keep less for their backward; what has no frugal form stays as it is."""
+    """Inside, norms and gated feed-forwards keep less for their backward; what has no frugal form stays as it is.
+
+    On a GPU, layers that read the same input compute together.
+    """
     forms = _FORMS.get(model)
     if forms is None:
         forms = _FORMS[model] = {module: form for module in model.modules() if (form := _form(module))}
@@ -377,7 +380,8 @@ def frugal(model: nn.Module) -> Iterator[None]:
     for module in mine:
         module.forward = forms[module]
     try:
-        yield
+        with together.joined(model):
+            yield
     finally:
         for module in mine:
             del module.forward  # the class's own is seen again

@@ -15,7 +15,7 @@ the peak memory and changes no gradient), but for the moment of a product that c
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -314,16 +314,13 @@ class Slot:
         self.parts: dict[str, list[Part]] = {}
         self.route = route
         self.ready: Ready | None = None
-        self._handle: RemovableHandle | _Instead | None = None
+        self._handle: RemovableHandle | InPlace | None = None
 
     def hook(self, layer: nn.Module) -> None:
-        """Begin to act on `layer`.
-
-        A linear layer gets another forward, any other a hook, which adds a dozen microseconds to a decoding step.
-        """
+        """Begin to act on `layer`: in place of a linear one's forward, else by a hook, which takes more time."""
         assert self._handle is None, "this slot is hooked already"
         linear = isinstance(layer, nn.Linear)
-        self._handle = _Instead(layer, self._add) if linear else layer.register_forward_hook(self._add)
+        self._handle = InPlace(layer, self) if linear else layer.register_forward_hook(self.add)
 
     def unhook(self) -> None:
         """Leave the layer as it was."""
@@ -331,7 +328,21 @@ class Slot:
         self._handle.remove()
         self._handle = None
 
-    def _add(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+    def product(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor, float] | tuple[()] | None:
+        """A, B and scale where all that it does to a layer in training is one product of factors that are trained.
+
+        Empty where it does nothing, None where it does something else.
+        """
+        parts = [part for name in self.route.names for part in self.parts.get(name, ())]
+        if not parts:
+            return ()
+        one = parts[0]
+        if not (self.route.whole and layer.training and len(parts) == 1 and isinstance(one, LowRank)):
+            return None
+        return (one.A, one.B, one.scale) if one.stacks and one.rows is None and one.A.requires_grad else None
+
+    def add(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        """The layer's output with what the adapters in use add to it; None where they add nothing."""
         answering = not (layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         if answering and self.ready and (changed := self.ready.add(inputs[0], output)) is not None:
             return changed
@@ -379,19 +390,18 @@ class Slot:
         )
 
 
-class _Instead:
-    """A hook that is a layer's forward, around its own, until it is removed. It does not keep the layer alive."""
+class InPlace:
+    """A slot in the place of a linear layer's forward, until it is removed. It does not keep the layer alive."""
 
-    def __init__(self, layer: nn.Module, hook: Callable) -> None:
-        self._layer = itself = weakref.ref(layer)
+    def __init__(self, layer: nn.Module, slot: Slot) -> None:
+        self.slot, self._layer = slot, weakref.ref(layer)
+        vars(layer)["forward"] = self
 
-        def forward(input: torch.Tensor) -> torch.Tensor:
-            layer: Any = itself()
-            output = type(layer).forward(layer, input)
-            changed = hook(layer, (input,), output)
-            return output if changed is None else changed
-
-        vars(layer)["forward"] = forward
+    def __call__(self, input: torch.Tensor) -> torch.Tensor:
+        layer: Any = self._layer()
+        output = type(layer).forward(layer, input)
+        changed = self.slot.add(layer, (input,), output)
+        return output if changed is None else changed
 
     def remove(self) -> None:
         if layer := self._layer():

@@ -1,0 +1,216 @@
+"""Frozen layers that read the same input, as one: q, k and v of a block, or gate and up, with what adapters add.
+
+Three products in a row leave a GPU half idle at the end of each, and the gradients that meet in their input are a pass
+over the memory each. Here the weights lie under each other, so that one product makes all outputs, and the gradients
+are summed inside the products that make them. The layers stay what they are: the first of them that a block calls
+computes for all, the others find their output there.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lora_studio.core.slot import InPlace
+
+NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class Together(torch.autograd.Function):
+    """x Wᵢᵀ + bᵢ + scale · (x Aᵢᵀ) Bᵢᵀ of each layer.
+
+    x (..., in); W (outputs of all, in) and b (outputs of all,), or None; sizes: outputs of each layer; factors A1, B1,
+    A2, B2, ... in fp32, both None for a layer that no adapter acts on. For its backward it keeps x and the narrow x Aᵀ
+    where there are any.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        W: torch.Tensor,
+        b: torch.Tensor | None,
+        sizes: Sequence[int],
+        scale: float,
+        *factors: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        rows = x.flatten(0, -2)
+        outputs = F.linear(rows, W, b).split(sizes, dim=1)
+        every = [A for A in factors[::2] if A is not None]
+        A = torch.cat(every).to(x.dtype) if every else None  # (ranks, in)
+        hidden = None if A is None else (rows @ A.T).mul_(scale)
+        Bs = [None if B is None else B.to(x.dtype) for B in factors[1::2]]
+        for output, B, span in zip(outputs, Bs, _spans(Bs), strict=True):
+            if B is not None and hidden is not None:
+                output.addmm_(hidden[:, span], B.T)
+        ctx.sizes, ctx.scale = sizes, scale
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(None if A is None else x, W, A, hidden, *Bs)
+        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        x, W, A, hidden, *Bs = ctx.saved_tensors
+        if all(one is None for one in outer):
+            return (None,) * (5 + 2 * len(Bs))
+        gradients = [None if one is None else one.flatten(0, -2) for one in outer]
+        for_x = _summed(gradients, W, ctx.sizes) if ctx.needs_input_grad[0] else None
+        for_factors: list[torch.Tensor | None] = [None] * (2 * len(Bs))
+        if A is not None:
+            inner = torch.empty_like(hidden)  # (tokens, ranks)
+            for number, (gradient, B, span) in enumerate(zip(gradients, Bs, _spans(Bs), strict=True)):
+                if B is None:
+                    continue
+                if gradient is None:
+                    inner[:, span] = 0
+                    continue
+                torch.mm(gradient, B, out=inner[:, span])
+                for_factors[2 * number + 1] = (gradient.T @ hidden[:, span]).float()
+            inner.mul_(ctx.scale)
+            each = (inner.T @ x.flatten(0, -2)).float()
+            for number, span in enumerate(_spans(Bs)):
+                for_factors[2 * number] = None if Bs[number] is None else each[span]
+            if for_x is not None:
+                for_x.addmm_(inner, A)
+        shape = next(one.shape for one in outer if one is not None)
+        return None if for_x is None else for_x.view(*shape[:-1], -1), None, None, None, None, *for_factors
+
+
+def _spans(Bs: Sequence[torch.Tensor | None]) -> list[slice]:
+    """Where the ranks of each layer lie among those of all."""
+    ends = itertools.accumulate((0 if B is None else B.shape[1] for B in Bs), initial=0)
+    return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def _summed(gradients: Sequence[torch.Tensor | None], W: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """Σ gradientᵢ Wᵢ (tokens, in); one product where the gradients lie side by side."""
+    first = gradients[0]
+    if first is not None and _side_by_side(gradients, sizes):
+        return first.as_strided((len(first), len(W)), (len(W), 1)) @ W
+    total: torch.Tensor | None = None
+    for gradient, weight in zip(gradients, W.split(sizes), strict=True):
+        if gradient is not None:
+            total = gradient @ weight if total is None else total.addmm_(gradient, weight)
+    assert total is not None, "no output has a gradient"
+    return total
+
+
+def _side_by_side(gradients: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> bool:
+    """Whether they are the columns of one tensor, in order."""
+    place, width = None, sum(sizes)
+    for gradient, size in zip(gradients, sizes, strict=True):
+        if gradient is None or gradient.stride() != (width, 1) or place not in (None, gradient.data_ptr()):
+            return False
+        place = gradient.data_ptr() + size * gradient.itemsize
+    return len({gradient.untyped_storage().data_ptr() for gradient in gradients if gradient is not None}) == 1
+
+
+class Group:
+    """Some layers of a block that read the same input, and whose forwards are this group's while it acts."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self._layers = layers
+        self._sizes = [layer.out_features for layer in layers]
+        self._weight = _under_each_other([layer.weight for layer in layers])
+        self._bias = None if layers[0].bias is None else _under_each_other([layer.bias for layer in layers])
+        self._own: list[Callable | None] = []  # forwards, by which None is the class's, while it acts
+        self._of: torch.Tensor | None = None  # the input whose outputs are waiting
+        self._waiting: dict[int, torch.Tensor] = {}
+
+    @property
+    def acts(self) -> bool:
+        return bool(self._own)
+
+    def enter(self) -> None:
+        self._own = [vars(layer).get("forward") for layer in self._layers]
+        for number, layer in enumerate(self._layers):
+            vars(layer)["forward"] = partial(self._output, number)
+
+    def leave(self) -> None:
+        for layer, own in zip(self._layers, self._own, strict=True):
+            del vars(layer)["forward"]
+            if own is not None:
+                vars(layer)["forward"] = own
+        self._own, self._of = [], None
+        self._waiting.clear()
+
+    def _output(self, number: int, x: torch.Tensor) -> torch.Tensor:
+        """Of this layer, for x."""
+        if x is self._of and number in self._waiting:
+            return self._waiting.pop(number)
+        work = None if number else self._work(x)
+        if work is None:
+            own, layer = self._own[number], self._layers[number]
+            return type(layer).forward(layer, x) if own is None else own(x)
+        outputs = Together.apply(x, self._weight, self._bias, self._sizes, *work)
+        self._of, self._waiting = x, dict(enumerate(outputs))  # type: ignore[arg-type]
+        return self._waiting.pop(0)
+
+    def _work(self, x: torch.Tensor) -> tuple[Any, ...] | None:
+        """What `Together` is told of the adapters, scale and factors; None where each layer sees to itself."""
+        if x.dtype != self._weight.dtype or not self._as_laid():
+            return None
+        scales, factors = set[float](), []
+        for layer, own in zip(self._layers, self._own, strict=True):
+            if own is not None and not isinstance(own, InPlace):
+                return None  # somebody else's
+            product = own.slot.product(layer) if own else ()
+            if product is None:
+                return None
+            A, B, scale = product or (None, None, None)
+            factors += [A, B]
+            scales |= set() if scale is None else {scale}
+        return (max(scales, default=1.0), *factors) if len(scales) < 2 else None
+
+    def _as_laid(self) -> bool:
+        """Whether the layers still have the weights that were laid."""
+        weights = self._weight.split(self._sizes)
+        return all(one.data_ptr() == layer.weight.data_ptr() for one, layer in zip(weights, self._layers, strict=True))
+
+
+def _under_each_other(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All of them in one tensor, in which each lies from here on."""
+    joint = torch.cat([one.detach() for one in parameters])
+    for one, piece in zip(parameters, joint.split([len(one) for one in parameters]), strict=True):
+        one.data = piece
+    return joint
+
+
+@contextmanager
+def joined(model: nn.Module) -> Iterator[None]:
+    """Inside, such layers compute together on a GPU."""
+    groups = _GROUPS.get(model)
+    if groups is None:
+        groups = _GROUPS[model] = [Group(layers) for layers in _siblings(model)]
+    mine = [group for group in groups if not group.acts]  # it may be inside itself
+    for group in mine:
+        group.enter()
+    try:
+        yield
+    finally:
+        for group in mine:
+            group.leave()
+
+
+_GROUPS: WeakKeyDictionary[nn.Module, list[Group]] = WeakKeyDictionary()
+
+
+def _siblings(model: nn.Module) -> Iterator[list[nn.Linear]]:
+    for block in model.modules():
+        for names in NAMES:
+            layers: list[Any] = [getattr(block, name, None) for name in names]
+            if all(type(layer) is nn.Linear and can_join(layer.weight) for layer in layers):
+                first, alike = layers[0].weight, {(layer.weight.dtype, layer.bias is None) for layer in layers}
+                if len(alike) == 1 and all(layer.in_features == first.shape[1] for layer in layers):
+                    yield layers
+
+
+def can_join(weight: torch.Tensor) -> bool:
+    """Whether this weight's products are better made with others'; a CPU is busy with each."""
+    return weight.device.type == "cuda" and not weight.requires_grad
