@@ -35,8 +35,10 @@ BROAD = 2048  # width from which they are coarse: a GPU takes as long for 13 and
 LEAST = 1024  # tokens of each pass, where there are several: products of fewer are slow
 ONCE = 2**20  # tokens times width that a pass costs besides its tokens
 UNIT = 16  # tokens, to which a cut is planned
-SEATS = 16  # sequences of a recording are a multiple of it, and so are those tokens of a prefix that it has room for
-LONGEST = 512  # tokens that a sequence may have in any recording
+PREFIX = 16  # tokens of a prefix that a recording has room for are a multiple of it
+BLOCK = (
+    128  # tokens of a sequence that attention takes together: where there are none it does nothing, which takes time
+)
 MOST = 8  # sizes that are recorded
 SPARE = 1.5  # times its own size that a pass may be filled up to while that is not recorded
 WORTH = 3  # a recording takes the time of some passes, so it is made when its size comes for so many times
@@ -140,14 +142,19 @@ class Size:
         return self.longest // 2
 
 
-def size_for(batch: lean.Packed, width: int) -> Size:
-    """The smallest size that takes a batch."""
+def size_for(batch: lean.Packed, width: int, longest: int = 0) -> Size:
+    """The smallest size that takes a batch, with room for sequences of `longest` tokens."""
     tokens = full(sum(batch.lengths), width)
-    longest = max(LONGEST, 1 << (batch.lengths.longest - 1).bit_length())
+    longest = BLOCK * max(2, math.ceil(max(longest, batch.lengths.longest) / BLOCK))
     fillers = math.ceil(max(GRAIN, tokens / 3) / (longest // 2))  # what a size may lack
-    sequences = SEATS * math.ceil((len(batch.lengths) + fillers) / SEATS)
-    shared = SEATS * math.ceil(batch.lengths.shared / SEATS)
+    sequences = _seats(max(len(batch.lengths) + fillers, tokens // BLOCK))
+    shared = PREFIX * math.ceil(batch.lengths.shared / PREFIX)
     return Size(tokens, sequences, longest, tokens + sequences * shared if shared else 0)
+
+
+def _seats(count: int) -> int:
+    """At least so many, of 8, 10, 12, 15, 16, 20, ..., so that there are few sizes."""
+    return next(step * 2**power for power in itertools.count() for step in COARSE if step * 2**power >= count)
 
 
 def fits(batch: lean.Packed, size: Size) -> bool:
@@ -179,14 +186,14 @@ def filled(batch: lean.Packed, size: Size) -> list[torch.Tensor]:
 class Recordings:
     """Of one adapter's passes, by size. They are made while it is in use and the model runs leanly, in training.
 
-    shares: a prefix that all rows of a pass have is computed once.
+    shares: a prefix that all rows of a pass have is computed once; longest: tokens of a row, as far as is known.
 
     No graph of an earlier pass may be alive: its leaves would draw the recording into the stream that it ran on. All
     recordings of a model share their memory, because their passes come one after another.
     """
 
-    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], *, shares: bool) -> None:
-        self._model, self._parameters, self._shares = model, list(parameters), shares
+    def __init__(self, model: nn.Module, parameters: Sequence[nn.Parameter], *, shares: bool, longest: int = 0) -> None:
+        self._model, self._parameters, self._shares, self._longest = model, list(parameters), shares, longest
         config: Any = model.config
         self._width = config.get_text_config().hidden_size
         self._seen: Counter[Size] = Counter()
@@ -245,7 +252,7 @@ class Recordings:
         self._laid = [(batch, self._lay(batch)) for batch in batches] if wanted else []
 
     def _lay(self, batch: Sequence[lean.Tokens]) -> "_Laid":
-        laid = _Laid(batch, self._width, shares=self._shares)
+        laid = _Laid(batch, self._width, shares=self._shares, longest=self._longest)
         larger = [one for one in self._made if one.tokens <= SPARE * laid.own.tokens and fits(laid.packed, one)]
         laid.fill(min(larger, key=lambda size: size.tokens, default=laid.own))
         return laid
@@ -302,9 +309,9 @@ class _Laid:
     that should come there.
     """
 
-    def __init__(self, batch: Sequence[lean.Tokens], width: int, *, shares: bool) -> None:
+    def __init__(self, batch: Sequence[lean.Tokens], width: int, *, shares: bool, longest: int) -> None:
         self.packed = lean.pack_groups([batch], share=shares)
-        self.own = size_for(self.packed, width)
+        self.own = size_for(self.packed, width, longest)
         labels = self.packed.labels[0]
         places = (labels != lean.IGNORED).nonzero()[:, 0]
         self.places, self.labels = _pinned((places, labels[places]))

@@ -59,6 +59,7 @@ class Share:
     abreast: int = 1  # passes of a round, side by side
     busy: float = math.inf  # tokens up to which a step is one pass, and others may join it
     width: int = 0  # of a model whose passes are recorded, by sizes; 0 where they are not
+    longest: int = 0  # tokens of a row, as far as is known
     recompute: bool = field(init=False)  # activations, in the backward
     may_record: bool = field(init=False, default=False)  # its passes, on a GPU
     halvings: int = field(init=False, default=0)
@@ -140,7 +141,8 @@ class Share:
         if not self.may_record or self.recompute:
             return None
         if self.recordings is None:
-            self.recordings = Recordings(lora.model, lora.parameters(self.adapter), shares=self.shares)
+            parameters = lora.parameters(self.adapter)
+            self.recordings = Recordings(lora.model, parameters, shares=self.shares, longest=self.longest)
         return self.recordings.run(part, count)
 
     def look_ahead(self, batch: Batch) -> None:
@@ -164,8 +166,8 @@ class Share:
             raise shortage(next(lora.model.parameters()).device, tokens)
 
 
-def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str) -> Share:
-    """An adapter's part, as its settings, its method and the machine want it cut."""
+def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str, longest: int = 0) -> Share:
+    """An adapter's part, as its settings, its method, its rows and the machine want it cut."""
     model, shares = lora.model, shares_prefix(lora, [adapter])
     config: Any = model.config
     device = next(model.parameters()).device.type
@@ -181,6 +183,7 @@ def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str) -> S
         # with more, a CPU's products are busy as they are, and a larger pass leaves its caches
         busy=busy(model) if device == "cpu" else math.inf,
         width=config.get_text_config().hidden_size if recorded else 0,
+        longest=longest,
     )
 
 

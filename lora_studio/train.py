@@ -88,7 +88,8 @@ class Job:
         self.optimizer = torch.optim.AdamW(
             groups, lr=config.learning_rate, weight_decay=config.weight_decay, fused=self.device.type in ("cuda", "cpu")
         )
-        self.share = share_of(self.lora, self.adapter, config.accumulate, config.checkpointing)
+        longest = max((len(row.tokens.ids) for row in self.train), default=0)
+        self.share = share_of(self.lora, self.adapter, config.accumulate, config.checkpointing, longest)
         kept = random_states(self.device)
         torch.manual_seed(config.seed)  # dropout's
         self.random = random_states(self.device)
@@ -280,7 +281,7 @@ class _Course:
             self.ahead = ahead
             job.share.look_ahead(ahead)  # while the GPU is at work on this step
         held = max(self.floor, peak_memory(job.device))
-        loss, norm = float(lost), float(total)  # it is waited for here, and nowhere before
+        loss, norm = torch.stack([lost.double(), total.double()]).tolist()  # it is waited for here, nowhere before
         elapsed = time.monotonic() - self.clock
         yield Metric(
             step=step,

@@ -22,8 +22,9 @@ from lora_studio.core import kernels, upcast
 
 # Positions whose logits are in memory together: as many as keep the products with the head busy.
 CHUNK = {"cpu": 256, "mps": 128, "cuda": 512}
-# Such a product has on a CPU, or a multiple: few are summed in another order, and a loss went by who shared its pass.
-ROWS = 16
+# Such a product has, or a multiple. On a CPU few are summed in another order, and a loss went by who shared its pass;
+# a GPU would fetch another kernel for every number.
+ROWS = {"cpu": 16, "mps": 16, "cuda": 128}
 LOG2E = 1 / math.log(2)  # powers of two take a third of the time of powers of e
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 aten = torch.ops.aten
@@ -141,7 +142,7 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         real = len(hidden)
-        if hidden.device.type == "cpu" and (more := -real % ROWS):
+        if more := -real % ROWS[hidden.device.type]:
             hidden, labels = F.pad(hidden, (0, 0, 0, more)), F.pad(labels, (0, more))
         made = _losses_by_kernel if kernels.usable(hidden) else _losses
         losses, gradient = made(hidden, head, labels, learns=ctx.needs_input_grad[0])
@@ -164,7 +165,7 @@ def _losses(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, l
     # the same buffers for every chunk: fresh pages are not free
     wide = _buffer(count, words, hidden.device, by_word=by_word)
     logits = wide if in_fp32 else hidden.new_empty(count, words)
-    ones = wide.new_ones(words, ROWS) if by_word else None
+    ones = wide.new_ones(words, ROWS["cpu"]) if by_word else None
     for start in range(0, len(hidden), most_rows):
         span = slice(start, start + most_rows)
         part, label = hidden[span], labels[span, None]

@@ -71,9 +71,9 @@ class Together(torch.autograd.Function):
                     inner[:, span] = 0
                     continue
                 torch.mm(gradient, B, out=inner[:, span])
-                for_factors[2 * number + 1] = (gradient.T @ hidden[:, span]).float()
+                for_factors[2 * number + 1] = _in_fp32(gradient.T, hidden[:, span])
             inner.mul_(ctx.scale)
-            each = (inner.T @ x.flatten(0, -2)).float()
+            each = _in_fp32(inner.T, x.flatten(0, -2))
             for number, span in enumerate(_spans(Bs)):
                 for_factors[2 * number] = None if Bs[number] is None else each[span]
             if for_x is not None:
@@ -86,6 +86,12 @@ def _spans(Bs: Sequence[torch.Tensor | None]) -> list[slice]:
     """Where the ranks of each layer lie among those of all."""
     ends = itertools.accumulate((0 if B is None else B.shape[1] for B in Bs), initial=0)
     return [slice(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def _in_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a b in fp32, in which a GPU sums it anyway."""
+    narrow = a.device.type == "cuda" and a.dtype != torch.float32
+    return torch.mm(a, b, out_dtype=torch.float32) if narrow else (a @ b).float()
 
 
 def _summed(gradients: Sequence[torch.Tensor | None], W: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
@@ -143,14 +149,20 @@ class Group:
     def _output(self, number: int, x: torch.Tensor) -> torch.Tensor:
         """Of this layer, for x."""
         if x is self._of and number in self._waiting:
-            return self._waiting.pop(number)
+            return self._taken(number)
         work = None if number else self._work(x)
         if work is None:
             own, layer = self._own[number], self._layers[number]
             return type(layer).forward(layer, x) if own is None else own(x)
         outputs = Together.apply(x, self._weight, self._bias, self._sizes, *work)
         self._of, self._waiting = x, dict(enumerate(outputs))  # type: ignore[arg-type]
-        return self._waiting.pop(0)
+        return self._taken(number)
+
+    def _taken(self, number: int) -> torch.Tensor:
+        output = self._waiting.pop(number)
+        if not self._waiting:  # nothing of a pass outlives it
+            self._of = None
+        return output
 
     def _work(self, x: torch.Tensor) -> tuple[Any, ...] | None:
         """What `Together` is told of the adapters, scale and factors; None where each layer sees to itself."""
