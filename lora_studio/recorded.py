@@ -243,7 +243,7 @@ class Recordings:
         loss, gradients = self._made[laid.size].replay(laid, count)
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
             if gradient is not None:  # the next replay writes into the same tensor
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
+                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
         return loss
 
     def lay(self, batches: Sequence[Sequence[lean.Tokens]]) -> None:

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "lora_studio"
 HOUSE = [
     ["errors", "fields", "events", "hub", "limits", "owners", "sandbox", "ram"],
     ["core.spec", "core.layout", "core.upcast", "core.slot", "core.lora"],
-    ["core.baselines", "core.analysis", "core.merge", "core.kernels", "core.functions", "core.attention"],
-    ["core.together", "core.lean"],
+    ["core.baselines", "core.analysis", "core.merge", "core.kernels"],
+    ["core.functions", "core.attention", "core.flash", "core.together", "core.lean"],
     ["settings"],
     ["data.readers", "data.hub_rows", "data.formats", "data.library", "data.words", "data.batches", "data.health"],
     [

@@ -19,7 +19,7 @@ import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from lora_studio import recorded
-from lora_studio.core import functions, kernels, lean, together
+from lora_studio.core import flash, functions, kernels, lean, together
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import LoraSpec
 from lora_studio.data.batches import Encoded
@@ -208,18 +208,23 @@ def test_a_prefix_computed_once_gives_the_losses_and_gradients_of_the_cpu(family
     assert apart(mine, gradient) < (1e-3 if dtype == torch.float32 else 0.15)
 
 
+@pytest.mark.parametrize("short", [flash.LONGEST, 0], ids=["our kernel", "torch's kernel"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (150, 64, 1, 90, 200)], ids=["a block", "some blocks"])
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
-def test_attention_to_a_prefix_that_lies_with_another_is_attention_by_sequence(heads: tuple[int, int]) -> None:
+def test_attention_to_a_prefix_that_lies_with_another_is_attention_by_sequence(
+    heads: tuple[int, int], lengths: tuple[int, ...], short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    packed = lean.pack_groups([rows(shared=range(5, 25)), rows(1, shared=range(30, 37))], share=True)
-    lengths, total = packed.lengths, sum(packed.lengths)
+    monkeypatch.setattr(flash, "LONGEST", short)
+    packed = lean.pack_groups([rows(0, lengths, shared=range(5, 25)), rows(1, shared=range(30, 37))], share=True)
+    laid, total = packed.lengths, sum(packed.lengths)
     q, k, v = (
         torch.randn(1, n, total, 64, device="cuda").bfloat16().requires_grad_() for n in (heads[0], *heads[1:] * 2)
     )
     outer = torch.randn(1, total, heads[0], 64, device="cuda").bfloat16()
-    ours = lean._variable_length(q, k, v, lengths, 0.2)
+    ours = lean._variable_length(q, k, v, laid, 0.2)
     parts = []
-    for place in lengths.places():
+    for place in laid.places():
         whole = [torch.cat([tensor[:, :, span] for span in place], dim=2).double() for tensor in (q, k, v)]
         own = torch.nn.functional.scaled_dot_product_attention(*whole, is_causal=True, scale=0.2, enable_gqa=True)
         parts.append(own[:, :, place[-1].start - place[-1].stop :])
@@ -230,20 +235,37 @@ def test_attention_to_a_prefix_that_lies_with_another_is_attention_by_sequence(h
         assert apart(mine, other) < 1e-2
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
-def test_attention_for_variable_lengths_is_attention_by_sequence(heads: tuple[int, int]) -> None:
+def test_attention_of_short_sequences_has_the_same_bits_every_time() -> None:
+    lengths = lean.Lengths((150, 64, 1, 90, 200))
     torch.manual_seed(0)
-    total = sum(LENGTHS)
+    q, k, v = (torch.randn(1, n, sum(lengths), 64, device="cuda").bfloat16().requires_grad_() for n in (8, 2, 2))
+    outer = torch.randn(1, sum(lengths), 8, 64, device="cuda").bfloat16()
+    assert flash.takes(q, lengths.longest)
+    first, *others = (
+        torch.autograd.grad(lean._variable_length(q, k, v, lengths, 0.2), (q, k, v), outer) for _ in "123"
+    )
+    assert all(torch.equal(one, other) for more in others for one, other in zip(first, more, strict=True))
+
+
+@pytest.mark.parametrize("short", [flash.LONGEST, 0], ids=["our kernel", "torch's kernel"])
+@pytest.mark.parametrize("lengths", [LENGTHS, (150, 64, 1, 90, 200)], ids=["a block", "some blocks"])
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2), (8, 1)])
+def test_attention_for_variable_lengths_is_attention_by_sequence(
+    heads: tuple[int, int], lengths: tuple[int, ...], short: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(flash, "LONGEST", short)
+    total = sum(lengths)
     q, k, v = (
         torch.randn(1, n, total, 64, device="cuda").bfloat16().requires_grad_() for n in (heads[0], *heads[1:] * 2)
     )
     outer = torch.randn(1, total, heads[0], 64, device="cuda").bfloat16()
-    ours = lean._variable_length(q, k, v, lean.Lengths(LENGTHS), 0.2)
+    ours = lean._variable_length(q, k, v, lean.Lengths(lengths), 0.2)
     parts = [
         torch.nn.functional.scaled_dot_product_attention(
             *(one.double() for one in part), is_causal=True, scale=0.2, enable_gqa=True
         )
-        for part in zip(*(tensor.split(LENGTHS, dim=2) for tensor in (q, k, v)), strict=True)
+        for part in zip(*(tensor.split(lengths, dim=2) for tensor in (q, k, v)), strict=True)
     ]
     exact = torch.cat(parts, dim=2).transpose(1, 2)
     assert apart(ours, exact) < 1e-2

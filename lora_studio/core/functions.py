@@ -124,7 +124,7 @@ class Laid(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, order: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(starts, rows)
-        return x.index_select(0, order)
+        return kernels.laid(x, order)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:

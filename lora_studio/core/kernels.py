@@ -42,6 +42,7 @@ def _work() -> bool:
         turned(row[None, None], row[None], row[None])
         place = torch.arange(2, device="cuda")
         added_up(row, place, place)
+        laid(row[None], place[:1])
         cross_entropy_(row, place[:1])
     except Exception as error:  # whatever is wrong with it, torch's own operations do the same
         log.warning("The GPU works without fused kernels: %s", error)
@@ -96,6 +97,14 @@ def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, back: bool 
     strides = x.stride(2), x.stride(1)
     _turned[(tokens,)](x, cos.contiguous(), sin.contiguous(), y, *strides, heads, width // 2, BACK=back, **spans)
     return y.transpose(0, 1)[None]
+
+
+def laid(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """x[order] (rows, heads, d) of x (T, heads, d), whose tokens need not lie behind each other."""
+    x = x if x[0].is_contiguous() else x.contiguous()
+    y, width = x.new_empty(len(order), *x.shape[1:]), x[0].numel()
+    _laid[(len(order),)](x, order, y, x.stride(0), width, **_row(width))
+    return y
 
 
 def added_up(x: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -205,6 +214,12 @@ if triton is not None:
         second = along_two.to(tl.float32) + across_two.to(y.dtype.element_ty).to(tl.float32)
         tl.store(given, first.to(y.dtype.element_ty), mask=inside)
         tl.store(given + half, second.to(y.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _laid(x, order, y, by_token, width, SPAN: tl.constexpr):
+        row, at = tl.program_id(0).to(tl.int64), tl.arange(0, SPAN)
+        taken = tl.load(x + tl.load(order + row).to(tl.int64) * by_token + at, mask=at < width, other=0.0)
+        tl.store(y + row * width + at, taken, mask=at < width)
 
     @triton.jit
     def _added_up(x, starts, rows, y, width, SPAN: tl.constexpr):

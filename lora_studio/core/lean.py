@@ -30,7 +30,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lora_studio.core import attention, functions, kernels, together, upcast
+from lora_studio.core import attention, flash, functions, kernels, together, upcast
 from lora_studio.core.layout import ENCODERS
 
 IGNORED = -100  # label of a position that is not supervised
@@ -623,15 +623,19 @@ _BIASES = ("softcap", "position_bias", "cache")  # what else an attention may be
 def _variable_length(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: Lengths, scaling: float | None
 ) -> torch.Tensor:
-    """torch's own kernel for sequences end to end, on a CUDA GPU: one call for all of them."""
+    """Sequences end to end on a CUDA GPU, one call for all of them: our kernel for short ones, else torch's own."""
     from torch.nn.attention.varlen import varlen_attn
 
     # (T, heads, head_dim); squeezed, because the gradient of tensor[0] is a copy among zeros
-    q, k, v = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     ends, keys, most = lengths.ends(query.device), lengths.keys(query.device), lengths.longest
     key_ends = ends if keys is None else keys.ends
     if keys is not None:  # the last of these are the queries' own tokens, and it is to them that causality goes
         k, v = (functions.Laid.apply(tensor, keys.order, keys.starts, keys.rows) for tensor in (k, v))
+    if flash.takes(q, most):
+        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
+        return flash.Attention.apply(q, k, v, ends, key_ends, most, scale)[None]  # type: ignore[index]
+    q, k, v = (tensor.contiguous() for tensor in (q, k, v))
     grouped: Any = {"enable_gqa": True} if _takes("enable_gqa") else {}  # older torch need not be told
     attended = varlen_attn(q, k, v, ends, key_ends, most, most, scale=scaling, window_size=(-1, 0), **grouped)  # type: ignore[arg-type]
     assert isinstance(attended, torch.Tensor)
