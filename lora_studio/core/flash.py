@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from lora_studio.core.kernels import tl, triton, usable
+from lora_studio.core.kernels import triton, usable
 
-# pyright: reportOptionalMemberAccess=false, reportIndexIssue=false
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false, reportIndexIssue=false
 log = logging.getLogger(__name__)
 BLOCK = 64  # queries, or keys, of a program
 LONGEST = 512  # tokens of a sequence up to which torch's kernel was seen to take longer
@@ -93,6 +93,7 @@ def _heads(q: torch.Tensor, k: torch.Tensor) -> dict[str, int]:
 
 
 if triton is not None:
+    import triton.language as tl
 
     @triton.jit
     def _attend(

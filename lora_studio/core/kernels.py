@@ -17,7 +17,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # torch for a CPU has none, nor has torch for Windows
-    triton = tl = None
+    triton = None
 
 log = logging.getLogger(__name__)
 SPAN = 1024  # elements that one program of an elementwise kernel takes
