@@ -4,19 +4,18 @@
     python -m benchmarks.generation --quick         about one and a half
 
 The app's own decoding loop writes the same number of tokens in every way, greedily and past any end mark. The ways
-take turns in one process, so that the machine's drift hits all alike; precisions and threads have a process each. Times
-are those of the clock, of decoding steps, with threads that wait as the app's own do, so the machine should have
-nothing else to do; the ratio for the prompt's pass is said beside them.
+take turns at every token, each on a copy of the model, so that the machine's drift hits all alike; precisions and
+threads have a process each. Times are those of the clock, with threads that wait as the app's own do, so the machine
+should have nothing else to do; the ratios for the prompt's pass are said beside those of decoding steps.
 """
 
 import argparse
-import itertools
 import logging
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from benchmarks import goals
@@ -34,7 +33,13 @@ SIDE_BY_SIDE = 1.6  # base and four adapters in one batch against the base alone
 OVERHEAD = 1.05  # unmerged against merged
 CHANGE_S = 1e-3  # of a new strength
 WAYS = ("base", "adapted", "both", "five", "merged")
-ROWS = {"both": (None, "run"), "five": (None, "run", "second", "third", "fourth")}  # of the batch
+ROWS: dict[str, tuple[str | None, ...]] = {  # of the batch
+    "base": (None,),
+    "adapted": ("run",),
+    "both": (None, "run"),
+    "five": (None, "run", "second", "third", "fourth"),
+    "merged": (),
+}
 CHANGES = 1000  # of the strength
 
 
@@ -66,6 +71,24 @@ def timed(spec: Mapping[str, Any]) -> dict[str, Any]:
     """In a process of its own: {"decode": {way: ms a step, a value a round}, "prefill": of the prompt, "change_s"}."""
     import torch
 
+    every = {way: _adapted(spec) for way in WAYS}
+    torch.manual_seed(spec["seed"])
+    vocabulary = every["base"].model.get_input_embeddings().num_embeddings
+    prompt = torch.randint(vocabulary, (PROMPT,)).tolist()
+    decode: dict[str, list[float]] = {way: [] for way in WAYS}
+    prefill: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(spec["rounds"] + 1):  # the first is warm-up
+        spent = _answered(every, prompt, spec["tokens"])
+        for way, (first, *steps) in spent.items() if number else ():
+            prefill[way].append(1000 * first)
+            decode[way].append(1000 * statistics.median(steps))
+    return {"decode": decode, "prefill": prefill, "change_s": _change(every["both"])}
+
+
+def _adapted(spec: Mapping[str, Any]) -> Any:
+    """The model with as many adapters as any way needs, the same each time."""
+    import torch
+
     from lora_studio.core.lora import LoRA
     from lora_studio.core.spec import LoraSpec
     from lora_studio.models import ModelLibrary
@@ -78,45 +101,33 @@ def timed(spec: Mapping[str, Any]) -> dict[str, Any]:
         with torch.no_grad():
             for tensor in lora.parameters(name):
                 tensor.normal_(0, 0.02)  # a trained adapter has no zeros
-    vocabulary = lora.model.get_input_embeddings().num_embeddings
-    prompt = torch.randint(vocabulary, (PROMPT,)).tolist()
-    decode: dict[str, list[float]] = {way: [] for way in WAYS}
-    prefill: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number in range(spec["rounds"] + 1):  # the first is warm-up
-        first = number % len(WAYS)
-        for way in WAYS[first:] + WAYS[:first]:
-            before, steps = _answered(lora, way, prompt, spec["tokens"])
-            if number:
-                prefill[way].append(1000 * before)
-                decode[way].append(1000 * statistics.median(steps))
-    return {"decode": decode, "prefill": prefill, "change_s": _change(lora)}
+    return lora
 
 
-def _answered(lora: Any, way: str, prompt: Sequence[int], tokens: int) -> tuple[float, list[float]]:
-    """Seconds of the prompt's pass and of each decoding step behind it."""
+def _answered(every: Mapping[str, Any], prompt: Sequence[int], tokens: int) -> dict[str, list[float]]:
+    """Seconds of the prompt's pass and of each decoding step behind it, the ways taking turns at every one of them."""
     from lora_studio.core.merge import merged
     from lora_studio.generate import stream
     from lora_studio.settings import Sampling
 
-    @contextmanager
-    def folded() -> Iterator[None]:
-        with merged(lora, "run"), lora.unhooked():
-            yield
-
-    ways: dict[str, Callable[[], AbstractContextManager]] = {
-        "base": lambda: lora.use(None),
-        "adapted": lambda: lora.use("run"),
-        "both": lambda: lora.use(*ROWS["both"]),
-        "five": lambda: lora.use(*ROWS["five"]),
-        "merged": folded,
-    }
-    prompts = [prompt] * len(ROWS.get(way, (way,)))
-    with ways[way]():
-        laps = [time.perf_counter()]
-        for _ in stream(lora.model, prompts, Sampling(max_new_tokens=tokens), frozenset()):
-            laps.append(time.perf_counter())
-    spent = [later - earlier for earlier, later in itertools.pairwise(laps)]
-    return spent[0], spent[1:]
+    spent: dict[str, list[float]] = {way: [] for way in WAYS}
+    streams = {}
+    with ExitStack() as inside:
+        for way, lora in every.items():
+            if way == "merged":
+                inside.enter_context(merged(lora, "run"))
+                inside.enter_context(lora.unhooked())
+            else:
+                inside.enter_context(lora.use(*ROWS[way]))
+            prompts = [prompt] * max(1, len(ROWS[way]))
+            streams[way] = stream(lora.model, prompts, Sampling(max_new_tokens=tokens), frozenset())
+        for number in range(tokens):
+            first = number % len(WAYS)
+            for way in WAYS[first:] + WAYS[:first]:
+                start = time.perf_counter()
+                next(streams[way])
+                spent[way].append(time.perf_counter() - start)
+    return spent
 
 
 def _change(lora: Any) -> float:
