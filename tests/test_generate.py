@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -65,11 +67,9 @@ def test_with_strength_zero_sampled_panes_are_equal_word_for_word() -> None:
 def test_the_base_pane_is_equal_to_the_untouched_model_and_a_touched_one_is_caught() -> None:
     lora = with_adapter()
     assert base_difference(lora, PROMPTS[0], [None, "x"]) == 0.0
-    layer = lora.model.get_submodule("model.layers.0.mlp.up_proj")
-    slot = next(slot for path, slot in lora._slots.items() if path.endswith("layers.0.mlp.up_proj"))
-    original = slot._add
-    slot._handle.remove()
-    slot._handle = layer.register_forward_hook(lambda *call: original(*call) + 1)  # an adapter that leaks into all rows
+    slot: Any = next(slot for path, slot in lora._slots.items() if path.endswith("layers.0.mlp.up_proj"))
+    original = slot.add
+    slot.add = lambda *call: original(*call) + 1  # an adapter that leaks into all rows
     assert base_difference(lora, PROMPTS[0], [None, "x"]) > 0
 
 

@@ -1,12 +1,14 @@
 """The contract y = base(x) + ((x Aᵀ) ⊙ g) Bᵀ, as equalities."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lora_studio.core import slot
 from lora_studio.core.layout import dimensions
 from lora_studio.core.lora import LoRA
 from lora_studio.core.merge import merged, merged_state
@@ -104,6 +106,38 @@ def test_what_is_prepared_for_answering_is_what_training_computes(family: str, l
         written = same()
         lora.set_scale("y" if rows[0] == "y" else "x", 0.4)
         assert not torch.equal(first, written) and not torch.equal(written, same())
+
+
+def test_what_was_prepared_is_used_again_and_never_for_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One adapter's factors are laid out once, whoever asks in between; a new adapter of the name has its own."""
+    lora, made = adapted("llama", LoraSpec(rank=3, targets=("attn.q",))), []
+    init = slot.Ready.__init__
+    monkeypatch.setattr(slot.Ready, "__init__", lambda self, *given: (made.append(self), init(self, *given))[1])
+    disturb(lora, "x")
+
+    @torch.no_grad()
+    def seen(*rows: Any) -> torch.Tensor:
+        with lora.use(*rows):
+            return logits(lora.model)
+
+    first = seen("x")
+    count = len(made)
+    assert count == len(list(lora.parts("x")))
+    assert torch.equal(seen("x"), first) and len(made) == count
+    half = seen({"x": 0.5})
+    assert not torch.equal(half, first) and torch.equal(seen("x"), first)
+    with torch.no_grad(), lora.use("x"):
+        lora.set_scale("x", 0.5)
+        torch.testing.assert_close(logits(lora.model), half)
+        lora.set_scale("x", 0.25)
+        assert not torch.equal(logits(lora.model), half)
+    assert torch.equal(seen("x"), first)
+    with torch.no_grad():
+        lora.parameters("x")[0].mul_(2.0)
+    assert not torch.equal(seen("x"), first)
+    lora.remove("x")
+    lora.add("x", LoraSpec(rank=3, targets=("attn.q",)))
+    torch.testing.assert_close(seen("x"), seen(None))
 
 
 def test_blends_add_up() -> None:

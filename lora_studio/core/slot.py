@@ -44,6 +44,7 @@ class Route:
     whole     one adapter with weight 1 on every row
     spans     tokens per name, when the batch is one row of sequences end to end and each adapter has some of them;
               empty otherwise
+    state     equal when all of this is; None when it equals nothing
     """
 
     def __init__(self) -> None:
@@ -52,6 +53,7 @@ class Route:
         self.strength = torch.empty(0)
         self.whole = False
         self.spans: tuple[int, ...] = ()
+        self.state: tuple | None = None
         self.ready: set[Slot] = set()  # that have made ready what they add while nothing above changes
         self._kept: dict[tuple, Gates | None] = {}  # the same
 
@@ -308,13 +310,22 @@ class Slot:
     """All adapters of one layer. It is kept outside the model, which therefore stays as it was.
 
     ready: what it adds while the model answers, until the route changes; None where that is still to be made.
+    What was made last is kept for when the route is as it was, if it holds nothing but views.
     """
 
     def __init__(self, route: Route) -> None:
         self.parts: dict[str, list[Part]] = {}
         self.route = route
         self.ready: Ready | None = None
+        self._last: tuple[tuple, Ready] | None = None  # the route's state, and what was made for it
         self._handle: RemovableHandle | InPlace | None = None
+
+    def put(self, name: str, parts: list[Part]) -> None:
+        """An adapter's parts for this layer; none takes it away."""
+        self.ready = self._last = None
+        self.parts.pop(name, None)
+        if parts:
+            self.parts[name] = parts
 
     def hook(self, layer: nn.Module) -> None:
         """Begin to act on `layer`: in place of a linear one's forward, else by a hook, which takes more time."""
@@ -344,6 +355,8 @@ class Slot:
     def add(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
         """The layer's output with what the adapters in use add to it; None where they add nothing."""
         answering = not (layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if answering and self.ready is None and self._last and self._last[0] == self.route.state:
+            self._stand_by(self._last[1])
         if answering and self.ready and (changed := self.ready.add(inputs[0], output)) is not None:
             return changed
         names, spans = self.route.names, self.route.spans
@@ -368,10 +381,15 @@ class Slot:
             raise _not_by_row(layer)
         parts = [(column, part) for column, part in live if isinstance(part, LowRank) and part.stacks]
         if answering and len(parts) == len(live) and not isinstance(layer, nn.Embedding):
-            self.ready = Ready(parts, gates, output)
-            self.route.ready.add(self)
-            return self.ready.add(inputs[0], output)
+            ready = Ready(parts, gates, output)
+            self._stand_by(ready)
+            self._last = (self.route.state, ready) if self.route.state and ready.views else None
+            return ready.add(inputs[0], output)
         return _changed(layer, inputs[0], output, live, gates)
+
+    def _stand_by(self, ready: "Ready") -> None:
+        self.ready = ready
+        self.route.ready.add(self)
 
     def _by_span(self, layer: nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Each adapter changes its own tokens of the row; products of two factors all at once."""
@@ -416,7 +434,7 @@ class Ready:
     than a prompt's products. It casts them for more than FEW tokens, unless core.upcast says that fp32 is quicker.
     """
 
-    __slots__ = ("_A", "_B", "_as_of", "_batch", "_bound", "_columns", "_few", "_scale", "_watched")
+    __slots__ = ("_A", "_B", "_as_of", "_batch", "_bound", "_columns", "_few", "_scale", "_watched", "views")
 
     def __init__(self, parts: Sequence[tuple[int, LowRank]], gates: Gates | None, output: torch.Tensor) -> None:
         factors = [factor for _, part in parts for factor in (part.A, part.B)]
@@ -435,8 +453,9 @@ class Ready:
         few = FEW * len(A) if on_cpu else 0
         self._few = math.inf if upcast.needed(output) else few  # numbers in x
         self._A, self._B = (A, B) if on_cpu else (A.to(output.dtype), B.to(output.dtype))
-        views = all(any(one.data_ptr() == factor.data_ptr() for factor in factors) for one in (self._A, self._B))
-        self._watched = () if views else factors
+        pointers = {factor.data_ptr() for factor in factors}
+        self.views = {self._A.data_ptr(), self._B.data_ptr()} <= pointers
+        self._watched = () if self.views else factors
         self._as_of = self._versions()
         self._bound = bool(self._watched) or self._batch is not None
 
