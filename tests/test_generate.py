@@ -1,7 +1,6 @@
 """Our decoding loop against transformers' generate, and the two panes against each other."""
 
 from dataclasses import replace
-
 from typing import Any
 
 import pytest
