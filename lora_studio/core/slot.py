@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.compiler import is_compiling
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache
@@ -59,7 +60,7 @@ class Route:
 
     def gates(self, x: torch.Tensor, output: torch.Tensor, training: bool) -> "Gates | None":
         """The gates for a layer with this input and output; None for all ones."""
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return self._made(x, output, training)
         kind = x.shape[0], output.dim(), output.dtype, training, torch.is_inference_mode_enabled()
         if kind not in self._kept:
@@ -331,7 +332,7 @@ class Slot:
         """Begin to act on `layer`: in place of a linear one's forward, else by a hook, which takes more time."""
         assert self._handle is None, "this slot is hooked already"
         linear = isinstance(layer, nn.Linear)
-        self._handle = InPlace(layer, self) if linear else layer.register_forward_hook(self.add)
+        self._handle = InPlace(layer, self) if linear else layer.register_forward_hook(self._hooked)
 
     def unhook(self) -> None:
         """Leave the layer as it was."""
@@ -352,12 +353,15 @@ class Slot:
             return None
         return (one.A, one.B, one.scale) if one.stacks and one.rows is None and one.A.requires_grad else None
 
-    def add(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
-        """The layer's output with what the adapters in use add to it; None where they add nothing."""
-        answering = not (layer.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+    def _hooked(self, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
+        return self.add(layer, inputs[0] if inputs else None, output)
+
+    def add(self, layer: nn.Module, x: Any, output: torch.Tensor) -> torch.Tensor | None:
+        """The layer's output with what the adapters in use add to it, x being its input; None where they add nothing."""
+        answering = not (layer.training or torch.is_grad_enabled() or is_compiling())
         if answering and self.ready is None and self._last and self._last[0] == self.route.state:
             self._stand_by(self._last[1])
-        if answering and self.ready and (changed := self.ready.add(inputs[0], output)) is not None:
+        if answering and self.ready and (changed := self.ready.add(x, output)) is not None:
             return changed
         names, spans = self.route.names, self.route.spans
         live = [
@@ -368,24 +372,24 @@ class Slot:
         ]
         if not live:
             return None
-        if not inputs or not isinstance(output, torch.Tensor):
+        if x is None or not isinstance(output, torch.Tensor):
             raise _not_by_row(layer)
         if spans:
             flat = output.shape[0] == sum(spans)  # some blocks fold the batch into the tokens
-            x, whole = (inputs[0][None], output[None]) if flat else (inputs[0], output)
+            row, whole = (x[None], output[None]) if flat else (x, output)
             assert whole.shape[:2] == (1, sum(spans)), "the spans are not those of this batch"
-            changed = self._by_span(layer, x, whole)
+            changed = self._by_span(layer, row, whole)
             return changed[0] if flat else changed
-        gates = self.route.gates(inputs[0], output, layer.training)
-        if gates is not None and inputs[0].shape[0] == 1 < len(gates) and not isinstance(layer, nn.Embedding):
+        gates = self.route.gates(x, output, layer.training)
+        if gates is not None and x.shape[0] == 1 < len(gates) and not isinstance(layer, nn.Embedding):
             raise _not_by_row(layer)
         parts = [(column, part) for column, part in live if isinstance(part, LowRank) and part.stacks]
         if answering and len(parts) == len(live) and not isinstance(layer, nn.Embedding):
             ready = Ready(parts, gates, output)
             self._stand_by(ready)
             self._last = (self.route.state, ready) if self.route.state and ready.views else None
-            return ready.add(inputs[0], output)
-        return _changed(layer, inputs[0], output, live, gates)
+            return ready.add(x, output)
+        return _changed(layer, x, output, live, gates)
 
     def _stand_by(self, ready: "Ready") -> None:
         self.ready = ready
@@ -418,7 +422,7 @@ class InPlace:
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         layer: Any = self._layer()
         output = type(layer).forward(layer, input)
-        changed = self.slot.add(layer, (input,), output)
+        changed = self.slot.add(layer, input, output)
         return output if changed is None else changed
 
     def remove(self) -> None:
@@ -434,7 +438,7 @@ class Ready:
     than a prompt's products. It casts them for more than FEW tokens, unless core.upcast says that fp32 is quicker.
     """
 
-    __slots__ = ("_A", "_B", "_as_of", "_batch", "_bound", "_columns", "_few", "_scale", "_watched", "views")
+    __slots__ = ("_A", "_B", "_as_of", "_columns", "_dim", "_few", "_rows", "_scale", "_watched", "views")
 
     def __init__(self, parts: Sequence[tuple[int, LowRank]], gates: Gates | None, output: torch.Tensor) -> None:
         factors = [factor for _, part in parts for factor in (part.A, part.B)]
@@ -449,7 +453,7 @@ class Ready:
             columns = gates.columns(tuple((column, part.rank) for column, part in parts))
         if columns is not None and len(columns) == 1:
             B, columns = columns.flatten()[:, None].to(B.dtype) * B, None
-        self._columns, self._batch = columns, None if columns is None else (output.shape[0], output.dim())
+        self._columns, self._rows, self._dim = columns, None if columns is None else len(output), output.dim()
         few = FEW * len(A) if on_cpu else 0
         self._few = math.inf if upcast.needed(output) else few  # numbers in x
         self._A, self._B = (A, B) if on_cpu else (A.to(output.dtype), B.to(output.dtype))
@@ -457,14 +461,15 @@ class Ready:
         self.views = {self._A.data_ptr(), self._B.data_ptr()} <= pointers
         self._watched = () if self.views else factors
         self._as_of = self._versions()
-        self._bound = bool(self._watched) or self._batch is not None
 
     def add(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
         """output + scale · ((x A) ⊙ columns) B; `output` may be written to: it is the layer's own, nobody else's.
 
         None where the batch is another, or somebody has written to a factor that was copied since.
         """
-        if self._bound and not self._fits(x):
+        if self._rows is not None and (len(x) != self._rows or x.dim() != self._dim):
+            return None
+        if self._watched and self._as_of != self._versions():
             return None
         if x.numel() > self._few:
             hidden = x @ self._A.to(x.dtype)
@@ -475,9 +480,6 @@ class Ready:
         if self._columns is not None:
             hidden.mul_(self._columns)
         return output.add_(hidden @ self._B, alpha=self._scale)
-
-    def _fits(self, x: torch.Tensor) -> bool:
-        return self._batch in (None, (x.shape[0], x.dim())) and self._as_of == self._versions()
 
     def _versions(self) -> int:
         return sum(factor._version for factor in self._watched)
