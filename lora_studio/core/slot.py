@@ -357,7 +357,7 @@ class Slot:
         return self.add(layer, inputs[0] if inputs else None, output)
 
     def add(self, layer: nn.Module, x: Any, output: torch.Tensor) -> torch.Tensor | None:
-        """The output of a layer with what the adapters in use add to it for its input x; None where they add nothing."""
+        """The output of a layer with what the adapters in use add to it for its input x; None where that is nothing."""
         answering = not (layer.training or torch.is_grad_enabled() or is_compiling())
         if answering and self.ready is None and self._last and self._last[0] == self.route.state:
             self._stand_by(self._last[1])
