@@ -36,9 +36,8 @@ LEAST = 1024  # tokens of each pass, where there are several: products of fewer 
 ONCE = 2**20  # tokens times width that a pass costs besides its tokens
 UNIT = 16  # tokens, to which a cut is planned
 PREFIX = 16  # tokens of a prefix that a recording has room for are a multiple of it
-BLOCK = (
-    128  # tokens of a sequence that attention takes together: where there are none it does nothing, which takes time
-)
+# Tokens of a sequence that attention takes together, or a multiple: blocks where there are none take time, too.
+BLOCK = 128
 MOST = 8  # sizes that are recorded
 SPARE = 1.5  # times its own size that a pass may be filled up to while that is not recorded
 WORTH = 3  # a recording takes the time of some passes, so it is made when its size comes for so many times

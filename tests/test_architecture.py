@@ -116,6 +116,7 @@ def test_the_core_knows_tensors_only() -> None:
         "difflib",
         "collections",
         "contextlib",
+        "copy",
         "dataclasses",
         "typing",
     }

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from lora_studio.core import slot
 from lora_studio.core.layout import dimensions
 from lora_studio.core.lora import LoRA
 from lora_studio.core.merge import merged, merged_state
@@ -108,36 +108,36 @@ def test_what_is_prepared_for_answering_is_what_training_computes(family: str, l
         assert not torch.equal(first, written) and not torch.equal(written, same())
 
 
-def test_what_was_prepared_is_used_again_and_never_for_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One adapter's factors are laid out once, whoever asks in between; a new adapter of the name has its own."""
-    lora, made = adapted("llama", LoraSpec(rank=3, targets=("attn.q",))), []
-    init = slot.Ready.__init__
-    monkeypatch.setattr(slot.Ready, "__init__", lambda self, *given: (made.append(self), init(self, *given))[1])
-    disturb(lora, "x")
+def test_a_copy_of_an_adapted_model_is_a_model_of_its_own() -> None:
+    lora = adapted("llama")
+    with lora.use("x"), torch.no_grad():
+        other = copy.deepcopy(lora.model)
+        found = logits(other)
+        assert torch.equal(found, logits(lora.model))
+        lora.model.get_submodule("model.layers.0.self_attn.v_proj").weight.zero_()
+        assert torch.equal(logits(other), found) and not torch.equal(logits(lora.model), found)
+        other.get_submodule("model.layers.1.self_attn.v_proj").weight.zero_()
+        assert not torch.equal(logits(other), found)
 
-    @torch.no_grad()
-    def seen(*rows: Any) -> torch.Tensor:
-        with lora.use(*rows):
-            return logits(lora.model)
 
-    first = seen("x")
-    count = len(made)
-    assert count == len(list(lora.parts("x")))
-    assert torch.equal(seen("x"), first) and len(made) == count
-    half = seen({"x": 0.5})
-    assert not torch.equal(half, first) and torch.equal(seen("x"), first)
-    with torch.no_grad(), lora.use("x"):
-        lora.set_scale("x", 0.5)
-        torch.testing.assert_close(logits(lora.model), half)
-        lora.set_scale("x", 0.25)
-        assert not torch.equal(logits(lora.model), half)
-    assert torch.equal(seen("x"), first)
-    with torch.no_grad():
-        lora.parameters("x")[0].mul_(2.0)
-    assert not torch.equal(seen("x"), first)
-    lora.remove("x")
-    lora.add("x", LoraSpec(rank=3, targets=("attn.q",)))
-    torch.testing.assert_close(seen("x"), seen(None))
+def test_somebody_elses_forward_is_called_and_stays() -> None:
+    model: Any = causal("llama")
+    layer, calls = model.get_submodule("model.layers.0.self_attn.q_proj"), []
+    layer.forward = lambda x: (calls.append(1), F.linear(x, layer.weight))[1]
+    mine, base = layer.forward, logits(model)
+    first, second = LoRA(model), LoRA(model)
+    for lora in (first, second):
+        lora.add("x", EVERY)
+        disturb(lora, "x")
+    with first.use("x"):
+        one = logits(model)
+        with second.use("x"):
+            assert not torch.equal(logits(model), one)
+    second.detach()
+    with first.use("x"):
+        assert torch.equal(logits(model), one) and not torch.equal(one, base)
+    first.detach()
+    assert layer.forward is mine and len(calls) == 4 and torch.equal(logits(model), base)
 
 
 def test_blends_add_up() -> None:

@@ -11,9 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_studio.core import together
+from lora_studio.core.baselines import add
 from lora_studio.core.lean import Tokens, frugal, recomputing
 from lora_studio.core.lora import LoRA
-from lora_studio.core.spec import LoraSpec
+from lora_studio.core.spec import BaselineSpec, LoraSpec
 from lora_studio.measure import leanly, losses, losses_together
 from tests.tiny import CAUSAL, causal, touched
 
@@ -24,7 +25,9 @@ JOINED = {"llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "stablelm"}  
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(together, "can_join", lambda weight: not weight.requires_grad)
+    monkeypatch.setattr(
+        together, "can_join", lambda weight: not weight.requires_grad and type(weight) is torch.nn.Parameter
+    )
 
 
 @pytest.fixture
@@ -202,6 +205,58 @@ def test_a_weight_that_was_exchanged_is_seen() -> None:
         layer = lora.model.get_submodule("model.layers.1.mlp.up_proj")
         layer.weight.zero_()  # in its place
     assert not torch.equal(taught(lora, "x")[0], other)
+
+
+def test_a_bias_that_was_exchanged_is_seen() -> None:
+    lora = adapted("qwen2", LoraSpec(rank=3, targets=QV))
+    before = taught(lora, "x")[0]
+    layer: Any = lora.model.get_submodule("model.layers.0.self_attn.v_proj")
+    layer.bias.data = torch.ones_like(layer.bias)
+    assert not torch.equal(taught(lora, "x")[0], before)
+
+
+def test_a_model_that_was_moved_is_laid_anew() -> None:
+    lora = adapted("llama", LoraSpec(rank=3, targets=QV))
+    taught(lora, "x")
+    groups = together._GROUPS[lora.model]
+    assert groups and all(group.as_laid for group in groups)
+    lora.model.to(torch.bfloat16)
+    taught(lora, "x")
+    assert together._GROUPS[lora.model] is not groups
+    assert all(group.as_laid and group._weight.dtype == torch.bfloat16 for group in together._GROUPS[lora.model])
+
+
+def test_copies_that_stand_in_for_weights_are_not_laid() -> None:
+    lora = LoRA(causal("llama").bfloat16())
+    add(lora, "x", BaselineSpec(kind="full"))
+    with torch.no_grad(), lora.use("x"):  # as before the first step
+        losses(lora, rows())
+    assert not together._GROUPS[lora.model]
+
+
+def test_a_block_may_write_into_its_projections(apart: Any) -> None:
+    """olmo cuts q, k and v off in their place."""
+    lora = LoRA(causal("olmo", clip_qkv=0.05))
+    lora.add("x", LoraSpec(rank=3, targets=QV))
+    for tensor in lora.parameters("x"):
+        tensor.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    ours = taught(lora, "x")
+    with apart():
+        plain = taught(lora, "x")
+    assert together._GROUPS[lora.model]
+    for mine, theirs in zip(ours, plain, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_layers_without_a_token_give_nothing() -> None:
+    lora = adapted("llama", LoraSpec(rank=3, targets=QV))
+    attention: Any = lora.model.get_submodule("model.layers.0.self_attn")
+    lora.model.train()
+    with lora.use("x"), frugal(lora.model):
+        x = torch.zeros(1, 0, 32, requires_grad=True)
+        assert [one.shape[1] for one in (attention.q_proj(input=x), attention.k_proj(x), attention.v_proj(x))] == [
+            0
+        ] * 3
 
 
 def test_another_input_between_two_layers_is_not_mixed_up() -> None:

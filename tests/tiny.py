@@ -96,7 +96,7 @@ def touched(model: torch.nn.Module) -> set[torch.nn.Module]:
     return {one for one in model.modules() if "forward" in vars(one) or any(getattr(one, name) for name in hooks)}
 
 
-def causal(family: str, seed: int = 0, vocabulary: int = 97, **sizes_too: int) -> torch.nn.Module:
+def causal(family: str, seed: int = 0, vocabulary: int = 97, **sizes_too: float) -> torch.nn.Module:
     """A two-layer causal model with random weights, in evaluation mode."""
     name, sizes = FAMILIES[family]
     ends = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}

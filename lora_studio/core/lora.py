@@ -178,7 +178,7 @@ class LoRA:
             if layer not in self._slots:
                 self._slots[layer] = (Slot if layer else InputSlot)(self._route)
                 self._slots[layer].hook(self.model.get_submodule(layer))
-            self._slots[layer].put(name, ones)
+            self._slots[layer].parts[name] = ones
 
     def load_state(
         self, name: str, spec: LoraSpec, factors: Sequence[Factors], copies: Mapping[str, torch.Tensor] | None = None
@@ -210,7 +210,7 @@ class LoRA:
         del self.specs[name]
         for layer in self._parts.pop(name):
             slot = self._slots[layer]
-            slot.put(name, [])
+            del slot.parts[name]
             if not slot.parts:
                 slot.unhook()
                 del self._slots[layer]
@@ -253,13 +253,12 @@ class LoRA:
         self, names: tuple[str, ...], weights: Sequence[Sequence[float]], whole: bool, spans: tuple[int, ...] = ()
     ) -> Iterator[None]:
         route = self._route
-        before = route.names, route.weights, route.strength, route.whole, route.spans, route.state
+        before = route.names, route.weights, route.strength, route.whole, route.spans
         standing = (part for one in before[0] for _, part in self.parts(one) if isinstance(part, Copied))
         assert not any(part.standing_in for part in standing), "leave the outer `use` first: copies stand in there"
         assert not (names and self.folded), "an adapter is merged in just now; it would act twice"
         device = next(self.model.parameters()).device
         route.names, route.whole, route.spans = names, whole, spans
-        route.state = names, tuple(map(tuple, weights)), whole, spans
         route.weights = torch.tensor(weights, device=device)
         route.strength = torch.ones(len(names), device=device)
         route.change()
@@ -269,7 +268,7 @@ class LoRA:
                     self._stand_in(names[0])
                 yield
         finally:
-            route.names, route.weights, route.strength, route.whole, route.spans, route.state = before
+            route.names, route.weights, route.strength, route.whole, route.spans = before
             route.change()
 
     @contextmanager
@@ -289,7 +288,6 @@ class LoRA:
         It acts in evaluation mode only; in training the strength is 1. Call it between forwards, not during one.
         """
         self._route.strength[self._route.names.index(name)] = strength
-        self._route.state = None
         self._route.change()
         if not self.model.training:
             self._standing.close()  # copies are gated from here on

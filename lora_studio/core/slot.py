@@ -1,4 +1,4 @@
-"""The forward hook that adds adapters to one layer, and the gate that says whose rows get how much.
+"""What adds adapters to one layer as it computes, and the gate that says whose rows get how much.
 
     y = base(x) + scale · ((x Aᵀ) ⊙ g) Bᵀ
 
@@ -17,6 +17,7 @@ import math
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -45,7 +46,6 @@ class Route:
     whole     one adapter with weight 1 on every row
     spans     tokens per name, when the batch is one row of sequences end to end and each adapter has some of them;
               empty otherwise
-    state     equal when all of this is; None when it equals nothing
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,6 @@ class Route:
         self.strength = torch.empty(0)
         self.whole = False
         self.spans: tuple[int, ...] = ()
-        self.state: tuple | None = None
         self.ready: set[Slot] = set()  # that have made ready what they add while nothing above changes
         self._kept: dict[tuple, Gates | None] = {}  # the same
 
@@ -311,22 +310,13 @@ class Slot:
     """All adapters of one layer. It is kept outside the model, which therefore stays as it was.
 
     ready: what it adds while the model answers, until the route changes; None where that is still to be made.
-    What was made last is kept for when the route is as it was, if it holds nothing but views.
     """
 
     def __init__(self, route: Route) -> None:
         self.parts: dict[str, list[Part]] = {}
         self.route = route
         self.ready: Ready | None = None
-        self._last: tuple[tuple, Ready] | None = None  # the route's state, and what was made for it
         self._handle: RemovableHandle | InPlace | None = None
-
-    def put(self, name: str, parts: list[Part]) -> None:
-        """An adapter's parts for this layer; none takes it away."""
-        self.ready = self._last = None
-        self.parts.pop(name, None)
-        if parts:
-            self.parts[name] = parts
 
     def hook(self, layer: nn.Module) -> None:
         """Begin to act on `layer`: in place of a linear one's forward, else by a hook, which takes more time."""
@@ -359,8 +349,6 @@ class Slot:
     def add(self, layer: nn.Module, x: Any, output: torch.Tensor) -> torch.Tensor | None:
         """The output of a layer with what the adapters in use add to it for its input x; None where that is nothing."""
         answering = not (layer.training or torch.is_grad_enabled() or is_compiling())
-        if answering and self.ready is None and self._last and self._last[0] == self.route.state:
-            self._stand_by(self._last[1])
         if answering and self.ready and (changed := self.ready.add(x, output)) is not None:
             return changed
         names, spans = self.route.names, self.route.spans
@@ -385,15 +373,10 @@ class Slot:
             raise _not_by_row(layer)
         parts = [(column, part) for column, part in live if isinstance(part, LowRank) and part.stacks]
         if answering and len(parts) == len(live) and not isinstance(layer, nn.Embedding):
-            ready = Ready(parts, gates, output)
-            self._stand_by(ready)
-            self._last = (self.route.state, ready) if self.route.state and ready.views else None
-            return ready.add(x, output)
+            self.ready = Ready(parts, gates, output)
+            self.route.ready.add(self)
+            return self.ready.add(x, output)
         return _changed(layer, x, output, live, gates)
-
-    def _stand_by(self, ready: "Ready") -> None:
-        self.ready = ready
-        self.route.ready.add(self)
 
     def _by_span(self, layer: nn.Module, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Each adapter changes its own tokens of the row; products of two factors all at once."""
@@ -413,21 +396,37 @@ class Slot:
 
 
 class InPlace:
-    """A slot in the place of a linear layer's forward, until it is removed. It does not keep the layer alive."""
+    """A slot in the place of a linear layer's forward, until it is removed. It does not keep the layer alive.
+
+    own: the forward that was there instead of the class's, such as another library's; it is called, and put back.
+    """
 
     def __init__(self, layer: nn.Module, slot: Slot) -> None:
-        self.slot, self._layer = slot, weakref.ref(layer)
+        self.slot, self.own, self._layer = slot, vars(layer).get("forward"), weakref.ref(layer)
         vars(layer)["forward"] = self
 
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         layer: Any = self._layer()
-        output = type(layer).forward(layer, input)
+        output = type(layer).forward(layer, input) if self.own is None else self.own(input)
         changed = self.slot.add(layer, input, output)
         return output if changed is None else changed
 
     def remove(self) -> None:
-        if layer := self._layer():
+        layer = self._layer()
+        if layer is None:
+            return
+        assert vars(layer)["forward"] is self, "somebody else's forward stands over this one"
+        if self.own is None:
             del vars(layer)["forward"]
+        else:
+            vars(layer)["forward"] = self.own
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InPlace":
+        """For the layer's copy, which is on its way."""
+        copy = memo[id(self)] = object.__new__(InPlace)
+        copy.slot, copy.own = deepcopy(self.slot, memo), deepcopy(self.own, memo)
+        copy._layer = weakref.ref(memo[id(self._layer())])
+        return copy
 
 
 class Ready:
@@ -438,7 +437,7 @@ class Ready:
     than a prompt's products. It casts them for more than FEW tokens, unless core.upcast says that fp32 is quicker.
     """
 
-    __slots__ = ("_A", "_B", "_as_of", "_columns", "_dim", "_few", "_rows", "_scale", "_watched", "views")
+    __slots__ = ("_A", "_B", "_as_of", "_columns", "_dim", "_few", "_rows", "_scale", "_watched")
 
     def __init__(self, parts: Sequence[tuple[int, LowRank]], gates: Gates | None, output: torch.Tensor) -> None:
         factors = [factor for _, part in parts for factor in (part.A, part.B)]
@@ -457,9 +456,8 @@ class Ready:
         few = FEW * len(A) if on_cpu else 0
         self._few = math.inf if upcast.needed(output) else few  # numbers in x
         self._A, self._B = (A, B) if on_cpu else (A.to(output.dtype), B.to(output.dtype))
-        pointers = {factor.data_ptr() for factor in factors}
-        self.views = {self._A.data_ptr(), self._B.data_ptr()} <= pointers
-        self._watched = () if self.views else factors
+        views = {self._A.data_ptr(), self._B.data_ptr()} <= {factor.data_ptr() for factor in factors}
+        self._watched = () if views else factors
         self._as_of = self._versions()
 
     def add(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:

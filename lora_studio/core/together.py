@@ -2,8 +2,8 @@
 
 Three products in a row leave a GPU half idle at the end of each, and the gradients that meet in their input are a pass
 over the memory each. Here the weights lie under each other, so that one product makes all outputs, and the gradients
-are summed inside the products that make them. The layers stay what they are: the first of them that a block calls
-computes for all, the others find their output there.
+are summed inside the products that make them. The layers stay what they are: when a block calls q's, or gate's, it
+computes for all, and the others find their output there.
 """
 
 import itertools
@@ -52,7 +52,7 @@ class Together(torch.autograd.Function):
         ctx.sizes, ctx.scale = sizes, scale
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(None if A is None else x, W, A, hidden, *Bs)
-        return tuple(output.view(*x.shape[:-1], -1) for output in outputs)
+        return tuple(_no_view(output, x.shape[:-1]) for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -79,7 +79,15 @@ class Together(torch.autograd.Function):
             if for_x is not None:
                 for_x.addmm_(inner, A)
         shape = next(one.shape for one in outer if one is not None)
-        return None if for_x is None else for_x.view(*shape[:-1], -1), None, None, None, None, *for_factors
+        for_x = None if for_x is None else for_x.view(*shape[:-1], for_x.shape[1])
+        return for_x, None, None, None, None, *for_factors
+
+
+def _no_view(output: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Columns of a tensor that autograd takes for a tensor of its own: some blocks write into what they get."""
+    columns = output.view(*shape, output.shape[1])
+    whole = output.new_empty(0)
+    return whole.set_(columns.untyped_storage(), columns.storage_offset(), columns.shape, columns.stride())
 
 
 def _spans(Bs: Sequence[torch.Tensor | None]) -> list[slice]:
@@ -146,8 +154,9 @@ class Group:
         self._own, self._of = [], None
         self._waiting.clear()
 
-    def _output(self, number: int, x: torch.Tensor) -> torch.Tensor:
+    def _output(self, number: int, input: torch.Tensor) -> torch.Tensor:
         """Of this layer, for x."""
+        x = input
         if x is self._of and number in self._waiting:
             return self._taken(number)
         work = None if number else self._work(x)
@@ -166,11 +175,11 @@ class Group:
 
     def _work(self, x: torch.Tensor) -> tuple[Any, ...] | None:
         """What `Together` is told of the adapters, scale and factors; None where each layer sees to itself."""
-        if x.dtype != self._weight.dtype or not self._as_laid():
+        if x.dtype != self._weight.dtype or not self.as_laid:
             return None
         scales, factors = set[float](), []
         for layer, own in zip(self._layers, self._own, strict=True):
-            if own is not None and not isinstance(own, InPlace):
+            if own is not None and not (isinstance(own, InPlace) and own.own is None):
                 return None  # somebody else's
             product = own.slot.product(layer) if own else ()
             if product is None:
@@ -180,17 +189,21 @@ class Group:
             scales |= set() if scale is None else {scale}
         return (max(scales, default=1.0), *factors) if len(scales) < 2 else None
 
-    def _as_laid(self) -> bool:
-        """Whether the layers still have the weights that were laid."""
-        weights = self._weight.split(self._sizes)
-        return all(one.data_ptr() == layer.weight.data_ptr() for one, layer in zip(weights, self._layers, strict=True))
+    @property
+    def as_laid(self) -> bool:
+        """Whether the layers still have the weights and biases that were laid."""
+        joint = (self._weight,) if self._bias is None else (self._weight, self._bias)
+        places = [[one.data_ptr() for one in tensor.split(self._sizes)] for tensor in joint]
+        own = [[layer.weight, layer.bias][: len(joint)] for layer in self._layers]
+        return list(zip(*places, strict=True)) == [tuple(one.data_ptr() for one in pair) for pair in own]
 
 
 def _under_each_other(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """All of them in one tensor, in which each lies from here on."""
-    joint = torch.cat([one.detach() for one in parameters])
-    for one, piece in zip(parameters, joint.split([len(one) for one in parameters]), strict=True):
-        one.data = piece
+    with torch.inference_mode(False), torch.no_grad():
+        joint = torch.cat([one.detach() for one in parameters])
+        for one, piece in zip(parameters, joint.split([len(one) for one in parameters]), strict=True):
+            one.data = piece
     return joint
 
 
@@ -198,7 +211,7 @@ def _under_each_other(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
 def joined(model: nn.Module) -> Iterator[None]:
     """Inside, such layers compute together on a GPU."""
     groups = _GROUPS.get(model)
-    if groups is None:
+    if groups is None or not all(group.acts or group.as_laid for group in groups[:1]):  # it may be elsewhere now
         groups = _GROUPS[model] = [Group(layers) for layers in _siblings(model)]
     mine = [group for group in groups if not group.acts]  # it may be inside itself
     for group in mine:
@@ -225,4 +238,4 @@ def _siblings(model: nn.Module) -> Iterator[list[nn.Linear]]:
 
 def can_join(weight: torch.Tensor) -> bool:
     """Whether this weight's products are better made with others'; a CPU is busy with each."""
-    return weight.device.type == "cuda" and not weight.requires_grad
+    return weight.device.type == "cuda" and not weight.requires_grad and type(weight) is nn.Parameter
