@@ -66,7 +66,8 @@ class Share:
     alone: bool = field(init=False, default=False)  # it shares no pass with others any more
     notes: list[str] = field(init=False, default_factory=list)
     _may_join: bool | None = field(init=False, default=None)  # once it was asked
-    _ahead: tuple[Any, ...] = field(init=False, default=())  # a batch to come, as it was cut, and by what
+    # a batch to come, as it was cut, and by what
+    _ahead: tuple[Batch, Sequence[Sequence[Batch]], tuple[int, bool]] | None = field(init=False, default=None)
     recordings: Recordings | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class Share:
 
         At least `accumulate` rounds, and as many as `room` asks for. What is recorded fills certain sizes instead.
         """
-        if self._ahead and self._ahead[0] is batch and self._ahead[2:] == (self.accumulate, self.recompute):
+        if self._ahead and self._ahead[0] is batch and self._ahead[2] == (self.accumulate, self.recompute):
             return self._ahead[1]
         if self.width and self.accumulate == 1 and not self.recompute and batch[0].label is None:
             shared = lean.shared_prefix(batch) if self.shares else 0
@@ -148,7 +149,7 @@ class Share:
     def look_ahead(self, batch: Batch) -> None:
         """Lay the passes of a step to come, so that a GPU does not have to wait for it then."""
         if self.recordings is not None:
-            self._ahead = batch, self.rounds(batch), self.accumulate, self.recompute
+            self._ahead = batch, self.rounds(batch), (self.accumulate, self.recompute)
             self.recordings.lay([part for passes in self._ahead[1] for part in passes])
 
     def give_way(self, lora: LoRA, batch: Batch) -> None:

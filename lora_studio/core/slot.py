@@ -15,7 +15,7 @@ the peak memory and changes no gradient), but for the moment of a product that c
 
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -416,10 +416,7 @@ class InPlace:
         if layer is None:
             return
         assert vars(layer)["forward"] is self, "somebody else's forward stands over this one"
-        if self.own is None:
-            del vars(layer)["forward"]
-        else:
-            vars(layer)["forward"] = self.own
+        put_back(layer, self.own)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InPlace":
         """For the layer's copy, which is on its way."""
@@ -427,6 +424,13 @@ class InPlace:
         copy.slot, copy.own = deepcopy(self.slot, memo), deepcopy(self.own, memo)
         copy._layer = weakref.ref(memo[id(self._layer())])
         return copy
+
+
+def put_back(layer: nn.Module, own: Callable | None) -> None:
+    """Give a layer the forward that it had; None where that was its class's."""
+    del vars(layer)["forward"]
+    if own is not None:
+        vars(layer)["forward"] = own
 
 
 class Ready:

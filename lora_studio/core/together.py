@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lora_studio.core.slot import InPlace
+from lora_studio.core.slot import InPlace, put_back
 
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -148,23 +148,20 @@ class Group:
 
     def leave(self) -> None:
         for layer, own in zip(self._layers, self._own, strict=True):
-            del vars(layer)["forward"]
-            if own is not None:
-                vars(layer)["forward"] = own
+            put_back(layer, own)
         self._own, self._of = [], None
         self._waiting.clear()
 
     def _output(self, number: int, input: torch.Tensor) -> torch.Tensor:
-        """Of this layer, for x."""
-        x = input
-        if x is self._of and number in self._waiting:
+        """Of the layer of this number."""
+        if input is self._of and number in self._waiting:
             return self._taken(number)
-        work = None if number else self._work(x)
+        work = None if number else self._work(input)
         if work is None:
             own, layer = self._own[number], self._layers[number]
-            return type(layer).forward(layer, x) if own is None else own(x)
-        outputs = Together.apply(x, self._weight, self._bias, self._sizes, *work)
-        self._of, self._waiting = x, dict(enumerate(outputs))  # type: ignore[arg-type]
+            return type(layer).forward(layer, input) if own is None else own(input)
+        outputs = Together.apply(input, self._weight, self._bias, self._sizes, *work)
+        self._of, self._waiting = input, dict(enumerate(outputs))  # type: ignore[arg-type]
         return self._taken(number)
 
     def _taken(self, number: int) -> torch.Tensor:
@@ -192,10 +189,11 @@ class Group:
     @property
     def as_laid(self) -> bool:
         """Whether the layers still have the weights and biases that were laid."""
-        joint = (self._weight,) if self._bias is None else (self._weight, self._bias)
-        places = [[one.data_ptr() for one in tensor.split(self._sizes)] for tensor in joint]
-        own = [[layer.weight, layer.bias][: len(joint)] for layer in self._layers]
-        return list(zip(*places, strict=True)) == [tuple(one.data_ptr() for one in pair) for pair in own]
+        laid, own = [*self._weight.split(self._sizes)], [layer.weight for layer in self._layers]
+        if self._bias is not None:
+            laid += self._bias.split(self._sizes)
+            own += [layer.bias for layer in self._layers]
+        return [one.data_ptr() for one in laid] == [one.data_ptr() for one in own]
 
 
 def _under_each_other(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
