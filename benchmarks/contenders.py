@@ -68,7 +68,7 @@ class _Clock:
         self.fed.append((supervised, real, processed))
 
     def lap(self) -> None:
-        """A step has ended."""
+        """A step has ended: what it was to give is known. A GPU may be at the next one."""
         now, number = self._now(), len(self.steps)
         supervised, real, processed = self.fed[number]
         self.steps.append(
@@ -87,9 +87,12 @@ class _Clock:
         """Most bytes held so far: by tensors on the device, or by the process on a CPU."""
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_bytes()
 
-    def _now(self) -> tuple[float, float]:
+    def wait(self) -> None:
+        """For a GPU, where a step ends before its figures are there."""
         if self.device == "cuda":
             torch.cuda.synchronize()
+
+    def _now(self) -> tuple[float, float]:
         return time.process_time(), time.perf_counter()
 
 
@@ -127,7 +130,7 @@ def _ours(spec: Spec, clock: _Clock) -> None:
         clock.feed(sum(one.count for one in tokens), real, processed)
     clock.peak = clock.most_held()  # training may reset the system's own note of it
     for values in metrics(job):
-        clock.losses.append(values["train_loss"])
+        clock.losses.append(values["train_loss"])  # with it has all of this step arrived
         clock.lap()
 
 
@@ -242,6 +245,7 @@ def _laps(clock: _Clock) -> Any:
 
     class Laps(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.wait()
             clock.lap()
 
     return Laps()

@@ -198,6 +198,7 @@ class Recordings:
         self._seen: Counter[Size] = Counter()
         self._made: dict[Size, _Recording] = {}
         self._laid: list[tuple[Sequence[lean.Tokens], _Laid]] = []  # passes to come
+        self._begun: _Begun | None = None  # the first of them
         self.why_not = ""  # anything more is recorded
         self._pool, others = _OF.setdefault(model, (torch.cuda.graph_pool_handle(), WeakSet()))
         others.add(self)
@@ -214,6 +215,10 @@ class Recordings:
         """
         if not self._made:
             return None
+        begun, self._begun = self._begun, None
+        if begun and begun.is_of(batch, count, self._versions):
+            self._add(begun.gradients)
+            return begun.loss
         laid = self._taken(batch)
         if laid.size not in self._made or self._due(laid.own):
             self._laid.append((batch, laid))
@@ -240,14 +245,44 @@ class Recordings:
     def _replayed(self, laid: "_Laid", count: int) -> torch.Tensor:
         self._seen[laid.own] += 1
         loss, gradients = self._made[laid.size].replay(laid, count)
-        for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            if gradient is not None:  # the next replay writes into the same tensor
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad.add_(gradient)
+        self._add(gradients)
         return loss
+
+    def _add(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """To those of the parameters, which keep none of these: the next replay writes into the same tensors."""
+        pairs = [(tensor, one) for tensor, one in zip(self._parameters, gradients, strict=True) if one is not None]
+        new = [(tensor, one) for tensor, one in pairs if tensor.grad is None]
+        more = [(tensor.grad, one) for tensor, one in pairs if tensor.grad is not None]
+        for (tensor, _), copy in zip(new, _copied([one for _, one in new]), strict=True):
+            tensor.grad = copy
+        if more:
+            torch._foreach_add_([own for own, _ in more], [one for _, one in more])
+
+    @property
+    def _versions(self) -> list[int]:
+        """Of the weights."""
+        return [tensor._version for tensor in self._parameters]
+
+    def begin(self, count: int) -> None:
+        """Replay the first of the passes that were laid, so that a GPU is not idle while somebody reads a loss.
+
+        `replay` takes it up, over the same `count`, if the weights are still the same then.
+        """
+        if not self._laid or self._laid[0][1].size not in self._made or self._due(self._laid[0][1].own):
+            return
+        batch, laid = self._laid.pop(0)
+        try:
+            loss, gradients = self._made[laid.size].replay(laid, count)
+        except RuntimeError as error:
+            if not is_shortage(error):
+                raise
+            return  # it will be tried again with all that is done about a shortage
+        self._seen[laid.own] += 1
+        self._begun = _Begun(batch, count, self._versions, loss, _copied(gradients))
 
     def lay(self, batches: Sequence[Sequence[lean.Tokens]]) -> None:
         """Lay passes that are to come, and forget those that have not."""
-        wanted = self._made or not self.why_not
+        wanted, self._begun = self._made or not self.why_not, None
         self._laid = [(batch, self._lay(batch)) for batch in batches] if wanted else []
 
     def _lay(self, batch: Sequence[lean.Tokens]) -> "_Laid":
@@ -259,7 +294,7 @@ class Recordings:
     def _taken(self, batch: Sequence[lean.Tokens]) -> "_Laid":
         """As it was laid, or is now."""
         for place, (rows, laid) in enumerate(self._laid):
-            if len(rows) == len(batch) and all(one is other for one, other in zip(rows, batch, strict=True)):
+            if _same(rows, batch):
                 del self._laid[place]
                 return laid
         return self._lay(batch)
@@ -285,6 +320,7 @@ class Recordings:
             torch.cuda.synchronize()  # one of them may still be at work
         self._made.clear()
         self._laid.clear()
+        self._begun = None
         self.why_not = self.why_not or "stopped"
         return held
 
@@ -299,6 +335,33 @@ def forget(model: nn.Module) -> bool:
     if any(held):
         torch.cuda.empty_cache()
     return any(held)
+
+
+def _same(rows: Sequence[lean.Tokens], others: Sequence[lean.Tokens]) -> bool:
+    return len(rows) == len(others) and all(one is other for one, other in zip(rows, others, strict=True))
+
+
+def _copied(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    there = [one for one in tensors if one is not None]
+    copies = [torch.empty_like(one) for one in there]
+    if there:
+        torch._foreach_copy_(copies, there)
+    left = iter(copies)
+    return [None if one is None else next(left) for one in tensors]
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A pass that was replayed before it was asked for, under weights of these versions."""
+
+    batch: Sequence[lean.Tokens]
+    count: int
+    versions: list[int]
+    loss: torch.Tensor
+    gradients: Sequence[torch.Tensor | None]
+
+    def is_of(self, batch: Sequence[lean.Tokens], count: int, versions: list[int]) -> bool:
+        return _same(self.batch, batch) and (self.count, self.versions) == (count, versions)
 
 
 class _Laid:

@@ -12,7 +12,7 @@ import functools
 import gc
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -147,10 +147,11 @@ class Share:
         return self.recordings.run(part, count)
 
     def look_ahead(self, batch: Batch) -> None:
-        """Lay the passes of a step to come, so that a GPU does not have to wait for it then."""
+        """Lay the passes of a step to come and begin it, so that a GPU does not have to wait for it then."""
         if self.recordings is not None:
             self._ahead = batch, self.rounds(batch), (self.accumulate, self.recompute)
             self.recordings.lay([part for passes in self._ahead[1] for part in passes])
+            self.recordings.begin(sum(tokens.count for tokens in batch))
 
     def give_way(self, lora: LoRA, batch: Batch) -> None:
         """Take less memory from here on. Raises E_MEMORY when nothing is left to try."""
@@ -395,6 +396,21 @@ def restore_random(device: torch.device, states: Sequence[torch.Tensor]) -> None
     torch.set_rng_state(states[0])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
+
+
+def on_their_way(numbers: torch.Tensor) -> Callable[[], list[float]]:
+    """Numbers from a GPU for whoever waits for them, but for nothing that it is told to do from here on."""
+    if numbers.device.type != "cuda":
+        return numbers.tolist
+    here, arrived = torch.empty_like(numbers, device="cpu", pin_memory=True), torch.cuda.Event()
+    here.copy_(numbers, non_blocking=True)
+    arrived.record()
+
+    def wait() -> list[float]:
+        arrived.synchronize()
+        return here.tolist()
+
+    return wait
 
 
 def _wait(device: torch.device) -> None:

@@ -39,7 +39,7 @@ from lora_studio.measure import (
 from lora_studio.models import parameter_count
 from lora_studio.recorded import forget
 from lora_studio.settings import QUANTISED, TrainConfig
-from lora_studio.step import Crowded, Share, careful, probe, random_states, restore_random, share_of
+from lora_studio.step import Crowded, Share, careful, on_their_way, probe, random_states, restore_random, share_of
 
 PROBED = 1_000  # steps ahead among which the longest batch is looked for
 Found = TypeVar("Found")
@@ -277,11 +277,12 @@ class _Course:
         job.optimizer.zero_grad(set_to_none=True)
         job.step = step
         self.seen += sum(len(tokens.ids) for tokens in self.batch)
+        figures = on_their_way(torch.stack([lost.double(), total.double()]))
         if job.share.recordings is not None and (ahead := next(self.batches, None)):
             self.ahead = ahead
             job.share.look_ahead(ahead)  # while the GPU is at work on this step
         held = max(self.floor, peak_memory(job.device))
-        loss, norm = torch.stack([lost.double(), total.double()]).tolist()  # it is waited for here, nowhere before
+        loss, norm = figures()  # it is waited for here, nowhere before
         elapsed = time.monotonic() - self.clock
         yield Metric(
             step=step,

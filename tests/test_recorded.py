@@ -301,6 +301,75 @@ def test_what_was_laid_ahead_is_not_laid_again(played: type[Played], monkeypatch
             recordings.run(batch, 9)  # it was there for once
 
 
+def gradients(lora: LoRA) -> torch.Tensor:
+    """All of "x", which then have none."""
+    found = torch.cat([tensor.grad.flatten() for tensor in lora.parameters("x") if tensor.grad is not None])
+    for tensor in lora.parameters("x"):
+        tensor.grad = None
+    return found
+
+
+def test_a_pass_that_was_begun_is_taken_up_under_the_same_weights_alone(
+    played: type[Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora, batch, replays, own = LoRA(causal("llama")), rows(), [], Played.replay
+    lora.add("x", Q)
+    monkeypatch.setattr(Played, "replay", lambda *given: (replays.append(1), own(*given))[1])
+    recordings = Recordings(lora.model, lora.parameters("x"), shares=False)
+    with lora.use("x"), leanly(lora, batch):
+        recordings.begin(9)  # nothing is laid
+        exact = [recordings.run(batch, 9) for _ in range(3)][-1], gradients(lora)
+
+        def begun() -> None:
+            recordings.lay([batch])
+            replays.clear()
+            recordings.begin(9)
+            assert len(replays) == 1 and all(tensor.grad is None for tensor in lora.parameters("x"))
+
+        begun()
+        assert recordings.replay(batch, 9) == exact[0] and torch.equal(gradients(lora), exact[1]) and len(replays) == 1
+        begun()
+        recordings.replay(rows(), 9)  # other rows, and it is gone
+        gradients(lora)
+        recordings.replay(batch, 9)
+        assert len(replays) == 3 and torch.equal(gradients(lora), exact[1])
+        begun()
+        recordings.replay(batch, 3)
+        assert torch.allclose(gradients(lora), 3 * exact[1])
+        begun()
+        with torch.no_grad():
+            lora.parameters("x")[1].add_(0.1)
+        assert recordings.replay(batch, 9) != exact[0] and len(replays) == 2
+
+
+def test_a_shortage_in_what_is_begun_is_left_to_the_step(played: type[Played], monkeypatch: pytest.MonkeyPatch) -> None:
+    lora, batch = LoRA(causal("llama")), rows()
+    lora.add("x", Q)
+    recordings = Recordings(lora.model, lora.parameters("x"), shares=False)
+    with lora.use("x"), leanly(lora, batch):
+        exact = [recordings.run(batch, 9) for _ in range(3)][-1]
+        for error in (BROKEN, RuntimeError("something else")):
+            recordings.lay([batch])
+            with monkeypatch.context() as patch:
+                patch.setattr(Played, "replay", lambda *_, error=error: (_ for _ in ()).throw(error))
+                with nullcontext() if error is BROKEN else pytest.raises(RuntimeError):
+                    recordings.begin(9)
+        assert recordings.replay(batch, 9) == exact
+
+
+def test_steps_are_begun_while_the_last_one_is_waited_for(
+    played: type[Played], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, own = [], Recordings.begin
+
+    def noted(self: Recordings, count: int) -> None:
+        own(self, count)
+        begun.append(self._begun is not None)
+
+    monkeypatch.setattr(Recordings, "begin", noted)
+    assert run(job(dataclasses.replace(CONFIG, steps=30)))[1] and sum(begun) > 15
+
+
 def test_memory_that_is_short_takes_all_recordings_of_the_model_and_no_more_are_made(played: type[Played]) -> None:
     lora, both = LoRA(causal("llama")), []
     for name in ("x", "y"):

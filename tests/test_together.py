@@ -164,18 +164,18 @@ def test_they_take_fewer_products_and_sums(apart: Any) -> None:
     assert plain.sums - ours.sums >= 4 * above  # of the gradients that meet in an input
 
 
-def test_gradients_that_lie_side_by_side_are_one_product() -> None:
-    x, W = torch.randn(7, 5, dtype=torch.double), torch.randn(10, 5, dtype=torch.double)
+def test_gradients_become_the_columns_of_one_tensor_if_they_are_not() -> None:
     outer = torch.randn(7, 10, dtype=torch.double)
-    beside, apart = list(outer.split((6, 4), 1)), [one.clone() for one in outer.split((6, 4), 1)]
-    swapped = [outer[:, 4:], outer[:, :4]]
-    assert together._side_by_side(beside, (6, 4)) and not together._side_by_side(apart, (6, 4))
-    assert not together._side_by_side(swapped, (6, 4))
-    with Products() as one:
-        found = together._summed(beside, W, (6, 4))
-    assert one.products == 1
-    torch.testing.assert_close(found, outer @ W)
-    torch.testing.assert_close(together._summed(apart, W, (6, 4)), outer @ W)
+    beside = outer.split((6, 4), 1)
+    found = together._side_by_side(beside, (6, 4))
+    assert found.data_ptr() == outer.data_ptr() and torch.equal(found, outer)
+    for apart in ([one.clone() for one in beside], [beside[0].clone(), beside[1]]):
+        found = together._side_by_side(apart, (6, 4))
+        assert found.data_ptr() not in [one.data_ptr() for one in apart] and torch.equal(found, outer)
+    swapped = torch.cat([outer[:, 4:], outer[:, :4]], dim=1).split((6, 4), 1)
+    assert torch.equal(together._side_by_side([outer[:, 4:], outer[:, :4]], (6, 4)), torch.cat(swapped, dim=1))
+    assert torch.equal(together._side_by_side((None, beside[1]), (6, 4))[:, 6:], outer[:, 6:])
+    x, W = torch.randn(7, 5, dtype=torch.double), torch.randn(10, 5, dtype=torch.double)
     assert torch.autograd.gradcheck(
         lambda x: together.Together.apply(x, W, None, (6, 4), 1.0, None, None, None, None), x.requires_grad_()
     )

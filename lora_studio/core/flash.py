@@ -85,7 +85,8 @@ class Attention(torch.autograd.Function):
 
 
 def _grid(most: int, heads: int, ends: torch.Tensor) -> tuple[int, int, int]:
-    return triton.cdiv(most, BLOCK), heads, len(ends) - 1
+    """Blocks come last: all long programs start before the short ones, which fill the end."""
+    return heads, len(ends) - 1, triton.cdiv(most, BLOCK)
 
 
 def _heads(q: torch.Tensor, k: torch.Tensor) -> dict[str, int]:
@@ -96,16 +97,20 @@ if triton is not None:
     import triton.language as tl
 
     @triton.jit
+    def _lengths(ends, key_ends, sequence):
+        """Where its tokens start and how many they are; the same of its keys."""
+        start, key_start = tl.load(ends + sequence), tl.load(key_ends + sequence)
+        return start, tl.load(ends + sequence + 1) - start, key_start, tl.load(key_ends + sequence + 1) - key_start
+
+    @triton.jit
     def _attend(
         q, k, v, ends, key_ends, out, sizes, scale, tokens,
         HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        start, count = tl.load(ends + sequence), tl.load(ends + sequence + 1) - tl.load(ends + sequence)
+        head, block = tl.program_id(0), tl.num_programs(2) - 1 - tl.program_id(2)  # the last has most keys
+        start, count, key_start, keys = _lengths(ends, key_ends, tl.program_id(1))
         if block * BLOCK >= count:
             return
-        key_start = tl.load(key_ends + sequence)
-        keys = tl.load(key_ends + sequence + 1) - key_start
         at, row = tl.arange(0, D), block * BLOCK + tl.arange(0, BLOCK)
         place = row + keys - count  # of each query among the keys
         where = ((start + row).to(tl.int64) * HEADS + head)[:, None] * D + at[None, :]
@@ -135,12 +140,10 @@ if triton is not None:
         q, k, v, outer, ends, key_ends, sizes, along, out, for_q, in_twos, scale, tokens,
         HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        block, head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-        start, count = tl.load(ends + sequence), tl.load(ends + sequence + 1) - tl.load(ends + sequence)
+        head, block = tl.program_id(0), tl.num_programs(2) - 1 - tl.program_id(2)  # the last has most keys
+        start, count, key_start, keys = _lengths(ends, key_ends, tl.program_id(1))
         if block * BLOCK >= count:
             return
-        key_start = tl.load(key_ends + sequence)
-        keys = tl.load(key_ends + sequence + 1) - key_start
         at, row = tl.arange(0, D), block * BLOCK + tl.arange(0, BLOCK)
         place, inside = row + keys - count, row < count
         where = ((start + row).to(tl.int64) * HEADS + head)[:, None] * D + at[None, :]
@@ -169,13 +172,10 @@ if triton is not None:
         q, k, v, outer, ends, key_ends, sizes, along, for_k, for_v, in_twos, scale, tokens, rows,
         HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        block, sequence = tl.program_id(0), tl.program_id(2)
-        key_head, part_of = tl.program_id(1) // PARTS, tl.program_id(1) % PARTS
-        key_start = tl.load(key_ends + sequence)
-        keys = tl.load(key_ends + sequence + 1) - key_start
+        key_head, part_of, block = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(2)
+        start, count, key_start, keys = _lengths(ends, key_ends, tl.program_id(1))
         if block * BLOCK >= keys:
             return
-        start, count = tl.load(ends + sequence), tl.load(ends + sequence + 1) - tl.load(ends + sequence)
         at, column = tl.arange(0, D), block * BLOCK + tl.arange(0, BLOCK)
         there = ((key_start + column).to(tl.int64) * (HEADS // GROUP) + key_head)[:, None] * D + at[None, :]
         seen = (column < keys)[:, None]

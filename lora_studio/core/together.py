@@ -42,13 +42,11 @@ class Together(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         rows = x.flatten(0, -2)
         outputs = F.linear(rows, W, b).split(sizes, dim=1)
-        every = [A for A in factors[::2] if A is not None]
-        A = torch.cat(every).to(x.dtype) if every else None  # (ranks, in)
-        hidden = None if A is None else (rows @ A.T).mul_(scale)
-        Bs = [None if B is None else B.to(x.dtype) for B in factors[1::2]]
+        A, Bs = _cast(factors, x.dtype)
+        hidden = None if A is None else rows @ A.T  # (tokens, ranks)
         for output, B, span in zip(outputs, Bs, _spans(Bs), strict=True):
             if B is not None and hidden is not None:
-                output.addmm_(hidden[:, span], B.T)
+                output.addmm_(hidden[:, span], B.T, alpha=scale)
         ctx.sizes, ctx.scale = sizes, scale
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(None if A is None else x, W, A, hidden, *Bs)
@@ -57,30 +55,41 @@ class Together(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         x, W, A, hidden, *Bs = ctx.saved_tensors
-        if all(one is None for one in outer):
-            return (None,) * (5 + 2 * len(Bs))
-        gradients = [None if one is None else one.flatten(0, -2) for one in outer]
-        for_x = _summed(gradients, W, ctx.sizes) if ctx.needs_input_grad[0] else None
         for_factors: list[torch.Tensor | None] = [None] * (2 * len(Bs))
+        if all(one is None for one in outer):
+            return (None,) * 5 + tuple(for_factors)
+        gradient = _side_by_side(outer, ctx.sizes)
+        for_x = gradient @ W if ctx.needs_input_grad[0] else None
         if A is not None:
-            inner = torch.empty_like(hidden)  # (tokens, ranks)
-            for number, (gradient, B, span) in enumerate(zip(gradients, Bs, _spans(Bs), strict=True)):
-                if B is None:
-                    continue
-                if gradient is None:
-                    inner[:, span] = 0
-                    continue
-                torch.mm(gradient, B, out=inner[:, span])
-                for_factors[2 * number + 1] = _in_fp32(gradient.T, hidden[:, span])
-            inner.mul_(ctx.scale)
-            each = _in_fp32(inner.T, x.flatten(0, -2))
-            for number, span in enumerate(_spans(Bs)):
-                for_factors[2 * number] = None if Bs[number] is None else each[span]
+            inner, columns, spans = torch.empty_like(hidden), gradient.split(ctx.sizes, dim=1), _spans(Bs)
+            adapted = [number for number, B in enumerate(Bs) if B is not None]
+            for number in adapted:
+                torch.mm(columns[number], Bs[number], out=inner[:, spans[number]])
+            learn = [number for number in adapted if outer[number] is not None]
+            for_A = _in_fp32(inner.T, x.flatten(0, -2))
+            for_Bs = [_in_fp32(columns[number].T, hidden[:, spans[number]]) for number in learn]
+            torch._foreach_mul_([for_A, *for_Bs], ctx.scale)
+            for number, for_B in zip(learn, for_Bs, strict=True):
+                for_factors[2 * number : 2 * number + 2] = for_A[spans[number]], for_B
             if for_x is not None:
-                for_x.addmm_(inner, A)
+                for_x.addmm_(inner, A, alpha=ctx.scale)
         shape = next(one.shape for one in outer if one is not None)
         for_x = None if for_x is None else for_x.view(*shape[:-1], for_x.shape[1])
         return for_x, None, None, None, None, *for_factors
+
+
+def _cast(
+    factors: Sequence[torch.Tensor | None], dtype: torch.dtype
+) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+    """All A under each other (ranks, in), None where there is none, and each B; a GPU casts them in one go."""
+    As = [A for A in factors[::2] if A is not None]
+    if not As:
+        return None, list(factors[1::2])
+    A = torch.empty(sum(map(len, As)), As[0].shape[1], dtype=dtype, device=As[0].device)
+    Bs = [None if B is None else torch.empty_like(B, dtype=dtype) for B in factors[1::2]]
+    cast = [*A.split([len(one) for one in As]), *(B for B in Bs if B is not None)]
+    torch._foreach_copy_(cast, [*As, *(B for B in factors[1::2] if B is not None)])
+    return A, Bs
 
 
 def _no_view(output: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -102,27 +111,23 @@ def _in_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch.mm(a, b, out_dtype=torch.float32) if narrow else (a @ b).float()
 
 
-def _summed(gradients: Sequence[torch.Tensor | None], W: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """Σ gradientᵢ Wᵢ (tokens, in); one product where the gradients lie side by side."""
-    first = gradients[0]
-    if first is not None and _side_by_side(gradients, sizes):
-        return first.as_strided((len(first), len(W)), (len(W), 1)) @ W
-    total: torch.Tensor | None = None
-    for gradient, weight in zip(gradients, W.split(sizes), strict=True):
-        if gradient is not None:
-            total = gradient @ weight if total is None else total.addmm_(gradient, weight)
-    assert total is not None, "no output has a gradient"
-    return total
+def _side_by_side(gradients: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> torch.Tensor:
+    """(tokens, outputs of all): gradients (..., outputs of one) as columns of one tensor, 0 for None.
 
-
-def _side_by_side(gradients: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> bool:
-    """Whether they are the columns of one tensor, in order."""
-    place, width = None, sum(sizes)
-    for gradient, size in zip(gradients, sizes, strict=True):
-        if gradient is None or gradient.stride() != (width, 1) or place not in (None, gradient.data_ptr()):
-            return False
-        place = gradient.data_ptr() + size * gradient.itemsize
-    return len({gradient.untyped_storage().data_ptr() for gradient in gradients if gradient is not None}) == 1
+    It is the tensor whose columns they already are, where they are that, in order.
+    """
+    rows = [None if one is None else one.flatten(0, -2) for one in gradients]
+    first = next(one for one in rows if one is not None)
+    place, width = first.data_ptr(), sum(sizes)
+    for one, size in zip(rows, sizes, strict=True):
+        if one is None or one.stride() != (width, 1) or one.data_ptr() != place:
+            break
+        place += size * one.itemsize
+    else:
+        if len({one.untyped_storage().data_ptr() for one in rows if one is not None}) == 1:
+            return first.as_strided((len(first), width), (width, 1))
+    rows = [first.new_zeros(len(first), size) if one is None else one for one, size in zip(rows, sizes, strict=True)]
+    return torch.cat(rows, dim=1)
 
 
 class Group:
