@@ -83,6 +83,18 @@ def test_each_kernel_gives_what_its_formula_gives_in_double_precision(
     assert ours.dtype == dtype and apart(ours, exact) < near
     assert apart(torch.autograd.grad(ours, leaf, outer)[0], gradient) < near
 
+    pair = x.double().requires_grad_(), gate.double().requires_grad_()
+    total = pair[0] + pair[1]
+    exact = total, total * torch.rsqrt(total.square().mean(-1, keepdim=True) + 1e-5) * weight.double()
+    gradients = torch.autograd.grad(exact, pair, (gate.double(), outer.double()))
+    leaves = x.clone().requires_grad_(), gate.clone().requires_grad_()
+    ours = functions.NormedSum.apply(*leaves, weight, 1e-5)
+    assert all(one.dtype == dtype and apart(one, other) < near for one, other in zip(ours, exact, strict=True))
+    for mine, theirs in zip(torch.autograd.grad(ours, leaves, (gate, outer)), gradients, strict=True):
+        assert apart(mine, theirs) < near
+    ours = functions.NormedSum.apply(leaves[0], None, weight, 1e-5)
+    assert torch.equal(ours[0], x) and apart(ours[1], functions.RMSNorm.apply(x, weight, 1e-5)) == 0
+
     pair = gate.double().requires_grad_(), x.double().requires_grad_()
     exact = torch.nn.functional.silu(pair[0]) * pair[1]
     gradients = torch.autograd.grad(exact, pair, outer.double())

@@ -17,6 +17,11 @@ from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BaselineSpec, LoraSpec
 from tests.tiny import CAUSAL, CLASSIFIERS, PLAIN_TOO, causal, classifier, touched
 
+# whose blocks are x + f(norm(x)), twice
+SUMMED = {
+    *("arcee", "ernie4_5", "gemma", "granite", "helium", "llama", "ministral", "mistral"),
+    *("qwen2", "qwen3", "seed_oss", "smollm3"),
+}
 PLAIN_NORMS = {
     "gpt2",
     "gpt_neo",
@@ -520,6 +525,80 @@ def test_a_norm_that_only_looks_like_one_stays_as_it_is() -> None:
     model = torch.nn.Sequential(OddRMSNorm()).requires_grad_(False)
     with lean.frugal(model):
         assert "forward" not in vars(model[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", sorted({**CAUSAL, **PLAIN_TOO}))
+def test_blocks_whose_sums_are_made_with_the_norms_give_the_same(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU has them; here a CPU is told to."""
+    found, calls, own = [], [], functions.NormedSum.apply
+    monkeypatch.setattr(functions.NormedSum, "apply", lambda *given: (calls.append(given[1]), own(*given))[1])
+    for sums in (False, True):
+        monkeypatch.setattr(lean, "_sums_with_norms", lambda module, sums=sums: sums)
+        lora = with_adapter(family, dtype)
+        forwards = touched(lora.model.train())
+        with lora.use("x"), lean.frugal(lora.model):
+            calls.clear()  # of trials
+            losses = lean.padded_losses(lora.model, batch())
+            losses.mean().backward()
+        assert touched(lora.model) == forwards and (not calls or sums)
+        found.append((losses.detach(), torch.cat([tensor.grad.flatten() for tensor in lora.parameters("x")])))
+    blocks = lora.model.config.num_hidden_layers
+    assert len(calls) == (2 * blocks if family in SUMMED else 0)
+    assert [one is None for one in calls] == [True, False] * (len(calls) // 2)
+    near = 1e-5 if dtype == torch.float32 else 3e-2
+    for mine, theirs in zip(*found, strict=True):
+        assert float((mine - theirs).norm() / theirs.norm()) < near
+
+
+def test_a_block_that_only_looks_like_one_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean, "_sums_with_norms", lambda module: True)
+    model = causal("llama")
+    plain = type(model.model.layers[0])
+
+    class Twice(plain):
+        def forward(self, hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
+            return 2 * super().forward(hidden_states, **named)
+
+    class Dropped(plain):
+        def forward(self, hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
+            return torch.nn.functional.dropout(super().forward(hidden_states, **named), 0.5, self.training)
+
+    class Wants(plain):
+        def forward(self, hidden_states: torch.Tensor, more: object, **named: Any) -> torch.Tensor:
+            return super().forward(hidden_states, **named)
+
+    for kind in (Twice, Dropped, Wants):
+        model.model.layers[0].__class__ = kind
+        lean._FORMS.pop(model, None)
+        with lean.frugal(model):
+            assert "forward" not in vars(model.model.layers[0]) and "forward" in vars(model.model.layers[1])
+        assert not model.model.layers[0].training
+
+
+def test_what_hooks_a_norm_of_a_block_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean, "_sums_with_norms", lambda module: True)
+    model, seen = causal("llama").requires_grad_(False), []
+    with torch.no_grad(), lean.frugal(model):
+        plain = lean.padded_losses(model, batch())
+        model.model.layers[1].post_attention_layernorm.register_forward_hook(lambda *_: seen.append(1))
+        assert torch.allclose(lean.padded_losses(model, batch()), plain) and seen
+
+
+def test_gradients_that_meet_in_a_sum_are_added_on_the_way() -> None:
+    draws = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(2, 3, 8, generator=draws, dtype=torch.double).requires_grad_() for _ in "xy")
+    weight = torch.randn(8, generator=draws, dtype=torch.double)
+    total, normed = functions.NormedSum.apply(x.float(), y.float(), weight.float(), 1e-5)  # type: ignore[misc]
+    exact = x + y, (x + y) * torch.rsqrt((x + y).square().mean(-1, keepdim=True) + 1e-5) * weight
+    outer = [torch.randn(2, 3, 8, generator=draws, dtype=torch.double) for _ in "xy"]
+    torch.testing.assert_close((total.double(), normed.double()), exact, rtol=1e-5, atol=1e-5)
+    mine, theirs = (torch.autograd.grad(pair, (x, y), outer) for pair in ((total.double(), normed.double()), exact))
+    torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    alone, _ = functions.NormedSum.apply(x.float(), None, weight.float(), 1e-5)  # type: ignore[misc]
+    assert torch.equal(alone, x.float())
 
 
 def test_a_norm_that_is_trained_gets_its_gradient() -> None:

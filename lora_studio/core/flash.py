@@ -3,8 +3,8 @@
 torch's kernel for variable lengths leaves most of a GPU idle where sequences have a few hundred tokens, and adds up
 gradients in no fixed order. Here a program takes a block of one head of a sequence, and all is added in order.
 
-q (T, heads, d), keys and values (rows, key heads, d), and `ends` and `key_ends` (sequences + 1,) say where each
-sequence's end; it has at least as many keys as queries, and the last of them are the queries' own tokens.
+q (T, heads, d) and `ends` (sequences + 1,) say where each sequence's queries end, keys and values (rows, key heads, d)
+and `key_ends` where its keys do; it has at least as many of these, and the last are the queries' own tokens.
 """
 
 import functools
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lora_studio.core import kernels
 from lora_studio.core.kernels import triton, usable
 
 # pyright: reportMissingImports=false, reportOptionalMemberAccess=false, reportIndexIssue=false
@@ -37,7 +38,7 @@ def _works() -> bool:
         with torch.inference_mode(False), torch.enable_grad():
             q = torch.ones(2, 1, 16, device="cuda", dtype=torch.bfloat16, requires_grad=True)
             ends = torch.tensor([0, 2], device="cuda", dtype=torch.int32)
-            Attention.apply(q, q, q, ends, ends, 2, 1.0).sum().backward()  # type: ignore[union-attr]
+            Attention.apply(q, q, q, ends, 2, 1.0).sum().backward()  # type: ignore[union-attr]
     except Exception as error:  # an older GPU; torch's own kernel does the same
         log.warning("Attention on this GPU is torch's own: %s", error)
         return False
@@ -47,7 +48,9 @@ def _works() -> bool:
 class Attention(torch.autograd.Function):
     """Each query's mean of the values up to its own place, by softmax(scale · q kᵀ): (T, heads, d).
 
-    most: tokens of the longest sequence.
+    k, v (T, key heads, d); most: tokens of the longest sequence. Where sequences begin with tokens of others, `laid`
+    is what lean.KeyRows says of that: order, ends, starts, rows. What a token's gradient is made of is added up in
+    fp32: what it has from each row that it was laid in, and from each part of the heads that share it.
     """
 
     @staticmethod
@@ -57,21 +60,22 @@ class Attention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         ends: torch.Tensor,
-        key_ends: torch.Tensor,
         most: int,
         scale: float,
+        *laid: torch.Tensor,
     ) -> torch.Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        order, key_ends, *rows = laid or (None, ends)
+        q, k, v = q.contiguous(), *(one.contiguous() if order is None else kernels.laid(one, order) for one in (k, v))
         out, sizes = torch.empty_like(q), q.new_empty(q.shape[1], len(q), dtype=torch.float32)
         given = (q, k, v, ends, key_ends, out, sizes, scale / math.log(2), len(q))
         _attend[_grid(most, q.shape[1], ends)](*given, **_heads(q, k), **LAUNCH)
-        ctx.save_for_backward(q, k, v, ends, key_ends, out, sizes)
+        ctx.save_for_backward(q, k, v, ends, key_ends, out, sizes, *rows)
         ctx.most, ctx.scale = most, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, ends, key_ends, out, sizes = ctx.saved_tensors
+        q, k, v, ends, key_ends, out, sizes, *rows = ctx.saved_tensors
         along, for_q = torch.empty_like(sizes), torch.empty_like(q)
         parts = 2 if q.shape[1] % (2 * k.shape[1]) == 0 else 1  # of the heads that share a key, each a program
         for_k, for_v = (one.new_empty(parts, *one.shape) for one in (k, v))
@@ -80,8 +84,15 @@ class Attention(torch.autograd.Function):
         of_queries, of_keys = (_grid(ctx.most, count, ends) for count in (q.shape[1], parts * k.shape[1]))
         _for_queries[of_queries](*given, out, for_q, *scales, **_heads(q, k), **LAUNCH)
         _for_keys[of_keys](*given, for_k, for_v, *scales, len(k), **_heads(q, k), PARTS=parts, **LAUNCH)
-        for_k, for_v = (one[0] if parts == 1 else one[0] + one[1] for one in (for_k, for_v))
-        return for_q, for_k, for_v, None, None, None, None
+        for_k, for_v = (_of_tokens(one, *rows) for one in (for_k, for_v))
+        return for_q, for_k, for_v, *[None] * (7 if rows else 3)
+
+
+def _of_tokens(parts: torch.Tensor, *rows: torch.Tensor) -> torch.Tensor:
+    """(T, key heads, d) of (parts, rows, key heads, d), where a token has these rows, or the one of its place."""
+    if rows:
+        return kernels.added_up(parts.flatten(2), *rows).unflatten(1, parts.shape[2:])
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _grid(most: int, heads: int, ends: torch.Tensor) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """Autograd functions that keep less for the backward than the plain operations, and give the same numbers.
 
     RMSNorm        keeps x and one number a position         instead of x in fp32, twice
+    NormedSum      keeps the same                            and adds up the gradients that meet in the sum
     Gated          keeps gate and up                         instead of act(gate) as well
     Turned         keeps cos and sin, on a GPU               and makes x once instead of five times
     Laid           keeps where its rows lie, on a GPU        and adds their gradients up in a fixed order
@@ -36,27 +37,65 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        normed, inverse = kernels.norm(x, weight, eps) if kernels.usable(x) else _norm(x, weight, eps)
+        normed, inverse, _ = _norm(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return normed
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        x, weight, inverse = ctx.saved_tensors
-        if kernels.usable(x):
-            return kernels.norm_backward(outer[0], x, weight, inverse), None, None
-        gradient, wide = (outer[0] * weight).float(), x.float()
-        along = torch.linalg.vecdot(gradient, wide)[..., None] * inverse.square() / x.shape[-1]
-        return gradient.addcmul_(wide, along, value=-1).mul_(inverse).to(x.dtype), None, None
+        return _norm_backward(outer[0], *ctx.saved_tensors), None, None
 
 
-def _norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm, and 1 / rms(x) (..., 1) in fp32."""
-    wide = x.float()
+class NormedSum(torch.autograd.Function):
+    """x + y, and the norm of it; of x alone with None for y. The gradients that meet in the sum are added on the way.
+
+    A GPU has one kernel for it each way.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, y: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        normed, inverse, total = _norm(x, weight, eps, y)
+        ctx.save_for_backward(total, weight, inverse)
+        ctx.adds = y is not None
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        made = _norm_backward(outer[1], *ctx.saved_tensors, outer[0])
+        return made, made if ctx.adds else None, None, None
+
+
+def _norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, more: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The norm of x + more, 1 / rms of that (..., 1) in fp32, and that; of x, which it then is, where there is none."""
+    if kernels.usable(x):
+        return kernels.norm(x, weight, eps, more)
+    total = x if more is None else x + more
+    wide = total.float()
     size = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     inverse = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))
-    scaled = wide * inverse if wide is x else wide.mul_(inverse)
-    return scaled.mul_(weight).to(x.dtype) if weight.dtype != x.dtype else scaled.to(x.dtype).mul_(weight), inverse
+    scaled = wide * inverse if wide is total else wide.mul_(inverse)
+    normed = scaled.mul_(weight).to(x.dtype) if weight.dtype != x.dtype else scaled.to(x.dtype).mul_(weight)
+    return normed, inverse, total
+
+
+def _norm_backward(
+    outer: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    inverse: torch.Tensor,
+    onward: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gradient of x from that of its norm, and from `onward`, that of x where it goes on."""
+    if kernels.usable(x):
+        return kernels.norm_backward(outer, x, weight, inverse, onward)
+    gradient, wide = (outer * weight).float(), x.float()
+    along = torch.linalg.vecdot(gradient, wide)[..., None] * inverse.square() / x.shape[-1]
+    gradient.addcmul_(wide, along, value=-1).mul_(inverse)
+    return (gradient if onward is None else gradient.add_(onward)).to(x.dtype)
 
 
 class Gated(torch.autograd.Function):
@@ -128,7 +167,7 @@ class Laid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        summed = kernels.added_up(outer[0].flatten(1), *ctx.saved_tensors)
+        summed = kernels.added_up(outer[0].flatten(1)[None], *ctx.saved_tensors)
         return summed.unflatten(1, outer[0].shape[1:]), None, None, None
 
 

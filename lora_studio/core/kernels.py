@@ -36,12 +36,12 @@ def _work() -> bool:
         return False
     try:
         row = torch.ones(1, 8, device="cuda")
-        y, inverse = norm(row, row[0], 1e-6)
-        norm_backward(y, row, row[0], inverse)
+        y, inverse, _ = norm(row, row[0], 1e-6, row)
+        norm_backward(y, row, row[0], inverse, row)
         silu_gate_backward(silu_gate(row, y), row, y)
         turned(row[None, None], row[None], row[None])
         place = torch.arange(2, device="cuda")
-        added_up(row, place, place)
+        added_up(row[None], place, place)
         laid(row[None], place[:1])
         cross_entropy_(row, place[:1])
     except Exception as error:  # whatever is wrong with it, torch's own operations do the same
@@ -50,19 +50,28 @@ def _work() -> bool:
     return True
 
 
-def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x / rms(x) · weight, and 1 / rms(x) (..., 1) in fp32."""
-    x, width = x.contiguous(), x.shape[-1]
+def norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, more: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x / rms(x) · weight, and 1 / rms(x) (..., 1) in fp32, both of x + more; and that, or x where there is no more."""
+    x, width, adds = x.contiguous(), x.shape[-1], more is not None
     y, inverse = torch.empty_like(x), torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-    _norm[(inverse.numel(),)](x, weight, y, inverse, width, eps, **_row(width))
-    return y, inverse
+    more, total = (more.contiguous(), torch.empty_like(x)) if more is not None else (x, x)
+    _norm[(inverse.numel(),)](x, more, weight, y, total, inverse, width, eps, ADDS=adds, **_row(width))
+    return y, inverse, total
 
 
-def norm_backward(outer: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """The gradient of x from that of the norm."""
-    outer, x, width = outer.contiguous(), x.contiguous(), x.shape[-1]
-    made = torch.empty_like(x)
-    _norm_backward[(inverse.numel(),)](outer, x, weight, inverse, made, width, **_row(width))
+def norm_backward(
+    outer: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    inverse: torch.Tensor,
+    onward: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The gradient of x from that of the norm, and from `onward`, that of x where it goes on."""
+    outer, x, width, adds = outer.contiguous(), x.contiguous(), x.shape[-1], onward is not None
+    made, onward = torch.empty_like(x), outer if onward is None else onward.contiguous()
+    _norm_backward[(inverse.numel(),)](outer, onward, x, weight, inverse, made, width, ADDS=adds, **_row(width))
     return made
 
 
@@ -108,10 +117,10 @@ def laid(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def added_up(x: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(T, width): the sums of x[rows[starts[t] : starts[t + 1]]] (rows, width), in that order."""
-    x, width = x.contiguous(), x.shape[-1]
+    """(T, width): the sums of x[:, rows[starts[t] : starts[t + 1]]] of x (parts, rows, width), in that order."""
+    x, (parts, count, width) = x.contiguous(), x.shape
     y = x.new_empty(len(starts) - 1, width)
-    _added_up[(len(y),)](x, starts, rows, y, width, **_row(width))
+    _added_up[(len(y),)](x, starts, rows, y, parts, count * width, width, **_row(width))
     return y
 
 
@@ -138,11 +147,15 @@ def _row(width: int) -> dict[str, int]:
 if triton is not None:
 
     @triton.jit
-    def _norm(x, weight, y, inverse, width, eps, SPAN: tl.constexpr):
+    def _norm(x, more, weight, y, total, inverse, width, eps, ADDS: tl.constexpr, SPAN: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, SPAN)
         inside = at < width
         taken = tl.load(x + row * width + at, mask=inside, other=0.0)
+        if ADDS:
+            other = tl.load(more + row * width + at, mask=inside, other=0.0)
+            taken = (taken.to(tl.float32) + other.to(tl.float32)).to(taken.dtype)
+            tl.store(total + row * width + at, taken, mask=inside)
         wide = taken.to(tl.float32)
         over_rms = tl.rsqrt(tl.sum(wide * wide) / width + eps)
         scale = tl.load(weight + at, mask=inside, other=0.0)
@@ -151,7 +164,7 @@ if triton is not None:
         tl.store(inverse + row, over_rms)
 
     @triton.jit
-    def _norm_backward(outer, x, weight, inverse, made, width, SPAN: tl.constexpr):
+    def _norm_backward(outer, onward, x, weight, inverse, made, width, ADDS: tl.constexpr, SPAN: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, SPAN)
         inside = at < width
@@ -161,7 +174,10 @@ if triton is not None:
         gradient = tl.load(outer + row * width + at, mask=inside, other=0.0).to(tl.float32) * scale.to(tl.float32)
         gradient = gradient.to(scale.dtype).to(tl.float32)
         along = tl.sum(gradient * wide) * over_rms * over_rms / width
-        tl.store(made + row * width + at, ((gradient - wide * along) * over_rms).to(taken.dtype), mask=inside)
+        of_x = (gradient - wide * along) * over_rms
+        if ADDS:
+            of_x += tl.load(onward + row * width + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(made + row * width + at, of_x.to(taken.dtype), mask=inside)
 
     @triton.jit
     def _silu_gate(gate, up, y, by_gate, by_up, width, SPAN: tl.constexpr):
@@ -222,14 +238,15 @@ if triton is not None:
         tl.store(y + row * width + at, taken, mask=at < width)
 
     @triton.jit
-    def _added_up(x, starts, rows, y, width, SPAN: tl.constexpr):
+    def _added_up(x, starts, rows, y, parts, by_part, width, SPAN: tl.constexpr):
         token = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, SPAN)
         inside = at < width
         total = tl.zeros([SPAN], tl.float32)
         for place in range(tl.load(starts + token), tl.load(starts + token + 1)):
-            row = tl.load(rows + place).to(tl.int64)
-            total += tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+            row = x + tl.load(rows + place).to(tl.int64) * width + at
+            for part in range(parts):
+                total += tl.load(row + part * by_part, mask=inside, other=0.0).to(tl.float32)
         tl.store(y + token * width + at, total.to(y.dtype.element_ty), mask=inside)
 
     @triton.jit

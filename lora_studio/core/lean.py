@@ -41,6 +41,7 @@ FEW = 32  # rows that a decoding step has at most, to be multiplied as columns
 ATTENTIONS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))  # kinds of a config's layers
 BY_LENGTH = ("dynamic", "longrope")  # rotations that look at how long the text is
 TURNS = "apply_rotary_pos_emb"  # what transformers' models call the turning of q and k by their positions
+BLOCK = ("input_layernorm", "post_attention_layernorm", "self_attn", "mlp")  # what such a block consists of
 DEAF = ("nemotron",)  # their blocks take keyword arguments and do not hand them to the attention
 
 
@@ -371,7 +372,7 @@ def recomputing(model: nn.Module, wanted: bool = True) -> Iterator[None]:
 def frugal(model: nn.Module) -> Iterator[None]:
     """Inside, norms and gated feed-forwards keep less for their backward; what has no frugal form stays as it is.
 
-    On a GPU, layers that read the same input compute together.
+    On a GPU, layers that read the same input compute together, and so do a block's sums and norms.
     """
     forms = _FORMS.get(model)
     if forms is None:
@@ -394,8 +395,8 @@ def _form(module: nn.Module) -> Callable | None:
     """A frugal forward for this module, if one gives what its own gives on a trial."""
     if "forward" in vars(module):
         return None  # somebody else's
-    if turning := _turning(module):
-        return turning
+    if alone := _turning(module) or _block(module):
+        return alone
     for form in (*_norms(module), *_gates(module)):
         width = next(tensor for tensor in module.parameters()).shape[-1]
         like = next(module.parameters())
@@ -407,24 +408,85 @@ def _form(module: nn.Module) -> Callable | None:
     return None
 
 
-def _norms(module: nn.Module) -> Iterator[Callable]:
+class _Norm:
+    """A frugal RMS norm in place of a module's own; `make` says what its weight is multiplied as."""
+
+    def __init__(self, module: nn.Module, eps: float, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._module, self._eps, self._make, self._own = module, eps, make, module.forward
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self._module.weight
+        if weight.requires_grad:  # trained whole: plain
+            return self._own(x)
+        return functions.RMSNorm.apply(x, self._make(weight), self._eps)  # type: ignore[return-value]
+
+    def of_sum(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """x + y, and the norm of it, on a GPU."""
+        weight: Any = self._module.weight
+        if weight.requires_grad or self._module._forward_hooks or self._module._forward_pre_hooks:
+            total = x if y is None else x + y
+            return total, self._module(total)
+        return functions.NormedSum.apply(x, y, self._make(weight), self._eps)  # type: ignore[return-value]
+
+
+def _norms(module: nn.Module) -> Iterator[_Norm]:
     """Forms of an RMS norm: its weight as it is, as it is in fp32, or one more than it in fp32."""
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     only = [name for name, _ in module.named_parameters()] == ["weight"]
-    if not type(module).__name__.endswith("RMSNorm") or not only or eps is None:
-        return
-    weight: Any = module.weight
+    weight: Any = getattr(module, "weight", None)
+    if type(module).__name__.endswith("RMSNorm") and only and eps is not None and weight.dim() == 1:
+        for make in (lambda w: w, lambda w: w.float(), lambda w: w.float() + 1):
+            yield _Norm(module, eps, make)
+
+
+def _block(module: nn.Module) -> Callable | None:
+    """The forward of a block on a GPU whose halves are x + f(norm(x)): each sum is made with the norm behind it.
+
+    None where a block is another.
+    """
+    block: Any = module
+    if {name for name, _ in module.named_children()} != set(BLOCK) or not _sums_with_norms(block.mlp):
+        return None
+    before, between = (_form(getattr(module, name)) for name in BLOCK[:2])
     own = module.forward
-    for make in (lambda w: w, lambda w: w.float(), lambda w: w.float() + 1):
+    if not (isinstance(before, _Norm) and isinstance(between, _Norm)):
+        return None
 
-        def form(x: torch.Tensor, make: Callable = make) -> torch.Tensor:
-            weight: Any = module.weight
-            if weight.requires_grad:  # trained whole: plain
-                return own(x)
-            return functions.RMSNorm.apply(x, make(weight), eps)  # type: ignore[return-value]
+    def form(hidden_states: torch.Tensor, *given: Any, **named: Any) -> torch.Tensor:
+        if given:
+            return own(hidden_states, *given, **named)
+        x, normed = before.of_sum(hidden_states)
+        attended, *_ = block.self_attn(hidden_states=normed, **named)
+        x, normed = between.of_sum(x, attended)
+        return x + block.mlp(normed)
 
-        if weight.dim() == 1:
-            yield form
+    return form if _is_block(module, form) else None
+
+
+def _sums_with_norms(module: nn.Module) -> bool:
+    """Whether that saves anything; a CPU is not waiting for memory."""
+    like = next(module.parameters(), None)
+    return like is not None and kernels.usable(like)
+
+
+def _is_block(module: nn.Module, form: Callable) -> bool:
+    """Whether the block's own forward is `form`, on a trial in training with something else for attention and mlp."""
+    block: Any = module
+    like = block.input_layernorm.weight
+    trial = torch.linspace(-2, 3, 3 * len(like), device=like.device).view(1, 3, -1).to(like.dtype)
+    outer, inner = module.training, [vars(one).get("forward") for one in (block.self_attn, block.mlp)]
+    block.self_attn.forward = lambda hidden_states, **_: (hidden_states.sin(), None)
+    block.mlp.forward = lambda x: x.cos()
+    module.training = True
+    try:
+        with torch.no_grad():
+            return torch.allclose(form(trial), type(module).forward(module, trial), rtol=2e-2, atol=2e-2)
+    except (TypeError, ValueError, AttributeError):  # it asks for more
+        return False
+    finally:
+        module.training = outer
+        for one, own in zip((block.self_attn, block.mlp), inner, strict=True):
+            together.put_back(one, own)
 
 
 def _gates(module: nn.Module) -> Iterator[Callable]:
@@ -629,12 +691,12 @@ def _variable_length(
     # (T, heads, head_dim); squeezed, because the gradient of tensor[0] is a copy among zeros
     q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))
     ends, keys, most = lengths.ends(query.device), lengths.keys(query.device), lengths.longest
+    if flash.takes(q, most):
+        scale, laid = q.shape[-1] ** -0.5 if scaling is None else scaling, keys.tensors() if keys else ()
+        return flash.Attention.apply(q, k, v, ends, most, scale, *laid)[None]  # type: ignore[index]
     key_ends = ends if keys is None else keys.ends
     if keys is not None:  # the last of these are the queries' own tokens, and it is to them that causality goes
         k, v = (functions.Laid.apply(tensor, keys.order, keys.starts, keys.rows) for tensor in (k, v))
-    if flash.takes(q, most):
-        scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-        return flash.Attention.apply(q, k, v, ends, key_ends, most, scale)[None]  # type: ignore[index]
     q, k, v = (tensor.contiguous() for tensor in (q, k, v))
     grouped: Any = {"enable_gqa": True} if _takes("enable_gqa") else {}  # older torch need not be told
     attended = varlen_attn(q, k, v, ends, key_ends, most, most, scale=scaling, window_size=(-1, 0), **grouped)  # type: ignore[arg-type]
