@@ -119,8 +119,9 @@ def laid(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 def added_up(x: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """(T, width): the sums of x[:, rows[starts[t] : starts[t + 1]]] of x (parts, rows, width), in that order."""
     x, (parts, count, width) = x.contiguous(), x.shape
-    y = x.new_empty(len(starts) - 1, width)
-    _added_up[(len(y),)](x, starts, rows, y, parts, count * width, width, **_row(width))
+    y, span = x.new_empty(len(starts) - 1, width), min(SPAN, triton.next_power_of_2(width))
+    grid = (len(y), triton.cdiv(width, span))
+    _added_up[grid](x, starts, rows, y, count * width, width, PARTS=parts, AT_ONCE=8, SPAN=span)
     return y
 
 
@@ -238,16 +239,22 @@ if triton is not None:
         tl.store(y + row * width + at, taken, mask=at < width)
 
     @triton.jit
-    def _added_up(x, starts, rows, y, parts, by_part, width, SPAN: tl.constexpr):
-        token = tl.program_id(0).to(tl.int64)
-        at = tl.arange(0, SPAN)
-        inside = at < width
-        total = tl.zeros([SPAN], tl.float32)
-        for place in range(tl.load(starts + token), tl.load(starts + token + 1)):
-            row = x + tl.load(rows + place).to(tl.int64) * width + at
-            for part in range(parts):
-                total += tl.load(row + part * by_part, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y + token * width + at, total.to(y.dtype.element_ty), mask=inside)
+    def _added_up(
+        x, starts, rows, y, by_part, width,
+        PARTS: tl.constexpr, AT_ONCE: tl.constexpr, SPAN: tl.constexpr,
+    ):  # fmt: skip
+        token, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * SPAN + tl.arange(0, SPAN)
+        inside = (at < width)[None, :]
+        total = tl.zeros([AT_ONCE, SPAN], tl.float32)
+        end = tl.load(starts + token + 1)
+        for first in range(tl.load(starts + token), end, AT_ONCE):  # so many rows are fetched at a time
+            place = first + tl.arange(0, AT_ONCE)
+            row = tl.load(rows + place, mask=place < end, other=0).to(tl.int64)
+            there = x + row[:, None] * width + at[None, :]
+            for part in tl.static_range(PARTS):
+                taken = tl.load(there + part * by_part, mask=(place < end)[:, None] & inside, other=0.0)
+                total += taken.to(tl.float32)
+        tl.store(y + token * width + at, tl.sum(total, 0).to(y.dtype.element_ty), mask=at < width)
 
     @triton.jit
     def _cross_entropy(logits, labels, losses, words, SPAN: tl.constexpr):

@@ -33,7 +33,7 @@ from lora_studio.core import upcast
 from lora_studio.core.layout import Target, dimensions, embedding_scale
 from lora_studio.errors import StudioError
 
-FEW = 64  # tokens of a pass up to which a CPU is faster with the fp32 masters than with casts of them
+FEW = 8  # tokens of a pass up to which a CPU adds fp32 to bf16 faster than it casts, adds and casts back
 
 
 class Route:
@@ -437,8 +437,8 @@ class Ready:
     """What a slot adds while its model answers, made once and used until the route or a factor changes.
 
     A (in, R) and B (R, out) of all parts; the weights are in the scale or in B where all rows have the same, else in
-    columns (rows, 1, R). A CPU has them in fp32, and one part's are its own and no copies, which would take longer
-    than a prompt's products. It casts them for more than FEW tokens, unless core.upcast says that fp32 is quicker.
+    columns (rows, 1, R). A CPU has them in fp32, where such narrow products are quicker than in bf16 for all but very
+    long prompts, and one part's are its own and no copies, which would take longer than a prompt's products.
     """
 
     __slots__ = ("_A", "_B", "_as_of", "_columns", "_dim", "_few", "_rows", "_scale", "_watched")
@@ -457,8 +457,7 @@ class Ready:
         if columns is not None and len(columns) == 1:
             B, columns = columns.flatten()[:, None].to(B.dtype) * B, None
         self._columns, self._rows, self._dim = columns, None if columns is None else len(output), output.dim()
-        few = FEW * len(A) if on_cpu else 0
-        self._few = math.inf if upcast.needed(output) else few  # numbers in x
+        self._few = FEW * len(A) if on_cpu else 0  # numbers in x
         self._A, self._B = (A, B) if on_cpu else (A.to(output.dtype), B.to(output.dtype))
         views = {self._A.data_ptr(), self._B.data_ptr()} <= {factor.data_ptr() for factor in factors}
         self._watched = () if views else factors
@@ -473,15 +472,13 @@ class Ready:
             return None
         if self._watched and self._as_of != self._versions():
             return None
-        if x.numel() > self._few:
-            hidden = x @ self._A.to(x.dtype)
-            hidden = hidden if self._columns is None else hidden.mul_(self._columns)
-            B = self._B.to(x.dtype)
-            return torch.addmm(output.flatten(0, -2), hidden.flatten(0, -2), B, alpha=self._scale).view(output.shape)
         hidden = x.type_as(self._A) @ self._A  # (batch, ..., R)
         if self._columns is not None:
             hidden.mul_(self._columns)
-        return output.add_(hidden @ self._B, alpha=self._scale)
+        if x.numel() <= self._few:
+            return output.add_(hidden @ self._B, alpha=self._scale)
+        wide = output.flatten(0, -2).type_as(hidden).addmm_(hidden.flatten(0, -2), self._B, alpha=self._scale)
+        return wide.view(output.shape).type_as(output)
 
     def _versions(self) -> int:
         return sum(factor._version for factor in self._watched)

@@ -19,6 +19,7 @@ from torch import nn
 
 from lora_studio.core.slot import InPlace, put_back
 
+PIECE = 8192  # numbers
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -88,8 +89,14 @@ def _cast(
     A = torch.empty(sum(map(len, As)), As[0].shape[1], dtype=dtype, device=As[0].device)
     Bs = [None if B is None else torch.empty_like(B, dtype=dtype) for B in factors[1::2]]
     cast = [*A.split([len(one) for one in As]), *(B for B in Bs if B is not None)]
-    torch._foreach_copy_(cast, [*As, *(B for B in factors[1::2] if B is not None)])
+    masters = [*As, *(B for B in factors[1::2] if B is not None)]
+    torch._foreach_copy_(_pieces(cast), _pieces(masters))
     return A, Bs
+
+
+def _pieces(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """All of them in pieces, each of which a GPU gives to a few of its threads."""
+    return [piece for one in tensors for piece in one.detach().flatten().split(PIECE)]
 
 
 def _no_view(output: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
