@@ -30,8 +30,8 @@ from lora_studio.measure import is_shortage
 log = logging.getLogger(__name__)
 KNOWN = ("llama", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "olmo2")  # tests/test_cuda.py shows it of these
 GRAIN = 64  # tokens of the smallest size
-STEPS, COARSE = (8, 9, 10, 11, 12, 13, 14, 15), (8, 10, 12, 15)  # eighths of a power of two that sizes are
-BROAD = 2048  # width from which they are coarse: a GPU takes as long for 13 and 14 eighths as for 15
+STEPS, COARSE = (8, 9, 10, 11, 12, 13, 14, 15), (8, 9, 10, 12)  # eighths of a power of two that sizes are
+BROAD = 2048  # width from which they are coarse: a GPU takes a tenth longer for a token of 11 or 13 eighths
 LEAST = 1024  # tokens of each pass, where there are several: products of fewer are slow
 ONCE = 2**20  # tokens times width that a pass costs besides its tokens
 UNIT = 16  # tokens, to which a cut is planned
@@ -152,7 +152,7 @@ def size_for(batch: lean.Packed, width: int, longest: int = 0) -> Size:
 
 
 def _seats(count: int) -> int:
-    """At least so many, of 8, 10, 12, 15, 16, 20, ..., so that there are few sizes."""
+    """At least so many, of 8, 9, 10, 12, 16, 18, ..., so that there are few sizes."""
     return next(step * 2**power for power in itertools.count() for step in COARSE if step * 2**power >= count)
 
 

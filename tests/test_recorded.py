@@ -148,9 +148,9 @@ def test_passes_of_a_wide_model_are_of_few_sizes_and_full() -> None:
     draws, took, had, seen = random.Random(0), 0, 0, set()
     for _ in range(100):
         own = [draws.randint(30, 300) for _ in range(16)]
-        tokens = [28 + sum(own[row] for row in part) for part in cut(own, 28, 2048, 4096)]
+        tokens = [28 + sum(own[row] for row in part) for part in cut(own, 28, 2304, 4096)]
         sizes = [full(one, 4096) for one in tokens]
-        assert len(sizes) <= 1 + math.ceil(sum(own) / 2020)
+        assert len(sizes) <= 1 + math.ceil(sum(own) / 2276)
         took, had, seen = took + sum(sizes), had + sum(tokens), seen | set(sizes)
     assert took < 1.05 * had and len(seen) <= 6
 

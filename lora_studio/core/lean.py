@@ -35,7 +35,7 @@ from lora_studio.core.layout import ENCODERS
 
 IGNORED = -100  # label of a position that is not supervised
 PASS = {"cpu": 1024, "mps": 4096, "cuda": 16_384}  # tokens in memory together at most
-WIDE = 2**23  # tokens times width that keep a GPU's matrix products busy
+WIDE = 9 * 2**20  # tokens times width that keep a GPU's matrix products busy
 PACKED, STEPWISE = "lora_studio_packed", "lora_studio_stepwise"
 FEW = 32  # rows that a decoding step has at most, to be multiplied as columns
 ATTENTIONS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))  # kinds of a config's layers
