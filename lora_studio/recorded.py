@@ -14,7 +14,6 @@ import functools
 import itertools
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +37,8 @@ UNIT = 16  # tokens, to which a cut is planned
 PREFIX = 16  # tokens of a prefix that a recording has room for are a multiple of it
 # Tokens of a sequence that attention takes together, or a multiple: blocks where there are none take time, too.
 BLOCK = 128
-MOST = 8  # sizes that are recorded
+MOST = 8  # sizes that are recorded, each when it comes again; most runs have no more
 SPARE = 1.5  # times its own size that a pass may be filled up to while that is not recorded
-WORTH = 3  # a recording takes the time of some passes, so it is made when its size comes for so many times
 
 
 def recordable(lora: LoRA, name: str) -> bool:
@@ -195,7 +193,7 @@ class Recordings:
         self._model, self._parameters, self._shares, self._longest = model, list(parameters), shares, longest
         config: Any = model.config
         self._width = config.get_text_config().hidden_size
-        self._seen: Counter[Size] = Counter()
+        self._seen = set[Size]()
         self._made: dict[Size, _Recording] = {}
         self._laid: list[tuple[Sequence[lean.Tokens], _Laid]] = []  # passes to come
         self._begun: _Begun | None = None  # the first of them
@@ -226,7 +224,7 @@ class Recordings:
         return self._replayed(laid, count)
 
     def run(self, batch: Sequence[lean.Tokens], count: int) -> torch.Tensor | None:
-        """The same, and make a recording where its size comes often enough."""
+        """The same, and make a recording where its size has come before."""
         if self.why_not and not self._made:
             return None
         laid = self._taken(batch)
@@ -235,15 +233,15 @@ class Recordings:
             self._record(laid)
         if laid.size in self._made:
             return self._replayed(laid, count)
-        self._seen[laid.own] += 1
+        self._seen.add(laid.own)
         return None
 
     def _due(self, size: Size) -> bool:
         """Whether a pass of this size is to be recorded when it comes now."""
-        return size not in self._made and self._seen[size] + 1 >= WORTH and len(self) < MOST and not self.why_not
+        return size in self._seen and size not in self._made and len(self) < MOST and not self.why_not
 
     def _replayed(self, laid: "_Laid", count: int) -> torch.Tensor:
-        self._seen[laid.own] += 1
+        self._seen.add(laid.own)
         loss, gradients = self._made[laid.size].replay(laid, count)
         self._add(gradients)
         return loss
@@ -277,7 +275,6 @@ class Recordings:
             if not is_shortage(error):
                 raise
             return  # it will be tried again with all that is done about a shortage
-        self._seen[laid.own] += 1
         self._begun = _Begun(batch, count, self._versions, loss, _copied(gradients))
 
     def lay(self, batches: Sequence[Sequence[lean.Tokens]]) -> None:

@@ -158,15 +158,16 @@ def test_a_kernel_takes_what_does_not_lie_in_one_piece() -> None:
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("targets", [("attn.q", "attn.v"), ("all-linear",)])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 def test_layers_that_compute_together_give_the_same(
-    family: str, targets: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    family: str, targets: tuple[str, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = []
     for joins in (True, False):
         monkeypatch.setattr(together, "can_join", lambda weight, joins=joins: joins)
-        lora = LoRA(copy.deepcopy(causal(family)).to("cuda", torch.bfloat16))
+        lora = LoRA(copy.deepcopy(causal(family)).to("cuda", dtype))
         lora.add("x", LoraSpec(rank=3, targets=targets))
         draws = torch.Generator().manual_seed(1)
         for tensor in lora.parameters("x"):
@@ -176,7 +177,8 @@ def test_layers_that_compute_together_give_the_same(
             each = losses(lora, rows())
             each.mean().backward()
         found.append((each.detach(), torch.cat([one.grad.flatten() for one in lora.parameters("x")])))
-    assert apart(found[0][0], found[1][0]) < 5e-3 and apart(found[0][1], found[1][1]) < 3e-2
+    near = (1e-6, 1e-5) if dtype == torch.float32 else (5e-3, 0.15)  # in half precision each of them is so far off
+    assert apart(found[0][0], found[1][0]) < near[0] and apart(found[0][1], found[1][1]) < near[1]
 
 
 # ---- the packed way --------------------------------------------------------------------------------------------------
@@ -352,10 +354,7 @@ def test_adapters_trained_together_end_as_if_each_had_trained_alone() -> None:
 
 @pytest.mark.parametrize("shared", [0, 21])
 @pytest.mark.parametrize("family", recorded.KNOWN)
-def test_a_recorded_pass_gives_the_losses_and_gradients_of_a_plain_one(
-    family: str, shared: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(recorded, "WORTH", 1)
+def test_a_recorded_pass_gives_the_losses_and_gradients_of_a_plain_one(family: str, shared: int) -> None:
     lora = adapted(causal(family), dtype=torch.bfloat16)
     parts = [rows(seed, (9, 4, 9, 17 + seed), shared=range(5, 5 + shared)) for seed in (1, 2, 3, 1)]
     lora.model.train()
@@ -378,6 +377,7 @@ def test_a_recorded_pass_gives_the_losses_and_gradients_of_a_plain_one(
 
     with lora.use("x"), leanly(lora, parts[0]):
         for part in parts:
+            recordings.run(part, 30)  # it is recorded when it comes again
             exact, ours = gradient(plainly, part), gradient(lambda part: recordings.run(part, 30), part)
             assert apart(ours[0], exact[0]) < 2e-3 and apart(ours[1], exact[1]) < 3e-2
         before = torch.cat([one.grad.flatten() for one in lora.parameters("x")])
