@@ -96,6 +96,7 @@ class Gates:
     def __init__(self, weights: torch.Tensor) -> None:
         self.weights = weights
         self._columns: dict[tuple, torch.Tensor] = {}
+        self._live: dict[tuple, tuple[slice | None, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return self.weights.shape[0]
@@ -110,6 +111,21 @@ class Gates:
             spans = [self.of(name).expand(*self.weights.shape[:-1], rank) for name, rank in ranks]
             self._columns[ranks] = torch.cat(spans, dim=-1)
         return self._columns[ranks]
+
+    def live(self, ranks: tuple[tuple[int, int], ...]) -> tuple[slice | None, torch.Tensor]:
+        """The rows whose columns are not 0, where they lie together, None for all; and these columns, once if alike.
+
+        On a GPU these are all, because it would have to be waited for.
+        """
+        if ranks not in self._live:
+            columns, live = self.columns(ranks), None
+            there = columns.flatten(1).any(1).nonzero().flatten().tolist() if columns.device.type == "cpu" else []
+            if there and len(there) == 1 + there[-1] - there[0] < len(columns):
+                live = slice(there[0], there[-1] + 1)
+                columns = columns[live]
+            alike = bool(there) and bool((columns == columns[:1]).all())
+            self._live[ranks] = live, columns[:1] if alike else columns
+        return self._live[ranks]
 
 
 class Part(nn.Module):
@@ -436,27 +452,29 @@ def put_back(layer: nn.Module, own: Callable | None) -> None:
 class Ready:
     """What a slot adds while its model answers, made once and used until the route or a factor changes.
 
-    A (in, R) and B (R, out) of all parts; the weights are in the scale or in B where all rows have the same, else in
-    columns (rows, 1, R). A CPU has them in fp32, where such narrow products are quicker than in bf16 for all but very
-    long prompts, and one part's are its own and no copies, which would take longer than a prompt's products.
+    A (in, R) and B (R, out) of all parts. Rows that get nothing are left out, where the others lie together; the
+    weights are in the scale or in B where all of these have the same, else in columns (rows, 1, R). A CPU has them in
+    fp32, where such narrow products are quicker than in bf16 for all but very long prompts, and one part's are its own
+    and no copies, which would take longer than a prompt's products.
     """
 
-    __slots__ = ("_A", "_B", "_as_of", "_columns", "_dim", "_few", "_rows", "_scale", "_watched")
+    __slots__ = ("_A", "_B", "_as_of", "_columns", "_dim", "_few", "_live", "_rows", "_scale", "_watched")
 
     def __init__(self, parts: Sequence[tuple[int, LowRank]], gates: Gates | None, output: torch.Tensor) -> None:
         factors = [factor for _, part in parts for factor in (part.A, part.B)]
         A, B, self._scale = _stack([part for _, part in parts], output.shape[-1])
         A, B = A.detach().T, B.detach().T
         on_cpu = output.device.type == "cpu"
-        alone = parts[0][0] if len(parts) == 1 and on_cpu else None
-        columns = None
-        if gates is not None and len(gates) == 1 and alone is not None:
-            self._scale *= float(gates.of(alone))
-        elif gates is not None:
-            columns = gates.columns(tuple((column, part.rank) for column, part in parts))
-        if columns is not None and len(columns) == 1:
-            B, columns = columns.flatten()[:, None].to(B.dtype) * B, None
-        self._columns, self._rows, self._dim = columns, None if columns is None else len(output), output.dim()
+        self._rows, self._dim, self._live, self._columns = None, output.dim(), None, None
+        if gates is not None:
+            self._rows = len(gates) if len(gates) > 1 else None
+            self._live, columns = gates.live(tuple((column, part.rank) for column, part in parts))
+            if len(columns) > 1:
+                self._columns = columns
+            elif len(parts) == 1 and on_cpu and columns.numel():  # some ranks are 0
+                self._scale *= float(columns.flatten()[0])
+            else:
+                B = columns.flatten()[:, None].to(B.dtype) * B
         self._few = FEW * len(A) if on_cpu else 0  # numbers in x
         self._A, self._B = (A, B) if on_cpu else (A.to(output.dtype), B.to(output.dtype))
         views = {self._A.data_ptr(), self._B.data_ptr()} <= {factor.data_ptr() for factor in factors}
@@ -464,7 +482,7 @@ class Ready:
         self._as_of = self._versions()
 
     def add(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor | None:
-        """output + scale · ((x A) ⊙ columns) B; `output` may be written to: it is the layer's own, nobody else's.
+        """output + scale · ((x A) ⊙ columns) B; `output` is written to: it is the layer's own, nobody else's.
 
         None where the batch is another, or somebody has written to a factor that was copied since.
         """
@@ -472,13 +490,19 @@ class Ready:
             return None
         if self._watched and self._as_of != self._versions():
             return None
+        y = output
+        if self._live is not None:
+            x, y = x[self._live], y[self._live]
         hidden = x.type_as(self._A) @ self._A  # (batch, ..., R)
         if self._columns is not None:
             hidden.mul_(self._columns)
         if x.numel() <= self._few:
-            return output.add_(hidden @ self._B, alpha=self._scale)
-        wide = output.flatten(0, -2).type_as(hidden).addmm_(hidden.flatten(0, -2), self._B, alpha=self._scale)
-        return wide.view(output.shape).type_as(output)
+            y.add_(hidden @ self._B, alpha=self._scale)
+            return output
+        wide = y.flatten(0, -2).type_as(hidden).addmm_(hidden.flatten(0, -2), self._B, alpha=self._scale)
+        if wide.data_ptr() != y.data_ptr():
+            y.copy_(wide.view(y.shape))
+        return output
 
     def _versions(self) -> int:
         return sum(factor._version for factor in self._watched)
