@@ -49,6 +49,7 @@ def trained(spec: Spec) -> dict[str, Any]:
     ways[spec["way"]](spec, clock)
     timed = clock.steps[spec["warmup"] :]
     assert timed, f"{spec['way']} made {len(clock.steps)} steps of these rows, and none is left behind the warm-up"
+    timed = [{**step, "loss": float(step["loss"])} for step in timed]
     return {"steps": timed, "peak_bytes": max(clock.peak, clock.most_held())}
 
 
@@ -57,9 +58,9 @@ class _Clock:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.steps: list[dict[str, float]] = []
+        self.steps: list[dict[str, Any]] = []
         self.fed: list[tuple[int, int, int]] = []  # supervised, real and processed tokens of the batches to come
-        self.losses: list[float] = []
+        self.losses: list[float | torch.Tensor] = []
         self.peak = 0  # noted before training
         self.last = self._now()
 
@@ -68,7 +69,7 @@ class _Clock:
         self.fed.append((supervised, real, processed))
 
     def lap(self) -> None:
-        """A step has ended: what it was to give is known. A GPU may be at the next one."""
+        """A step has ended; a GPU may still be at it, or at the next one."""
         now, number = self._now(), len(self.steps)
         supervised, real, processed = self.fed[number]
         self.steps.append(
@@ -88,7 +89,7 @@ class _Clock:
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_bytes()
 
     def wait(self) -> None:
-        """For a GPU, where a step ends before its figures are there."""
+        """For a GPU that is still at work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -163,7 +164,7 @@ def _trainer(spec: Spec, clock: _Clock) -> None:
         data_collator=_counted(_pad, clock),
     )
     trainer.clock = clock
-    trainer.add_callback(_laps(clock))
+    trainer.add_callback(_laps(clock, spec["warmup"]))
     trainer.train()
 
 
@@ -188,7 +189,7 @@ def _sft(spec: Spec, clock: _Clock) -> None:
     )
     trainer.data_collator = _counted(trainer.data_collator, clock)
     trainer.clock = clock
-    trainer.add_callback(_laps(clock))
+    trainer.add_callback(_laps(clock, spec["warmup"]))
     trainer.train()
 
 
@@ -214,7 +215,7 @@ class _Noting:
 
     def compute_loss(self, *given: Any, **named: Any) -> Any:
         loss = super().compute_loss(*given, **named)  # type: ignore[misc]
-        self.clock.losses.append(float(loss.detach()))
+        self.clock.losses.append(loss.detach())  # not read yet: a GPU need not wait for that
         return loss
 
 
@@ -240,12 +241,14 @@ def _arguments(spec: Spec) -> dict[str, Any]:
     }
 
 
-def _laps(clock: _Clock) -> Any:
+def _laps(clock: _Clock, warmup: int) -> Any:
+    """A GPU is waited for where the time begins and where it ends, not at every step."""
     from transformers import TrainerCallback
 
     class Laps(TrainerCallback):
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.wait()
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step in (warmup, state.max_steps):
+                clock.wait()
             clock.lap()
 
     return Laps()

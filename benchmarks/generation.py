@@ -6,7 +6,8 @@
 The app's own decoding loop writes the same number of tokens in every way, greedily and past any end mark. The ways
 take turns at every token, each on a copy of the model, so that the machine's drift hits all alike; precisions and
 threads have a process each. Times are those of the clock, with threads that wait as the app's own do, so the machine
-should have nothing else to do; the ratios for the prompt's pass are said beside those of decoding steps.
+should have nothing else to do; the ratios for the prompt's pass are said beside those of decoding steps, and what
+unmerged takes longer of an answer, prompt and all.
 """
 
 import argparse
@@ -69,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def timed(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """In a process of its own: {"decode": {way: ms a step, a value a round}, "prefill": of the prompt, "change_s"}."""
+    """In a process of its own: {"decode": {way: ms a step, a value a round}, "prefill": of the prompt, "change_s"}.
+
+    "answer" is both together: the prompt, and as many steps as there are tokens.
+    """
     import torch
 
     every = {way: _adapted(spec) for way in WAYS}
@@ -84,7 +88,11 @@ def timed(spec: Mapping[str, Any]) -> dict[str, Any]:
         for way, (first, *steps) in spent.items() if number else ():
             prefill[way].append(1000 * statistics.median([first, *(one[way][0] for one in again)]))
             decode[way].append(1000 * statistics.median(steps))
-    return {"decode": decode, "prefill": prefill, "change_s": _change(every["both"])}
+    steps = spec["tokens"] - 1  # the first token is the prompt's
+    answer = {
+        way: [first + steps * step for first, step in zip(prefill[way], decode[way], strict=True)] for way in WAYS
+    }
+    return {"decode": decode, "prefill": prefill, "answer": answer, "change_s": _change(every["both"])}
 
 
 def _adapted(spec: Mapping[str, Any]) -> Any:
@@ -152,6 +160,11 @@ def together(one: Mapping[str, Any], part: str = "decode") -> list[float]:
     return paired(two, one[part]["both"])
 
 
+def slowed(one: Mapping[str, Any], part: str = "decode") -> list[float]:
+    """How many times longer unmerged takes than merged, round by round."""
+    return paired(one[part]["adapted"], one[part]["merged"])
+
+
 def reached(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[Goal]:
     """What was asked, at every precision and number of threads that it was asked of."""
     asked = []
@@ -163,8 +176,7 @@ def reached(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[Goal]:
             text = f"{where}: base and four adapters in one batch / one answer alone, a decoding step"
             five = paired(one["decode"]["five"], one["decode"]["base"])
             asked.append(Goal(text=text, values=five, most=SIDE_BY_SIDE))
-        for part, what in (("decode", "a decoding step"), ("prefill", f"a pass of {PROMPT} tokens")):
-            slower = paired(one[part]["adapted"], one[part]["merged"])
+        for what, slower in (("a decoding step", slowed(one)), ("prompt and answer", slowed(one, "answer"))):
             asked.append(Goal(text=f"{where}: unmerged / merged, {what}", values=slower, most=OVERHEAD))
     changes = [one["change_s"] for one in found.values()]
     asked.append(Goal(text="changing the strength", values=changes, most=CHANGE_S, unit="seconds"))
@@ -173,7 +185,14 @@ def reached(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> list[Goal]:
 
 def table(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
     """Milliseconds that a decoding step takes in every way, and the ratios of the rounds."""
-    ratios = ("two runs / both", "same, the prompt", "five / base", "unmerged / merged", "same, the prompt")
+    ratios = (
+        "two runs / both",
+        "same, the prompt",
+        "five / base",
+        "unmerged / merged",
+        "same, the prompt",
+        "same, an answer",
+    )
     head = ["ms a step", *WAYS, *ratios]
     lines = []
     for (precision, threads), one in found.items():
@@ -185,8 +204,9 @@ def table(found: Mapping[tuple[str, int], Mapping[str, Any]]) -> str:
                 middle(together(one)),
                 middle(together(one, "prefill")),
                 middle(paired(decode["five"], decode["base"])),
-                middle(paired(decode["adapted"], decode["merged"]), 3),
-                middle(paired(one["prefill"]["adapted"], one["prefill"]["merged"]), 3),
+                middle(slowed(one), 3),
+                middle(slowed(one, "prefill"), 3),
+                middle(slowed(one, "answer"), 3),
             ]
         )
     return markdown(head, lines)

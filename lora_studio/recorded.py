@@ -30,15 +30,15 @@ log = logging.getLogger(__name__)
 KNOWN = ("llama", "qwen2", "qwen3", "gemma", "phi3", "gpt_neox", "olmo2")  # tests/test_cuda.py shows it of these
 GRAIN = 64  # tokens of the smallest size
 STEPS, COARSE = (8, 9, 10, 11, 12, 13, 14, 15), (8, 9, 10, 12)  # eighths of a power of two that sizes are
-BROAD = 2048  # width from which they are coarse: a GPU takes a tenth longer for a token of 11 or 13 eighths
+BROAD = 2048  # width from which they are coarse: a GPU takes 7 to 9 % longer for a token of 11 or 13 eighths
 LEAST = 1024  # tokens of each pass, where there are several: products of fewer are slow
 ONCE = 2**20  # tokens times width that a pass costs besides its tokens
 UNIT = 16  # tokens, to which a cut is planned
 PREFIX = 16  # tokens of a prefix that a recording has room for are a multiple of it
 # Tokens of a sequence that attention takes together, or a multiple: blocks where there are none take time, too.
 BLOCK = 128
-MOST = 8  # sizes that are recorded, each when it comes again; most runs have no more
-SPARE = 1.5  # times its own size that a pass may be filled up to while that is not recorded
+MOST = 8  # sizes that are recorded, each when it comes first: most runs have no more, and come back to each
+SPARE = 1.5  # times its own size that a pass may be filled up to where that is not recorded
 
 
 def recordable(lora: LoRA, name: str) -> bool:
@@ -193,7 +193,6 @@ class Recordings:
         self._model, self._parameters, self._shares, self._longest = model, list(parameters), shares, longest
         config: Any = model.config
         self._width = config.get_text_config().hidden_size
-        self._seen = set[Size]()
         self._made: dict[Size, _Recording] = {}
         self._laid: list[tuple[Sequence[lean.Tokens], _Laid]] = []  # passes to come
         self._begun: _Begun | None = None  # the first of them
@@ -208,53 +207,49 @@ class Recordings:
     def replay(self, batch: Sequence[lean.Tokens], count: int) -> torch.Tensor | None:
         """Add to the gradients those of the sum of the batch's losses over `count`; that loss.
 
-        None, with nothing added, where no recording takes this pass, or one is to be made of it. The model may be in
-        any state.
+        None, with nothing added, where no recording takes this pass. The model may be in any state.
         """
         if not self._made:
             return None
         begun, self._begun = self._begun, None
         if begun and begun.is_of(batch, count, self._versions):
-            self._add(begun.gradients)
+            self._add(begun.gradients, lasting=True)
             return begun.loss
         laid = self._taken(batch)
-        if laid.size not in self._made or self._due(laid.own):
+        if laid.size not in self._made:
             self._laid.append((batch, laid))
             return None
         return self._replayed(laid, count)
 
     def run(self, batch: Sequence[lean.Tokens], count: int) -> torch.Tensor | None:
-        """The same, and make a recording where its size has come before."""
+        """The same, and make a recording where there is none of its size."""
         if self.why_not and not self._made:
             return None
         laid = self._taken(batch)
-        if self._due(laid.own):
-            laid.fill(laid.own)
+        if laid.size not in self._made and self._has_room:
             self._record(laid)
-        if laid.size in self._made:
-            return self._replayed(laid, count)
-        self._seen.add(laid.own)
-        return None
+        return self._replayed(laid, count) if laid.size in self._made else None
 
-    def _due(self, size: Size) -> bool:
-        """Whether a pass of this size is to be recorded when it comes now."""
-        return size in self._seen and size not in self._made and len(self) < MOST and not self.why_not
+    @property
+    def _has_room(self) -> bool:
+        """Whether one more is recorded."""
+        return len(self) < MOST and not self.why_not
 
     def _replayed(self, laid: "_Laid", count: int) -> torch.Tensor:
-        self._seen.add(laid.own)
         loss, gradients = self._made[laid.size].replay(laid, count)
         self._add(gradients)
         return loss
 
-    def _add(self, gradients: Sequence[torch.Tensor | None]) -> None:
-        """To those of the parameters, which keep none of these: the next replay writes into the same tensors."""
+    def _add(self, gradients: Sequence[torch.Tensor | None], *, lasting: bool = False) -> None:
+        """To those of the parameters, which keep none of these but `lasting` ones: a replay writes into the others."""
         pairs = [(tensor, one) for tensor, one in zip(self._parameters, gradients, strict=True) if one is not None]
         new = [(tensor, one) for tensor, one in pairs if tensor.grad is None]
         more = [(tensor.grad, one) for tensor, one in pairs if tensor.grad is not None]
-        for (tensor, _), copy in zip(new, _copied([one for _, one in new]), strict=True):
-            tensor.grad = copy
+        first = [one for _, one in new]
+        for (tensor, _), gradient in zip(new, first if lasting else _copied(first), strict=True):
+            tensor.grad = gradient
         if more:
-            torch._foreach_add_([own for own, _ in more], [one for _, one in more])
+            torch._foreach_add_([own for own, _ in more], [one for _, one in more])  # type: ignore[attr-defined]
 
     @property
     def _versions(self) -> list[int]:
@@ -266,7 +261,7 @@ class Recordings:
 
         `replay` takes it up, over the same `count`, if the weights are still the same then.
         """
-        if not self._laid or self._laid[0][1].size not in self._made or self._due(self._laid[0][1].own):
+        if not self._laid or self._laid[0][1].size not in self._made:
             return
         batch, laid = self._laid.pop(0)
         try:
@@ -284,8 +279,11 @@ class Recordings:
 
     def _lay(self, batch: Sequence[lean.Tokens]) -> "_Laid":
         laid = _Laid(batch, self._width, shares=self._shares, longest=self._longest)
-        larger = [one for one in self._made if one.tokens <= SPARE * laid.own.tokens and fits(laid.packed, one)]
-        laid.fill(min(larger, key=lambda size: size.tokens, default=laid.own))
+        size = laid.own
+        if size not in self._made and not self._has_room:
+            larger = [one for one in self._made if one.tokens <= SPARE * size.tokens and fits(laid.packed, one)]
+            size = min(larger, key=lambda size: size.tokens, default=size)
+        laid.fill(size)
         return laid
 
     def _taken(self, batch: Sequence[lean.Tokens]) -> "_Laid":
@@ -342,7 +340,7 @@ def _copied(tensors: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]
     there = [one for one in tensors if one is not None]
     copies = [torch.empty_like(one) for one in there]
     if there:
-        torch._foreach_copy_(copies, there)
+        torch._foreach_copy_(copies, there)  # type: ignore[attr-defined]
     left = iter(copies)
     return [None if one is None else next(left) for one in tensors]
 

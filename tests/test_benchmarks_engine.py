@@ -280,7 +280,7 @@ def test_generation_times_every_way_in_every_round(model: str) -> None:
 
 def test_two_runs_are_held_against_one_batch_and_five_answers_against_one() -> None:
     decode = {"base": [2.0, 3.0], "adapted": [2.0, 5.0], "both": [2.0, 4.0], "five": [3.0, 5.1], "merged": [2.0, 5.0]}
-    one = {"decode": decode, "prefill": decode, "change_s": 1e-6}
+    one = {"decode": decode, "prefill": decode, "answer": decode, "change_s": 1e-6}
     assert generation.together(one) == [2.0, 2.0]
     (five,) = (goal for goal in generation.reached({("bfloat16", 1): one}) if "four adapters" in goal.text)
     assert five.values == pytest.approx([1.5, 1.7]) and five.met

@@ -15,7 +15,7 @@ from lora_studio.core import attention, functions, kernels, lean, upcast
 from lora_studio.core.baselines import add
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BaselineSpec, LoraSpec
-from tests.tiny import CAUSAL, CLASSIFIERS, PLAIN_TOO, causal, classifier, touched
+from tests.tiny import CAUSAL, CLASSIFIERS, EXPERTS, PLAIN_TOO, causal, classifier, touched
 
 # whose blocks are x + f(norm(x)), twice
 SUMMED = {
@@ -570,6 +570,20 @@ def test_a_block_that_only_looks_like_one_stays_as_it_is(monkeypatch: pytest.Mon
         def forward(self, hidden_states: torch.Tensor, more: object, **named: Any) -> torch.Tensor:
             return super().forward(hidden_states, **named)
 
+    class Weighs(plain):
+        """At first the factor is 1."""
+
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            self.factor = torch.nn.Parameter(torch.ones(1))
+
+        def forward(self, hidden_states: torch.Tensor, **named: Any) -> torch.Tensor:
+            return self.factor * super().forward(hidden_states, **named)
+
+    model.model.layers[0] = Weighs(model.config, 0).eval()
+    with lean.frugal(model):
+        assert "forward" not in vars(model.model.layers[0]) and "forward" in vars(model.model.layers[1])
+    model.model.layers[0] = plain(model.config, 0).eval()
     for kind in (Twice, Dropped, Wants):
         model.model.layers[0].__class__ = kind
         lean._FORMS.pop(model, None)
@@ -583,8 +597,21 @@ def test_what_hooks_a_norm_of_a_block_is_called(monkeypatch: pytest.MonkeyPatch)
     model, seen = causal("llama").requires_grad_(False), []
     with torch.no_grad(), lean.frugal(model):
         plain = lean.padded_losses(model, batch())
-        model.model.layers[1].post_attention_layernorm.register_forward_hook(lambda *_: seen.append(1))
+        norm = model.model.layers[1].post_attention_layernorm
+        norm.register_forward_hook(lambda *_: seen.append(1))
         assert torch.allclose(lean.padded_losses(model, batch()), plain) and seen
+        norm.forward = lambda x: (seen.append(2), type(norm).forward(norm, x))[1]
+        assert torch.allclose(lean.padded_losses(model, batch()), plain) and 2 in seen
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_blocks_with_experts_make_their_sums_with_the_norms_too(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lean, "_sums_with_norms", lambda module: True)
+    model = causal(family).requires_grad_(False)
+    with torch.no_grad():
+        plain = lean.padded_losses(model, batch())
+        with lean.frugal(model):
+            torch.testing.assert_close(lean.padded_losses(model, batch()), plain, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_that_meet_in_a_sum_are_added_on_the_way() -> None:

@@ -43,7 +43,8 @@ class RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _norm_backward(outer[0], *ctx.saved_tensors), None, None
+        x, weight, inverse = ctx.saved_tensors
+        return _norm_backward(outer[0], x, weight, inverse), None, None
 
 
 class NormedSum(torch.autograd.Function):
@@ -63,7 +64,8 @@ class NormedSum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        made = _norm_backward(outer[1], *ctx.saved_tensors, outer[0])
+        x, weight, inverse = ctx.saved_tensors
+        made = _norm_backward(outer[1], x, weight, inverse, outer[0])
         return made, made if ctx.adds else None, None, None
 
 
@@ -154,8 +156,8 @@ def turned(
 class Laid(torch.autograd.Function):
     """x (T, heads, d) laid again as x[order] (rows, heads, d), on a GPU.
 
-    A token's gradient is the sum of those in its rows, rows[starts[t] : starts[t + 1]], in this order; what is behind
-    the last of them is nobody's.
+    A token's gradient is the sum of those in its rows, rows[starts[t] : starts[t + 1]], in a fixed order; what is
+    behind the last of them is nobody's.
     """
 
     @staticmethod

@@ -117,7 +117,7 @@ def laid(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
 
 
 def added_up(x: torch.Tensor, starts: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """(T, width): the sums of x[:, rows[starts[t] : starts[t + 1]]] of x (parts, rows, width), in that order."""
+    """(T, width): the sums of x[:, rows[starts[t] : starts[t + 1]]] of x (parts, rows, width), in a fixed order."""
     x, (parts, count, width) = x.contiguous(), x.shape
     y, span = x.new_empty(len(starts) - 1, width), min(SPAN, triton.next_power_of_2(width))
     grid = (len(y), triton.cdiv(width, span))

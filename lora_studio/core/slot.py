@@ -10,7 +10,8 @@ What one adapter does to one layer is a Part: LowRank here, Copied here for modu
 those of the paper's other methods in baselines. A part answers with what it adds to the layer's output.
 
 Masters are fp32; they are cast down to the dtype of x, never x up (casting inputs up and keeping them costs a fifth of
-the peak memory and changes no gradient), but for the moment of a product that core.upcast says is better made in fp32.
+the peak memory and changes no gradient), but for the moment of a product that is quicker in fp32 on a CPU: `Ready`'s,
+and those of training for which core.upcast says so.
 """
 
 import math
@@ -34,6 +35,7 @@ from lora_studio.core.layout import Target, dimensions, embedding_scale
 from lora_studio.errors import StudioError
 
 FEW = 8  # tokens of a pass up to which a CPU adds fp32 to bf16 faster than it casts, adds and casts back
+MANY = 1024  # tokens whose outputs are in fp32 at a time
 
 
 class Route:
@@ -490,7 +492,7 @@ class Ready:
             return None
         if self._watched and self._as_of != self._versions():
             return None
-        y = output
+        y = output = output.contiguous()
         if self._live is not None:
             x, y = x[self._live], y[self._live]
         hidden = x.type_as(self._A) @ self._A  # (batch, ..., R)
@@ -499,9 +501,10 @@ class Ready:
         if x.numel() <= self._few:
             y.add_(hidden @ self._B, alpha=self._scale)
             return output
-        wide = y.flatten(0, -2).type_as(hidden).addmm_(hidden.flatten(0, -2), self._B, alpha=self._scale)
-        if wide.data_ptr() != y.data_ptr():
-            y.copy_(wide.view(y.shape))
+        for rows, one in zip(y.flatten(0, -2).split(MANY), hidden.flatten(0, -2).split(MANY), strict=True):
+            wide = rows.type_as(one).addmm_(one, self._B, alpha=self._scale)
+            if wide is not rows:
+                rows.copy_(wide)
         return output
 
     def _versions(self) -> int:

@@ -19,7 +19,7 @@ from torch import nn
 
 from lora_studio.core.slot import InPlace, put_back
 
-PIECE = 8192  # numbers
+PIECE = 8192  # numbers that a GPU casts in one block of its threads; of more it would take them in turn
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -69,7 +69,7 @@ class Together(torch.autograd.Function):
             learn = [number for number in adapted if outer[number] is not None]
             for_A = _in_fp32(inner.T, x.flatten(0, -2))
             for_Bs = [_in_fp32(columns[number].T, hidden[:, spans[number]]) for number in learn]
-            torch._foreach_mul_([for_A, *for_Bs], ctx.scale)
+            torch._foreach_mul_([for_A, *for_Bs], ctx.scale)  # type: ignore[attr-defined]
             for number, for_B in zip(learn, for_Bs, strict=True):
                 for_factors[2 * number : 2 * number + 2] = for_A[spans[number]], for_B
             if for_x is not None:
@@ -87,15 +87,15 @@ def _cast(
     if not As:
         return None, list(factors[1::2])
     A = torch.empty(sum(map(len, As)), As[0].shape[1], dtype=dtype, device=As[0].device)
-    Bs = [None if B is None else torch.empty_like(B, dtype=dtype) for B in factors[1::2]]
+    Bs = [None if B is None else torch.empty(B.shape, dtype=dtype, device=B.device) for B in factors[1::2]]
     cast = [*A.split([len(one) for one in As]), *(B for B in Bs if B is not None)]
     masters = [*As, *(B for B in factors[1::2] if B is not None)]
-    torch._foreach_copy_(_pieces(cast), _pieces(masters))
+    torch._foreach_copy_(_pieces(cast), _pieces(masters))  # type: ignore[attr-defined]
     return A, Bs
 
 
 def _pieces(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """All of them in pieces, each of which a GPU gives to a few of its threads."""
+    """All of them, a PIECE at a time."""
     return [piece for one in tensors for piece in one.detach().flatten().split(PIECE)]
 
 
