@@ -231,6 +231,13 @@ def played(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Played]]:
     yield Played
 
 
+def recording(*, shares: bool = False) -> tuple[LoRA, Recordings]:
+    """A model with an adapter "x", and the recordings of its passes."""
+    lora = LoRA(causal("llama"))
+    lora.add("x", Q)
+    return lora, Recordings(lora.model, lora.parameters("x"), shares=shares)
+
+
 @contextmanager
 def in_training(work: Job) -> Iterator[None]:
     with step._in_training(work.lora.model), work.lora.use(work.adapter), leanly(work.lora, rows()):
@@ -258,9 +265,7 @@ def test_a_run_that_records_is_the_run_that_does_not(played: type[Played]) -> No
 
 
 def test_a_size_is_recorded_when_it_comes_and_only_so_many_are(played: type[Played]) -> None:
-    lora = LoRA(causal("llama"))
-    lora.add("x", Q)
-    recordings = Recordings(lora.model, lora.parameters("x"), shares=False)
+    lora, recordings = recording()
     with lora.use("x"), leanly(lora, rows()):
         assert recordings.replay(rows(), 9) is None and recordings.run(rows(), 9) is not None
         for length in range(100, 1000, 100):
@@ -273,9 +278,7 @@ def test_a_pass_whose_size_is_not_recorded_is_filled_up_to_one_that_is(
     played: type[Played], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recorded, "MOST", 1)
-    lora = LoRA(causal("llama"))
-    lora.add("x", Q)
-    recordings = Recordings(lora.model, lora.parameters("x"), shares=True)
+    lora, recordings = recording(shares=True)
     losses = []
     with lora.use("x"), leanly(lora, rows()):
         recordings.run(beginning_alike((70, 90), 12), 9)
@@ -290,9 +293,7 @@ def test_a_pass_whose_size_is_not_recorded_is_filled_up_to_one_that_is(
 
 
 def test_what_was_laid_ahead_is_not_laid_again(played: type[Played], monkeypatch: pytest.MonkeyPatch) -> None:
-    lora, batch = LoRA(causal("llama")), rows()
-    lora.add("x", Q)
-    recordings = Recordings(lora.model, lora.parameters("x"), shares=False)
+    (lora, recordings), batch = recording(), rows()
     with lora.use("x"), leanly(lora, batch):
         exact = recordings.run(batch, 9)
         recordings.lay([rows((9, 9)), batch])
@@ -313,10 +314,8 @@ def gradients(lora: LoRA) -> torch.Tensor:
 def test_a_pass_that_was_begun_is_taken_up_under_the_same_weights_alone(
     played: type[Played], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lora, batch, replays, own = LoRA(causal("llama")), rows(), [], Played.replay
-    lora.add("x", Q)
+    (lora, recordings), batch, replays, own = recording(), rows(), [], Played.replay
     monkeypatch.setattr(Played, "replay", lambda *given: (replays.append(1), own(*given))[1])
-    recordings = Recordings(lora.model, lora.parameters("x"), shares=False)
     with lora.use("x"), leanly(lora, batch):
         recordings.begin(9)  # nothing is laid
         exact = recordings.run(batch, 9), gradients(lora)
@@ -344,9 +343,7 @@ def test_a_pass_that_was_begun_is_taken_up_under_the_same_weights_alone(
 
 
 def test_a_shortage_in_what_is_begun_is_left_to_the_step(played: type[Played], monkeypatch: pytest.MonkeyPatch) -> None:
-    lora, batch = LoRA(causal("llama")), rows()
-    lora.add("x", Q)
-    recordings = Recordings(lora.model, lora.parameters("x"), shares=False)
+    (lora, recordings), batch = recording(), rows()
     with lora.use("x"), leanly(lora, batch):
         exact = recordings.run(batch, 9)
         for error in (BROKEN, RuntimeError("something else")):
