@@ -9,13 +9,15 @@
                                                           SPARE for the allocator and the backward; a attention weights
                                                           per token, which only a model that drops some of them keeps;
                                                           with checkpointing a layer keeps h, and one at a time the rest
-    head         CHUNK · V · (4 | 6 bf16)                 the logits of one chunk in fp32, in bf16 where products are,
-                                                          for each pass of a round; a classifier has none
+    head         V · (4 · CHUNK | 2 · CHUNK + 4 · PIECE)  the logits of one chunk in fp32, or in bf16 where products are
+                                                          and a piece of them in fp32, for each pass of a round; a
+                                                          classifier has none
     runtime      the interpreter, its libraries and their buffers
 
-A layer keeps the inputs of its two norms, q, k, v, attention's output, the feed-forward's gate and up, and what its
-Parts keep, mostly the input of each matrix that is trained: core.functions and core.attention say why no more. Rows
-that are padded are all as long as the longest, and their attention keeps a key and a value for each head.
+A layer keeps the inputs of its two norms, q, k, v, attention's output (but not a CPU's of long rows), the
+feed-forward's gate and up, and what its Parts keep, mostly the input of each matrix that is trained: core.functions and
+core.attention say why no more. Rows that are padded are all as long as the longest, and their attention keeps a key and
+a value for each head.
 
 Time counts floating-point operations: 2 per parameter and token forward, 2 more in the blocks that the gradient
 passes, 2 more for each trained parameter, at a share of the matrix rate that this machine shows in a short
@@ -30,9 +32,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora_studio import recorded as recordings
-from lora_studio.core import lean, upcast
+from lora_studio.core import attention, lean, upcast
 from lora_studio.core.baselines import Piece
-from lora_studio.core.functions import CHUNK
+from lora_studio.core.functions import CHUNK, PIECE
 from lora_studio.core.layout import blocks, heads, matrices
 from lora_studio.core.spec import VIRTUAL
 from lora_studio.data.batches import Lengths
@@ -93,9 +95,11 @@ def estimate(
     passed = text.num_hidden_layers - _lowest(model, pieces)
     spare = SPARE_CUDA if device == "cuda" else SPARE[size]
     pads = _pads(model, pieces)
-    kept = spare * size * _kept_elements(model, pieces, pads=pads) + _kept_weights(model, config, data, rows)
+    in_blocks = device == "cpu" and not pads and _long(config, data, rows) >= attention.long(_query_width(text))
+    elements = _kept_elements(model, pieces, pads=pads, in_blocks=in_blocks)
+    kept = spare * size * elements + _kept_weights(model, config, data, rows)
     layers = kept + spare * size * text.hidden_size * passed if config.checkpointing == "on" else kept * passed
-    room = lean.room(model, device, recorded=recorded)
+    room = lean.room(model, device, size, recorded=recorded)
     cut = functools.partial(_cut, config, data, room, busy(model), abreast)
     if recorded:
         cut = functools.partial(_filled, config, data, room, text.hidden_size)
@@ -105,7 +109,7 @@ def estimate(
         "adapter": (12 + 4 * (step.passes + (step.passes > 1 and step.rounds > 1))) * trainable,
         "activations": int(_together(config, data, rows, step, pads=pads) * layers)
         + int(step.again * 2 * _key_width(text) * spare * size * passed if device == "cuda" else 0),
-        "head": step.passes * CHUNK[device] * _vocabulary(model) * (4 if size == 4 or _upcasts(device) else 6),
+        "head": step.passes * _vocabulary(model) * _logit_bytes(size, device),
         "runtime": RUNTIME_BYTES if device == "cpu" else 0,
     }
     memory["peak"] = sum(memory.values())
@@ -127,6 +131,12 @@ def _lowest(model: Any, pieces: Sequence[Piece]) -> int:
 def _vocabulary(model: Any) -> int:
     """Outputs of the head that writes text; 0 for a classifier."""
     return model.config.get_text_config().vocab_size if model.get_output_embeddings() is not None else 0
+
+
+def _logit_bytes(size: int, device: str) -> int:
+    """Of a word's logits that are in memory together."""
+    in_fp32 = size == 4 or _upcasts(device)
+    return 4 * CHUNK[device] if in_fp32 else 2 * CHUNK[device] + 4 * PIECE[device]
 
 
 def _upcasts(device: str) -> bool:
@@ -219,28 +229,31 @@ def _kept_weights(model: Any, config: TrainConfig, data: Lengths, rows: int) -> 
 def _key_width(text: Any) -> int:
     """Elements of a token's keys in a layer."""
     heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return (getattr(text, "num_key_value_heads", None) or heads) * head_dim
+    return _query_width(text) // heads * (getattr(text, "num_key_value_heads", None) or heads)
 
 
-def _kept_elements(model: Any, pieces: Sequence[Piece], *, pads: bool) -> float:
-    """Elements a block keeps for its backward per token."""
-    text = model.config.get_text_config()
-    hidden = text.hidden_size
+def _query_width(text: Any) -> int:
+    """Elements of a token's queries in a layer."""
     heads = text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    keys = _key_width(text)
+    return heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+
+
+def _kept_elements(model: Any, pieces: Sequence[Piece], *, pads: bool, in_blocks: bool) -> float:
+    """Elements a block keeps for its backward per token; in_blocks: attention is computed so, without its output."""
+    text = model.config.get_text_config()
+    hidden, queries = text.hidden_size, _query_width(text)
+    keys = queries if pads else _key_width(text)
     inner = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
-    keys = heads * head_dim if pads else keys
     inside = [piece for piece in pieces if piece.layer >= 0]
     roles = {piece.role for piece in inside if piece.keeps_input}
     gated = any(target.role == "mlp.gate" for target in matrices(model))
-    kept = 2 * hidden + 2 * heads * head_dim + 2 * keys + (2 if gated else UNGATED) * inner
+    kept = 2 * hidden + queries + 2 * keys + (2 if gated else UNGATED) * inner
     kept += sum(piece.keeps for piece in inside) / text.num_hidden_layers
     trained = sum(piece.parameters for piece in inside)
     layers = {piece.layer for piece in inside}
     body = sum(tensor.numel() for tensor in blocks(model)[1].parameters()) * len(layers) / text.num_hidden_layers
     whole = trained > body / 2  # the weights themselves are trained
+    kept += queries if whole or "attn.o" in roles or not in_blocks else 0
     kept += hidden if whole or roles & {"attn.q", "attn.k", "attn.v"} else 0
     kept += hidden if whole or roles & {"mlp.gate", "mlp.up"} else 0
     return kept + (inner if whole or "mlp.down" in roles else 0)

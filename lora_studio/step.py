@@ -172,6 +172,7 @@ def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str, long
     """An adapter's part, as its settings, its method, its rows and the machine want it cut."""
     model, shares = lora.model, shares_prefix(lora, [adapter])
     config: Any = model.config
+    size = model.dtype.itemsize  # type: ignore[operator]
     device = next(model.parameters()).device.type
     recorded = device == "cuda" and checkpointing != "on" and recordable(lora, adapter)
     return Share(
@@ -179,7 +180,7 @@ def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str, long
         accumulate=accumulate,
         # virtual tokens stand in a cache, which a block that computes twice does not take
         checkpointing=checkpointing if lora.packs(adapter) else "off",
-        room=lean.room(model, device, recorded=recorded),
+        room=lean.room(model, device, size, recorded=recorded),
         shares=shares,
         abreast=side_by_side(model, shares=shares, only_factors=lora.only_factors(adapter)) if device == "cpu" else 1,
         # with more, a CPU's products are busy as they are, and a larger pass leaves its caches

@@ -269,6 +269,25 @@ def test_chunked_cross_entropy_is_cross_entropy(dtype: torch.dtype) -> None:
     )
 
 
+def test_few_rows_of_logits_in_bfloat16_are_in_fp32_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    rows, made = [], functions._buffer
+    monkeypatch.setattr(upcast, "needed", lambda _: False)
+    monkeypatch.setattr(
+        functions, "_buffer", lambda count, *more, **named: (rows.append(count), made(count, *more, **named))[1]
+    )
+    count = functions.CHUNK["cpu"] + 5
+    hidden, head = torch.randn(count, 24).bfloat16().requires_grad_(), torch.randn(97, 24).bfloat16()
+    labels, found = torch.randint(0, 97, (count,)), []
+    for piece in (count, functions.PIECE["cpu"], 1):
+        monkeypatch.setitem(functions.PIECE, "cpu", piece)
+        losses: Any = functions.CrossEntropy.apply(hidden, head, labels)
+        found.append((losses, *torch.autograd.grad(losses.sum(), hidden)))
+    assert rows == [functions.CHUNK["cpu"], 16, 1]
+    for losses, gradient in found[1:]:
+        assert torch.equal(losses, found[0][0]) and torch.equal(gradient, found[0][1])
+
+
 def test_no_logits_of_the_whole_batch_are_kept_for_the_backward() -> None:
     lora = with_adapter("llama")
     sizes: list[int] = []
@@ -322,8 +341,8 @@ def test_a_models_own_turning_is_replaced_where_a_kernel_gives_the_same_and_aske
 def test_a_recorded_pass_on_a_gpu_is_smaller_for_a_wider_model(width: int, tokens: int) -> None:
     model = causal("llama")
     model.config.hidden_size = width
-    assert lean.room(model, "cuda", recorded=True) == tokens
-    assert lean.room(model, "cuda", recorded=False) == 16_384 > lean.room(model, "cpu", recorded=False) == 1024
+    assert lean.room(model, "cuda", 2, recorded=True) == tokens
+    assert lean.room(model, "cuda", 2, recorded=False) == 16_384 > lean.room(model, "cpu", 4, recorded=False) == 1024
 
 
 def test_packing_pads_nothing_and_counts_what_is_predicted() -> None:
@@ -444,7 +463,13 @@ def kept_bytes(lora: LoRA, rows: list[lean.Tokens], *, frugal: bool) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("targets", [("attn.q", "attn.v"), ("all-linear",)])
-def test_a_token_keeps_what_the_formula_says(dtype: torch.dtype, targets: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_token_keeps_what_the_formula_says(
+    dtype: torch.dtype, targets: tuple[str, ...], in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if in_blocks:
+        monkeypatch.setattr(attention, "BLOCK", 16)
+        monkeypatch.setattr(attention, "ENOUGH", 0)
     h, kv, inner, layers, r = 256, 128, 512, 3, 4
     sizes = {"hidden_size": h, "intermediate_size": inner, "num_hidden_layers": layers}
     config = transformers.LlamaConfig(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, **sizes)
@@ -452,9 +477,11 @@ def test_a_token_keeps_what_the_formula_says(dtype: torch.dtype, targets: tuple[
     lora.add("x", LoraSpec(rank=r, targets=targets))
     rows = [lean.Tokens(list(range(2, 42)), [True] * 40), lean.Tokens(list(range(2, 26)), [True] * 24)]
     found = kept_bytes(lora, rows, frugal=True) / 64
-    # x twice, norm(x) for q and v, q, k, v, attention's output, gate, up; with every matrix adapted also norm(x) of
-    # the feed-forward and what goes into its last matrix
-    elements = layers * (5 * h + 2 * kv + 2 * inner + (h + inner if targets == ("all-linear",) else 0))
+    # x twice, norm(x) for q and v, q, k, v, gate, up, attention's output if torch's kernel made it; with every matrix
+    # adapted that in any case, norm(x) of the feed-forward and what goes into its last matrix
+    everywhere = targets == ("all-linear",)
+    elements = layers * (4 * h + 2 * kv + 2 * inner + (h + inner if everywhere else 0))
+    elements += layers * h if everywhere or not in_blocks else 0
     elements += h + 2 * (h // 4)  # once: the gradient that the head has made, and the positions' sines and cosines
     assert found == pytest.approx(dtype.itemsize * elements, rel=0.01)
     assert found < 0.9 * kept_bytes(lora, rows, frugal=False) / 64

@@ -384,6 +384,13 @@ def test_a_shortage_while_measuring_takes_smaller_passes_or_ends_that_job_alone(
     assert max(sizes) > 70 >= sizes[-1]
 
 
+def test_a_pass_on_a_cpu_holds_as_many_bytes_in_either_precision() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        lora = LoRA(causal("llama").to(dtype))
+        lora.add("x", LoraSpec())
+        assert step.share_of(lora, "x", 1, "auto").room * dtype.itemsize == 4096
+
+
 def test_small_passes_are_shared_and_large_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     one_by_one = 6 + 6 + 4 + 6 + 3
     for room, busy, passes in ((10_000, 256, 6), (70, 256, one_by_one), (10_000, 30, one_by_one)):  # tokens

@@ -18,9 +18,9 @@ Place = tuple[slice, ...]  # of a sequence's tokens in a row: those it begins wi
 aten = torch.ops.aten
 
 
-def long(q: torch.Tensor) -> int:
-    """Tokens from which a sequence of these queries (1, heads, T, d) is computed in blocks."""
-    return max(BLOCK, ENOUGH // (q.shape[1] * q.shape[3]))
+def long(width: int) -> int:
+    """Tokens from which a sequence is computed in blocks, by the width over which its heads attend."""
+    return max(BLOCK, ENOUGH // width)
 
 
 class Arrangement:
@@ -85,10 +85,10 @@ class Arrangement:
 class CausalAttention(torch.autograd.Function):
     """Causal softmax attention on the CPU within each of several sequences that lie end to end.
 
-    q (1, heads, T, d), k and v (1, kv_heads, T, d) -> (1, T, heads, d). It keeps q, k, v in their own dtype, the output
-    and one number a position and head, instead of fp32 copies of all four: torch's kernel is used in fp32, because in
-    bfloat16 its backward takes twice the time. A sequence that begins with tokens of another attends to them as to its
-    own.
+    q (1, heads, T, d), k and v (1, kv_heads, T, d) -> (1, T, heads, d). It keeps q, k, v in their own dtype, a number
+    for each position and head and, where torch's kernel was used, the output, instead of fp32 copies of all four: that
+    is used in fp32, because in bfloat16 its backward takes twice the time. A sequence that begins with tokens of
+    another attends to them as to its own.
     """
 
     @staticmethod
@@ -104,27 +104,29 @@ class CausalAttention(torch.autograd.Function):
         output = arrangement.taken_up(part for part, _ in made).to(q.dtype) if made else torch.empty_like(by_token[0])
         logsums = [logsum for _, logsum in made]
         logsums += [_attend_apart(by_token, output, place, scaled) for place in arrangement.apart]
-        ctx.save_for_backward(q, k, v, output, *logsums)
+        ctx.save_for_backward(q, k, v, arrangement.lay(output) if made else None, *logsums)
         ctx.arrangement, ctx.scale = arrangement, scaled
         return output[None]
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, output, *logsums = ctx.saved_tensors
+        q, k, v, laid_output, *logsums = ctx.saved_tensors
         arrangement: Arrangement = ctx.arrangement
-        by_token = [outer[0][0], *(tensor[0].transpose(0, 1) for tensor in (q, k, v)), output]
-        laid = [arrangement.lay(tensor) for tensor in by_token]
-        for _, rows in arrangement.copies:  # what these attended to is their own sequence's affair
-            laid[0][rows] = 0
-        made = [
-            aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                *map(torch.Tensor.float, parts), logsum, 0.0, True, scale=ctx.scale
-            )
-            for *parts, logsum in zip(*map(arrangement.grouped, laid), logsums, strict=False)
-        ]
-        gradients = [arrangement.taken_up(parts, add=True) for parts in zip(*made, strict=True)]
-        gradients = gradients or [torch.zeros_like(tensor, dtype=torch.float32) for tensor in by_token[1:4]]
-        for place, logsum in zip(arrangement.apart, logsums[len(made) :], strict=True):
+        by_token = [outer[0][0], *(tensor[0].transpose(0, 1) for tensor in (q, k, v))]
+        if laid_output is None:
+            gradients = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in by_token[1:]]
+        else:
+            laid = [*map(arrangement.lay, by_token), laid_output]
+            for _, rows in arrangement.copies:  # what these attended to is their own sequence's affair
+                laid[0][rows] = 0
+            made = [
+                aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    *map(torch.Tensor.float, parts), logsum, 0.0, True, scale=ctx.scale
+                )
+                for *parts, logsum in zip(*map(arrangement.grouped, laid), logsums, strict=False)
+            ]
+            gradients = [arrangement.taken_up(parts, add=True) for parts in zip(*made, strict=True)]
+        for place, logsum in zip(arrangement.apart, logsums[len(arrangement.groups) :], strict=True):
             _attend_apart_backward(by_token, logsum, gradients, place, ctx.scale)
         return *(gradient.to(q.dtype).transpose(0, 1)[None] for gradient in gradients), None, None
 
@@ -160,18 +162,18 @@ def _attend_apart_backward(
 ) -> None:
     """Add to the gradients of q, k and v those of one sequence.
 
-    given: the output's gradient, q, k, v and the output (T, heads, d).
+    given: the output's gradient, q, k and v (T, heads, d).
     """
-    outer, q, k, v, output = given
+    outer, q, k, v = given
     own, queries, come = place[-1], _under(q[place[-1]], k), _under(outer[place[-1]], k)
-    along = (come * _under(output[own], k)).sum(-1, keepdim=True)
     keys, values = _all(k, place), _all(v, place)
     in_base_2 = keys * (scale * LOG2E)
     for_q, for_k, for_v = torch.empty_like(queries), torch.zeros_like(keys), torch.zeros_like(values)
     for rows, seen, later in _blocks(queries, keys, own):
         chances = _scores(queries[:, rows], in_base_2[:, seen], later).sub_(logsum[:, rows]).exp2_()
         for_v[:, seen].baddbmm_(chances.mT, come[:, rows])
-        for_scores = torch.bmm(come[:, rows], values[:, seen].mT).sub_(along[:, rows]).mul_(chances)
+        for_scores = torch.bmm(come[:, rows], values[:, seen].mT).mul_(chances)
+        for_scores.addcmul_(chances, for_scores.sum(-1, keepdim=True), value=-1)
         for_q[:, rows] = torch.bmm(for_scores, keys[:, seen])
         for_k[:, seen].baddbmm_(for_scores.mT, queries[:, rows])
     gradients[0][own] += _by_token(for_q, own).mul_(scale)

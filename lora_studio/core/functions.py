@@ -26,6 +26,7 @@ CHUNK = {"cpu": 256, "mps": 128, "cuda": 512}
 # Such a product has, or a multiple. On a CPU few are summed in another order, and a loss went by who shared its pass;
 # a GPU would fetch another kernel for every number.
 ROWS = {"cpu": 16, "mps": 16, "cuda": 128}
+PIECE = {"cpu": 16, "mps": 128, "cuda": 512}  # of a chunk's rows in bfloat16 are in fp32 together: they stay in a cache
 LOG2E = 1 / math.log(2)  # powers of two take a third of the time of powers of e
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 aten = torch.ops.aten
@@ -204,31 +205,40 @@ def _losses(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, l
     in_fp32 = upcasts or hidden.dtype == torch.float32  # how the head is multiplied
     by_word = in_fp32 and hidden.device.type == "cpu"
     # the same buffers for every chunk: fresh pages are not free
-    wide = _buffer(count, words, hidden.device, by_word=by_word)
+    piece = count if in_fp32 else min(PIECE[hidden.device.type], count)
+    wide = _buffer(piece, words, hidden.device, by_word=by_word)
     logits = wide if in_fp32 else hidden.new_empty(count, words)
     ones = wide.new_ones(words, ROWS["cpu"]) if by_word else None
     for start in range(0, len(hidden), most_rows):
         span = slice(start, start + most_rows)
         part, label = hidden[span], labels[span, None]
-        narrow, chunk = logits[: len(part)], wide[: len(part)]
+        chunk, total = logits[: len(part)], losses.new_empty(len(part), 1)
         if upcasts:
             upcast.times_transposed(part, head, out=chunk)
         else:
-            torch.mm(part, head.T, out=narrow)
-            chunk.copy_(narrow)
-        most = chunk.amax(-1, keepdim=True)
-        picked = chunk.gather(1, label)
-        chunk.sub_(most).mul_(LOG2E).exp2_()  # softmax · total from here on
-        total = chunk.sum(-1, keepdim=True) if ones is None else (chunk @ ones)[:, :1]
-        losses[span] = (total.log() + most - picked)[:, 0]
+            torch.mm(part, head.T, out=chunk)
+        for rows in (slice(first, first + piece) for first in range(0, len(part), piece)):
+            some = chunk[rows] if in_fp32 else wide[: len(chunk[rows])].copy_(chunk[rows])
+            losses[span][rows] = _softmax_(some, label[rows], total[rows], ones, learns=learns)
+            if learns and not in_fp32:
+                chunk[rows] = some
         if gradient is not None:
-            chunk.scatter_add_(1, label, -total)
-            if upcasts:
-                made = upcast.times(chunk, head)
-            else:
-                made = (head.T @ chunk.T).T if by_word else narrow.copy_(chunk) @ head
+            made = upcast.times(chunk, head) if upcasts else (head.T @ chunk.T).T if by_word else chunk @ head
             gradient[span] = made.div_(total)
     return losses, gradient
+
+
+def _softmax_(
+    logits: torch.Tensor, label: torch.Tensor, total: torch.Tensor, ones: torch.Tensor | None, *, learns: bool
+) -> torch.Tensor:
+    """The losses (rows,) of logits (rows, words) in fp32, which become their gradient times the total (rows, 1)."""
+    most = logits.amax(-1, keepdim=True)
+    picked = logits.gather(1, label)
+    torch.add(most * -LOG2E, logits, alpha=LOG2E, out=logits).exp2_()  # softmax · total from here on
+    total.copy_(logits.sum(-1, keepdim=True) if ones is None else (logits @ ones)[:, :1])
+    if learns:
+        logits.scatter_add_(1, label, -total)
+    return (total.log() + most - picked)[:, 0]
 
 
 def _losses_by_kernel(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, learns: bool) -> Made:

@@ -255,13 +255,15 @@ def _labels(tokens: Tokens) -> list[int]:
     return [token if kept else IGNORED for token, kept in following] + [IGNORED]
 
 
-def room(model: nn.Module, device: str, *, recorded: bool) -> int:
+def room(model: nn.Module, device: str, size: int, *, recorded: bool) -> int:
     """Tokens of a pass in training: as many as keep the matrix products busy. More would only take memory.
 
+    size: bytes of a number in what it computes. On a CPU twice as many tokens are held in two bytes: their products
+    take half the time, and what each pass takes besides, of reading weights and of Python, is felt twice as much.
     A pass on a GPU that is not `recorded` waits for Python, however few its tokens are, so there are few passes.
     """
     config: Any = model.config
-    most = PASS[device]
+    most = PASS[device] * (2 if device == "cpu" and size == 2 else 1)
     return min(most, max(1024, WIDE // config.get_text_config().hidden_size)) if recorded else most
 
 
@@ -658,7 +660,7 @@ def _attend(
     if not sequence_lengths.known:
         raise RuntimeError("its attention goes by the lengths of the sequences")
     if plain and query.device.type == "cpu":
-        apart = sequence_lengths.arrangement(query.device, attention.long(query))
+        apart = sequence_lengths.arrangement(query.device, attention.long(query.shape[1] * query.shape[3]))
         return attention.CausalAttention.apply(query, key, value, apart, scaling), None  # type: ignore
     arrangement = sequence_lengths.arrangement(query.device)
     grouped = query.shape[1] != key.shape[1]  # fewer key and value heads than query heads
