@@ -99,7 +99,7 @@ def estimate(
     elements = _kept_elements(model, pieces, pads=pads, in_blocks=in_blocks)
     kept = spare * size * elements + _kept_weights(model, config, data, rows)
     layers = kept + spare * size * text.hidden_size * passed if config.checkpointing == "on" else kept * passed
-    room = lean.room(model, device, size, recorded=recorded)
+    room = lean.room(model, device, 4 if _upcasts(device) else size, recorded=recorded)
     cut = functools.partial(_cut, config, data, room, busy(model), abreast)
     if recorded:
         cut = functools.partial(_filled, config, data, room, text.hidden_size)

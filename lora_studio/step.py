@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lora_studio.core import lean
+from lora_studio.core import lean, upcast
 from lora_studio.core.lora import LoRA
 from lora_studio.measure import (
     forget_peak,
@@ -172,8 +172,8 @@ def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str, long
     """An adapter's part, as its settings, its method, its rows and the machine want it cut."""
     model, shares = lora.model, shares_prefix(lora, [adapter])
     config: Any = model.config
-    size = model.dtype.itemsize  # type: ignore[operator]
     device = next(model.parameters()).device.type
+    size = upcast.widened(torch.empty(0, dtype=model.dtype, device=device)).itemsize  # type: ignore[arg-type]
     recorded = device == "cuda" and checkpointing != "on" and recordable(lora, adapter)
     return Share(
         adapter=adapter,

@@ -14,7 +14,7 @@ import torch
 
 import lora_studio.train as training
 from lora_studio import step
-from lora_studio.core import lean
+from lora_studio.core import lean, upcast
 from lora_studio.core.baselines import add
 from lora_studio.core.lora import LoRA
 from lora_studio.core.spec import BASELINES, VARIANTS, BaselineSpec, LoraSpec, Method
@@ -384,11 +384,16 @@ def test_a_shortage_while_measuring_takes_smaller_passes_or_ends_that_job_alone(
     assert max(sizes) > 70 >= sizes[-1]
 
 
-def test_a_pass_on_a_cpu_holds_as_many_bytes_in_either_precision() -> None:
+@pytest.mark.parametrize("lacks", [False, True])
+def test_a_pass_on_a_cpu_holds_twice_the_tokens_where_products_take_half(
+    lacks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upcast, "lacks_bfloat16", lambda: lacks)
     for dtype in (torch.float32, torch.bfloat16):
         lora = LoRA(causal("llama").to(dtype))
         lora.add("x", LoraSpec())
-        assert step.share_of(lora, "x", 1, "auto").room * dtype.itemsize == 4096
+        twice = dtype == torch.bfloat16 and not lacks
+        assert step.share_of(lora, "x", 1, "auto").room == (2048 if twice else 1024)
 
 
 def test_small_passes_are_shared_and_large_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

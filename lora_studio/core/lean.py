@@ -258,8 +258,8 @@ def _labels(tokens: Tokens) -> list[int]:
 def room(model: nn.Module, device: str, size: int, *, recorded: bool) -> int:
     """Tokens of a pass in training: as many as keep the matrix products busy. More would only take memory.
 
-    size: bytes of a number in what it computes. On a CPU twice as many tokens are held in two bytes: their products
-    take half the time, and what each pass takes besides, of reading weights and of Python, is felt twice as much.
+    size: bytes of a number in its products. On a CPU there are twice as many tokens of two bytes: these products take
+    half the time, and what each pass takes besides, of reading weights and of Python, is felt twice as much.
     A pass on a GPU that is not `recorded` waits for Python, however few its tokens are, so there are few passes.
     """
     config: Any = model.config
