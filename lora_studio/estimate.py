@@ -103,11 +103,13 @@ def estimate(
     cut = functools.partial(_cut, config, data, room, busy(model), abreast)
     if recorded:
         cut = functools.partial(_filled, config, data, room, text.hidden_size)
-    step = cut(*_long_step(config, data, rows))
+    together, row = _long_step(config, data, rows)
+    step, usual = cut(together, row), cut(together, data.total / rows)
+    most = room if usual.rounds < step.rounds and not recorded else 0  # of steps in between some fill their rounds
     memory = {
         "weights": total_bytes(model, precision),
         "adapter": (12 + 4 * (step.passes + (step.passes > 1 and step.rounds > 1))) * trainable,
-        "activations": int(_together(config, data, rows, step, pads=pads) * layers)
+        "activations": int(max(0 if pads else most, _together(config, data, rows, step, pads=pads)) * layers)
         + int(step.again * 2 * _key_width(text) * spare * size * passed if device == "cuda" else 0),
         "head": step.passes * _vocabulary(model) * _logit_bytes(size, device),
         "runtime": RUNTIME_BYTES if device == "cpu" else 0,

@@ -30,7 +30,7 @@ class Started:
 
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """One forward and backward on the longest batch, measured before training; it replaces the estimate."""
+    """One forward and backward on the heaviest batch, measured before training; it replaces the estimate."""
 
     tokens: int  # of that batch
     seconds_step: float

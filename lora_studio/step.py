@@ -118,6 +118,19 @@ class Share:
         """Tokens that a pass of these rows computes."""
         return lean.laid(part, share=self._shares(part))
 
+    def heaviest(self, batches: Sequence[Batch]) -> Batch:
+        """The one that takes the most memory: with the largest round, and of such the longest.
+
+        It need not be the longest of all, which may be cut where a shorter one is not.
+        """
+
+        def weight(batch: Batch) -> tuple[int, int]:
+            rounds = self.rounds(batch) if not self.width else []  # recorded passes are of about one size
+            largest = max((sum(map(self.size, passes)) for passes in rounds), default=0)
+            return largest, sum(len(tokens.ids) for tokens in batch)
+
+        return max(batches, key=weight)
+
     def _shares(self, part: Batch) -> bool:
         return self.shares and part[0].label is None
 

@@ -41,7 +41,7 @@ from lora_studio.recorded import forget
 from lora_studio.settings import QUANTISED, TrainConfig
 from lora_studio.step import Crowded, Share, careful, on_their_way, probe, random_states, restore_random, share_of
 
-PROBED = 1_000  # steps ahead among which the longest batch is looked for
+PROBED = 1_000  # steps ahead among which the heaviest batch is looked for
 Found = TypeVar("Found")
 
 
@@ -365,7 +365,7 @@ def _notes(course: _Course) -> Iterator[tuple[int, Event]]:
 
 
 def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]]:
-    """One forward and backward on each job's longest batch before anything is trained: what it takes is measured."""
+    """One forward and backward on each job's heaviest batch before anything is trained: what it takes is measured."""
     for course in courses:
         course.floor = peak_memory(course.job.device)
     for course in courses:
@@ -374,14 +374,15 @@ def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]
         if not ahead:
             continue
         sizes = [sum(len(tokens.ids) for tokens in batch) for batch in ahead]
-        longest = ahead[sizes.index(max(sizes))]
+        heaviest = job.share.heaviest(ahead)
+        tokens = sum(len(one.ids) for one in heaviest)
         try:
-            found = probe(lora, job.share, longest)
+            found = probe(lora, job.share, heaviest)
         except StudioError as error:
             yield course.number, course.failed(error)
             continue
         yield from _notes(course)
-        per_token = found.seconds / max(sizes)
+        per_token = found.seconds / tokens
         steps = course.steps - job.step
         rows = (*_measured(job), *(one.tokens for one in job.general))
         measured = sum(len(tokens.ids) for tokens in rows) * per_token / 3  # a forward is a third of a step
@@ -394,11 +395,11 @@ def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]
             course.number,
             Probed(
                 step=job.step,
-                tokens=max(sizes),
+                tokens=tokens,
                 seconds_step=found.seconds,
                 seconds=seconds,
                 memory_bytes=max(found.memory_bytes, 0),
-                accumulate=len(job.share.rounds(longest)),
+                accumulate=len(job.share.rounds(heaviest)),
                 batch_fits=found.batch_fits,
             ),
         )

@@ -187,3 +187,18 @@ def test_a_classifier_has_no_vocabulary_head_and_its_own_head_lies_above_the_blo
 def test_packed_weights_take_less_room() -> None:
     sizes = [forecast(precision=precision).memory_bytes["weights"] for precision in ("bfloat16", "int8", "nf4")]
     assert sizes[0] > sizes[1] > sizes[2]
+
+
+def test_steps_that_are_cut_and_steps_that_are_not_are_forecast_as_the_fullest_in_between() -> None:
+    model, room = causal("llama"), 1024
+    data = dataclasses.replace(ASSUMED, p95=256, max=256, shared_prefix=0)  # rows of 128 and of up to 256 tokens
+
+    def activations(batch: int) -> int:
+        config = dataclasses.replace(CONFIG, batch_size=batch)
+        pieces = plan(model, LoraSpec())
+        found = estimate(model, pieces, config, precision="float32", device="cpu", lengths=data)
+        return found.memory_bytes["activations"]
+
+    a_token = activations(1) / 192
+    assert activations(4) == pytest.approx(4 * 192 * a_token, rel=1e-3)  # all are one pass
+    assert activations(7) == pytest.approx(room * a_token, rel=1e-3)  # 896 to 1,344

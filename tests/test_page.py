@@ -128,7 +128,7 @@ def test_the_doctor_starts_again_and_that_run_is_paused_and_resumed(url: str, br
     page = browser.new_page(viewport={"width": 390, "height": 844})
     watch, steps = Watch(page, url), 2 * STEPS
     train(page, url, str(tiny_model(tmp_path / "tiny")), steps, learning_rate="0.000001", batch="2")
-    expect(page.locator("#live .forecast")).to_contain_text("Measured on the longest batch", timeout=60_000)
+    expect(page.locator("#live .forecast")).to_contain_text("Measured on the heaviest batch", timeout=60_000)
     again = page.get_by_role("button", name="Start again with learning rate 0.005")
     expect(again).to_be_visible(timeout=240_000)
     assert overflow(page) <= 0

@@ -384,6 +384,15 @@ def test_a_shortage_while_measuring_takes_smaller_passes_or_ends_that_job_alone(
     assert max(sizes) > 70 >= sizes[-1]
 
 
+def test_the_probe_takes_the_batch_with_the_largest_round_not_the_longest() -> None:
+    share = step.Share(adapter="x", room=100)
+    rows = [lean.Tokens([*range(length)], [True] * length) for length in (30, 40, 50, 60)]
+    whole, longest, short = [rows[0], rows[3]], [*rows[:2], rows[2]], [rows[1]]
+    assert share.heaviest([short, longest, whole]) is whole  # 90 tokens at once, and 50 + 70
+    share.room = 1000
+    assert share.heaviest([short, longest, whole]) is longest
+
+
 @pytest.mark.parametrize("lacks", [False, True])
 def test_a_pass_on_a_cpu_holds_twice_the_tokens_where_products_take_half(
     lacks: bool, monkeypatch: pytest.MonkeyPatch

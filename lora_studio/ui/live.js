@@ -231,7 +231,7 @@ function forecast(active) {
   if (seconds) parts.push(`about ${duration(seconds)} in all`);
   if (probe?.batch_fits) parts.push(`${probe.batch_fits} ${probe.batch_fits === 1 ? 'example' : 'examples'} at a time fit`);
   if (probe?.accumulate > 1) parts.push(`a step is ${probe.accumulate} parts`);
-  const how = probe ? 'Measured on the longest batch' : 'Estimated';
+  const how = probe ? 'Measured on the heaviest batch' : 'Estimated';
   say($('.forecast'), active && parts.length ? `${how}: ${parts.join(', ')}.` : '');
 }
 

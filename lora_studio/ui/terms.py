@@ -35,7 +35,7 @@ TERMS = {
     "loss": "How surprised the model is by the answers, in nats a token: 0 is not at all, lower is better.",
     "memory": "The most that the run's process has held at once; on an NVIDIA GPU, of the GPU's memory.",
     "nats": "The unit of the loss: at 0.7 the wanted token gets half of the probability, at 2.3 a tenth, at 0 all.",
-    "probe step": "The longest batch, tried once before the first step to measure time and memory.",
+    "probe step": "The batch that takes the most memory, tried once before the first step to measure time and memory.",
     "rouge-l": "How many of the wanted answer's words come in the answer, in their order; 100 % is all, and no others.",
     "step": "One update of the adapter by one batch.",
     "the run": "What the run itself took.",
