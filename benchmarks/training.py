@@ -7,8 +7,9 @@
     python -m benchmarks.training --data pairs.jsonl --device cuda    random weights of 1.5 B and 8 B parameters
 
 Every training runs in a process of its own, on the same batches in the same order, from the same adapter; the ways take
-turns, so that the machine's drift hits all alike. Steps alone are timed, behind one that warms up. Tables are Markdown
-on stdout, progress goes to stderr. benchmarks/requirements.txt names what the others need.
+turns, so that the machine's drift hits all alike. Ours has the allocator settings of the app's worker, as a run of the
+app does, with --alike every way has them. Steps alone are timed, behind one that warms up. Tables are Markdown on
+stdout, progress goes to stderr. benchmarks/requirements.txt names what the others need.
 """
 
 import argparse

@@ -565,7 +565,7 @@ def _sentence(event: dict[str, Any]) -> str:
     if event["type"] == "Probed":
         cut = f", in {event['accumulate']} parts" if event["accumulate"] > 1 else ""
         figures = f"{event['memory_bytes'] / 2**30:.1f} GB, {event['seconds_step']:.1f} s"
-        return f"measured: {figures} for the longest step{cut}, about {event['seconds']:.0f} s in all"
+        return f"measured: {figures} for the heaviest step{cut}, about {event['seconds']:.0f} s in all"
     if event["type"] == "Saved":
         return f"{step}  saved, the best so far"
     if event["type"] == "Warned":

@@ -9,8 +9,8 @@
                                                           SPARE for the allocator and the backward; a attention weights
                                                           per token, which only a model that drops some of them keeps;
                                                           with checkpointing a layer keeps h, and one at a time the rest
-    head         V · (4 · CHUNK | 2 · CHUNK + 4 · PIECE)  the logits of one chunk in fp32, or in bf16 where products are
-                                                          and a piece of them in fp32, for each pass of a round; a
+    head         V · (4 · CHUNK | 2 · CHUNK + 4 · FEW)   the logits of one chunk in fp32, or in bf16 where products are
+                                                          and a few of them in fp32, for each pass of a round; a
                                                           classifier has none
     runtime      the interpreter, its libraries and their buffers
 
@@ -34,7 +34,7 @@ from typing import Any
 from lora_studio import recorded as recordings
 from lora_studio.core import attention, lean, upcast
 from lora_studio.core.baselines import Piece
-from lora_studio.core.functions import CHUNK, PIECE
+from lora_studio.core.functions import CHUNK, IN_FP32
 from lora_studio.core.layout import blocks, heads, matrices
 from lora_studio.core.spec import VIRTUAL
 from lora_studio.data.batches import Lengths
@@ -99,13 +99,13 @@ def estimate(
     elements = _kept_elements(model, pieces, pads=pads, in_blocks=in_blocks)
     kept = spare * size * elements + _kept_weights(model, config, data, rows)
     layers = kept + spare * size * text.hidden_size * passed if config.checkpointing == "on" else kept * passed
-    room = lean.room(model, device, 4 if _upcasts(device) else size, recorded=recorded)
+    room = lean.room(model, device, recorded=recorded, upcasts=size == 2 and _upcasts(device))
     cut = functools.partial(_cut, config, data, room, busy(model), abreast)
     if recorded:
         cut = functools.partial(_filled, config, data, room, text.hidden_size)
     together, row = _long_step(config, data, rows)
-    step, usual = cut(together, row), cut(together, data.total / rows)
-    most = room if usual.rounds < step.rounds and not recorded else 0  # of steps in between some fill their rounds
+    step, short = cut(together, row), cut(together, max(1.0, 2 * data.total / rows - row))
+    most = room if short.rounds < step.rounds and not recorded else 0  # of steps in between some fill their rounds
     memory = {
         "weights": total_bytes(model, precision),
         "adapter": (12 + 4 * (step.passes + (step.passes > 1 and step.rounds > 1))) * trainable,
@@ -138,7 +138,7 @@ def _vocabulary(model: Any) -> int:
 def _logit_bytes(size: int, device: str) -> int:
     """Of a word's logits that are in memory together."""
     in_fp32 = size == 4 or _upcasts(device)
-    return 4 * CHUNK[device] if in_fp32 else 2 * CHUNK[device] + 4 * PIECE[device]
+    return 4 * CHUNK[device] if in_fp32 else 2 * CHUNK[device] + 4 * IN_FP32[device]
 
 
 def _upcasts(device: str) -> bool:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -119,17 +119,19 @@ class Share:
         return lean.laid(part, share=self._shares(part))
 
     def heaviest(self, batches: Sequence[Batch]) -> Batch:
-        """The one that takes the most memory: with the largest round, and of such the longest.
+        """The one that computes the most tokens at once, in its largest round; the longest of such.
 
         It need not be the longest of all, which may be cut where a shorter one is not.
         """
-
-        def weight(batch: Batch) -> tuple[int, int]:
-            rounds = self.rounds(batch) if not self.width else []  # recorded passes are of about one size
-            largest = max((sum(map(self.size, passes)) for passes in rounds), default=0)
-            return largest, sum(len(tokens.ids) for tokens in batch)
-
-        return max(batches, key=weight)
+        longest_first = sorted(batches, key=_tokens, reverse=True)
+        found, most = longest_first[0], 0
+        for batch in longest_first:
+            if self.width or _tokens(batch) <= most:  # what is recorded is of about one size
+                break
+            largest = max(sum(map(self.size, passes)) for passes in self.rounds(batch))
+            if largest > most:
+                found, most = batch, largest
+        return found
 
     def _shares(self, part: Batch) -> bool:
         return self.shares and part[0].label is None
@@ -181,19 +183,23 @@ class Share:
             raise shortage(next(lora.model.parameters()).device, tokens)
 
 
+def _tokens(batch: Batch) -> int:
+    return sum(len(tokens.ids) for tokens in batch)
+
+
 def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str, longest: int = 0) -> Share:
     """An adapter's part, as its settings, its method, its rows and the machine want it cut."""
     model, shares = lora.model, shares_prefix(lora, [adapter])
     config: Any = model.config
     device = next(model.parameters()).device.type
-    size = upcast.widened(torch.empty(0, dtype=model.dtype, device=device)).itemsize  # type: ignore[arg-type]
+    upcasts = upcast.needed(torch.empty(0, dtype=model.dtype, device=device))  # type: ignore[arg-type]
     recorded = device == "cuda" and checkpointing != "on" and recordable(lora, adapter)
     return Share(
         adapter=adapter,
         accumulate=accumulate,
         # virtual tokens stand in a cache, which a block that computes twice does not take
         checkpointing=checkpointing if lora.packs(adapter) else "off",
-        room=lean.room(model, device, size, recorded=recorded),
+        room=lean.room(model, device, recorded=recorded, upcasts=upcasts),
         shares=shares,
         abreast=side_by_side(model, shares=shares, only_factors=lora.only_factors(adapter)) if device == "cpu" else 1,
         # with more, a CPU's products are busy as they are, and a larger pass leaves its caches
@@ -262,14 +268,29 @@ def careful(lora: LoRA, work: Sequence[tuple[Share, Batch]]) -> Sequence[torch.T
 class Found:
     """What one step without an update takes, of the batch that was probed."""
 
+    tokens: int  # of the batch that was tried
     seconds: float
     seconds_token: float  # of a pass of one token without gradients: what a written token takes
     memory_bytes: int
     batch_fits: int | None  # of the batch's longest rows in one pass; None where the batch fits
 
 
-def probe(lora: LoRA, share: Share, batch: Batch) -> Found:
-    """Measure one forward and backward of `batch`, not recorded, and cut it smaller where it would not fit.
+def probe(lora: LoRA, share: Share, batches: Sequence[Batch]) -> Found:
+    """Measure one forward and backward of the heaviest of these, not recorded, and cut it smaller if it would not fit.
+
+    Then another may be the heaviest, and is tried as well.
+    """
+    fits = None
+    while True:
+        cut = share.accumulate
+        found = _tried(lora, share, share.heaviest(batches))
+        fits = fits or found.batch_fits
+        if share.accumulate == cut:
+            return replace(found, batch_fits=fits)
+
+
+def _tried(lora: LoRA, share: Share, batch: Batch) -> Found:
+    """What one batch takes.
 
     The longest row goes first, alone: memory grows with the tokens of a pass, so it tells what the batch will take
     before it is tried. Weights and random states stay as they were.
@@ -293,7 +314,13 @@ def probe(lora: LoRA, share: Share, batch: Batch) -> Found:
     for tensor in lora.parameters(share.adapter):
         tensor.grad = None
     restore_random(device, states)
-    return Found(seconds=seconds, seconds_token=seconds_token, memory_bytes=peak_memory(device), batch_fits=fits)
+    return Found(
+        tokens=_tokens(batch),
+        seconds=seconds,
+        seconds_token=seconds_token,
+        memory_bytes=peak_memory(device),
+        batch_fits=fits,
+    )
 
 
 def _cut_to_fit(lora: LoRA, share: Share, batch: Batch, longest: lean.Tokens, device: torch.device) -> int | None:

@@ -374,15 +374,13 @@ def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]
         if not ahead:
             continue
         sizes = [sum(len(tokens.ids) for tokens in batch) for batch in ahead]
-        heaviest = job.share.heaviest(ahead)
-        tokens = sum(len(one.ids) for one in heaviest)
         try:
-            found = probe(lora, job.share, heaviest)
+            found = probe(lora, job.share, ahead)
         except StudioError as error:
             yield course.number, course.failed(error)
             continue
         yield from _notes(course)
-        per_token = found.seconds / tokens
+        per_token = found.seconds / found.tokens
         steps = course.steps - job.step
         rows = (*_measured(job), *(one.tokens for one in job.general))
         measured = sum(len(tokens.ids) for tokens in rows) * per_token / 3  # a forward is a third of a step
@@ -395,11 +393,11 @@ def _probe(lora: LoRA, courses: Sequence[_Course]) -> Iterator[tuple[int, Event]
             course.number,
             Probed(
                 step=job.step,
-                tokens=tokens,
+                tokens=found.tokens,
                 seconds_step=found.seconds,
                 seconds=seconds,
                 memory_bytes=max(found.memory_bytes, 0),
-                accumulate=len(job.share.rounds(heaviest)),
+                accumulate=len(job.share.rounds(ahead[sizes.index(max(sizes))])),
                 batch_fits=found.batch_fits,
             ),
         )

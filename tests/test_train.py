@@ -384,25 +384,16 @@ def test_a_shortage_while_measuring_takes_smaller_passes_or_ends_that_job_alone(
     assert max(sizes) > 70 >= sizes[-1]
 
 
-def test_the_probe_takes_the_batch_with_the_largest_round_not_the_longest() -> None:
-    share = step.Share(adapter="x", room=100)
-    rows = [lean.Tokens([*range(length)], [True] * length) for length in (30, 40, 50, 60)]
-    whole, longest, short = [rows[0], rows[3]], [*rows[:2], rows[2]], [rows[1]]
-    assert share.heaviest([short, longest, whole]) is whole  # 90 tokens at once, and 50 + 70
-    share.room = 1000
-    assert share.heaviest([short, longest, whole]) is longest
-
-
 @pytest.mark.parametrize("lacks", [False, True])
-def test_a_pass_on_a_cpu_holds_twice_the_tokens_where_products_take_half(
+def test_a_pass_on_a_cpu_holds_fewer_tokens_where_bfloat16_is_a_matter_of_memory(
     lacks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(upcast, "lacks_bfloat16", lambda: lacks)
     for dtype in (torch.float32, torch.bfloat16):
         lora = LoRA(causal("llama").to(dtype))
         lora.add("x", LoraSpec())
-        twice = dtype == torch.bfloat16 and not lacks
-        assert step.share_of(lora, "x", 1, "auto").room == (2048 if twice else 1024)
+        few = dtype == torch.bfloat16 and lacks
+        assert step.share_of(lora, "x", 1, "auto").room == (1024 if few else 2048)
 
 
 def test_small_passes_are_shared_and_large_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -524,7 +515,7 @@ def test_a_probe_ends_where_one_row_alone_takes_too_much(monkeypatch: pytest.Mon
     monkeypatch.setattr(step, "free_memory", lambda device: 1)
     monkeypatch.setattr(step, "memory_in_use", lambda device: 0)
     monkeypatch.setattr(step, "peak_memory", lambda device: 10**6)
-    found = step.probe(work.lora, work.share, rows)
+    found = step.probe(work.lora, work.share, [rows])
     assert found.batch_fits == 1 and work.share.accumulate == 4
 
 
@@ -630,13 +621,17 @@ def test_activation_checkpointing_changes_no_loss_and_keeps_less(family: str) ->
     assert kept[1] < 1.0 * kept[0]
 
 
-def test_the_probe_measures_the_longest_batch_and_trains_nothing() -> None:
+@pytest.mark.parametrize("place", [0, 1])
+def test_the_probe_measures_the_heaviest_batch_and_trains_nothing(place: int) -> None:
+    """Which is the longest, or where that is cut the next one, which is not."""
     work = job(dataclasses.replace(CONFIG, batch_size=3))
+    batches = sorted(_batches([r.tokens for r in work.train], work.config, 6), key=work.share.size, reverse=True)
+    work.share.room = work.share.size(batches[place])
     before = [tensor.clone() for tensor in work.parameters]
     events = train(work)
     (probed,) = [event for event in itertools.islice(events, 2) if isinstance(event, Probed)]
-    sizes = [sum(len(one.ids) for one in batch) for batch in _batches([r.tokens for r in work.train], work.config, 6)]
-    assert probed.tokens == max(sizes) and probed.batch_fits is None and probed.accumulate == 1
+    assert probed.tokens == sum(len(one.ids) for one in batches[place]) and probed.batch_fits is None
+    assert probed.accumulate == 1 + place and work.share.size(batches[0]) > work.share.size(batches[1])
     assert all(torch.equal(old, new) for old, new in zip(before, work.parameters, strict=True))
     assert all(tensor.grad is None for tensor in work.parameters) and work.step == 0
 
@@ -651,6 +646,21 @@ def test_a_batch_that_would_not_fit_is_cut_before_it_is_tried(monkeypatch: pytes
     (probed,) = [event for event in events if isinstance(event, Probed)]
     assert probed.accumulate > 1 and probed.batch_fits == 3
     assert [event.code for event in events if isinstance(event, Warned)] == ["W_MEMORY"]
+
+
+def test_where_the_heaviest_batch_is_cut_the_next_one_is_tried_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 tokens at once would not fit, and cut in two parts the 130 are the most at once."""
+    work, tried = job(), []
+    work.share.room = 100
+    whole, longest = ([lean.Tokens(range(2, 2 + length), [True] * length)] * 2 for length in (50, 65))
+    monkeypatch.setattr(step, "careful", lambda lora, given: tried.append(given[0][1]))
+    monkeypatch.setattr(step, "forget_peak", lambda device: True)
+    monkeypatch.setattr(step, "memory_in_use", lambda device: 0)
+    monkeypatch.setattr(step, "peak_memory", lambda device: sum(len(one.ids) for one in tried[-1]))
+    monkeypatch.setattr(step, "free_memory", lambda device: 80)
+    found = step.probe(work.lora, work.share, [longest, whole])
+    assert [one for one in tried if len(one) > 1] == [whole, longest]
+    assert found.tokens == 130 and found.batch_fits == 1 and work.share.accumulate == 2
 
 
 def test_a_budget_of_tokens_fills_batches_and_counts_epochs() -> None:

@@ -86,8 +86,8 @@ class CausalAttention(torch.autograd.Function):
     """Causal softmax attention on the CPU within each of several sequences that lie end to end.
 
     q (1, heads, T, d), k and v (1, kv_heads, T, d) -> (1, T, heads, d). It keeps q, k, v in their own dtype, a number
-    for each position and head and, where torch's kernel was used, the output, instead of fp32 copies of all four: that
-    is used in fp32, because in bfloat16 its backward takes twice the time. A sequence that begins with tokens of
+    for each position and head and, if torch's kernel was used for any, the output, instead of fp32 copies of all four:
+    that is used in fp32, because in bfloat16 its backward takes twice the time. A sequence that begins with tokens of
     another attends to them as to its own.
     """
 
@@ -104,19 +104,19 @@ class CausalAttention(torch.autograd.Function):
         output = arrangement.taken_up(part for part, _ in made).to(q.dtype) if made else torch.empty_like(by_token[0])
         logsums = [logsum for _, logsum in made]
         logsums += [_attend_apart(by_token, output, place, scaled) for place in arrangement.apart]
-        ctx.save_for_backward(q, k, v, arrangement.lay(output) if made else None, *logsums)
+        ctx.save_for_backward(q, k, v, output if made else None, *logsums)
         ctx.arrangement, ctx.scale = arrangement, scaled
         return output[None]
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, laid_output, *logsums = ctx.saved_tensors
+        q, k, v, output, *logsums = ctx.saved_tensors
         arrangement: Arrangement = ctx.arrangement
         by_token = [outer[0][0], *(tensor[0].transpose(0, 1) for tensor in (q, k, v))]
-        if laid_output is None:
+        if output is None:
             gradients = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in by_token[1:]]
         else:
-            laid = [*map(arrangement.lay, by_token), laid_output]
+            laid = [arrangement.lay(tensor) for tensor in (*by_token, output)]
             for _, rows in arrangement.copies:  # what these attended to is their own sequence's affair
                 laid[0][rows] = 0
             made = [

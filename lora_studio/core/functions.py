@@ -26,7 +26,11 @@ CHUNK = {"cpu": 256, "mps": 128, "cuda": 512}
 # Such a product has, or a multiple. On a CPU few are summed in another order, and a loss went by who shared its pass;
 # a GPU would fetch another kernel for every number.
 ROWS = {"cpu": 16, "mps": 16, "cuda": 128}
-PIECE = {"cpu": 16, "mps": 128, "cuda": 512}  # of a chunk's rows in bfloat16 are in fp32 together: they stay in a cache
+IN_FP32 = {
+    "cpu": 16,
+    "mps": 128,
+    "cuda": 512,
+}  # rows of a chunk that are widened together: they stay in a cache
 LOG2E = 1 / math.log(2)  # powers of two take a third of the time of powers of e
 SILU = (nn.SiLU, type(ACT2FN["silu"]))
 aten = torch.ops.aten
@@ -205,7 +209,7 @@ def _losses(hidden: torch.Tensor, head: torch.Tensor, labels: torch.Tensor, *, l
     in_fp32 = upcasts or hidden.dtype == torch.float32  # how the head is multiplied
     by_word = in_fp32 and hidden.device.type == "cpu"
     # the same buffers for every chunk: fresh pages are not free
-    piece = count if in_fp32 else min(PIECE[hidden.device.type], count)
+    piece = count if in_fp32 else min(IN_FP32[hidden.device.type], count)
     wide = _buffer(piece, words, hidden.device, by_word=by_word)
     logits = wide if in_fp32 else hidden.new_empty(count, words)
     ones = wide.new_ones(words, ROWS["cpu"]) if by_word else None
@@ -234,7 +238,7 @@ def _softmax_(
     """The losses (rows,) of logits (rows, words) in fp32, which become their gradient times the total (rows, 1)."""
     most = logits.amax(-1, keepdim=True)
     picked = logits.gather(1, label)
-    torch.add(most * -LOG2E, logits, alpha=LOG2E, out=logits).exp2_()  # softmax · total from here on
+    logits.sub_(most).mul_(LOG2E).exp2_()  # softmax · total from here on
     total.copy_(logits.sum(-1, keepdim=True) if ones is None else (logits @ ones)[:, :1])
     if learns:
         logits.scatter_add_(1, label, -total)

@@ -34,7 +34,7 @@ from lora_studio.core import attention, flash, functions, kernels, together, upc
 from lora_studio.core.layout import ENCODERS
 
 IGNORED = -100  # label of a position that is not supervised
-PASS = {"cpu": 1024, "mps": 4096, "cuda": 16_384}  # tokens in memory together at most
+PASS = {"cpu": 2048, "mps": 4096, "cuda": 16_384}  # tokens in memory together at most
 WIDE = 9 * 2**20  # tokens times width that keep a GPU's matrix products busy
 PACKED, STEPWISE = "lora_studio_packed", "lora_studio_stepwise"
 FEW = 32  # rows that a decoding step has at most, to be multiplied as columns
@@ -255,15 +255,14 @@ def _labels(tokens: Tokens) -> list[int]:
     return [token if kept else IGNORED for token, kept in following] + [IGNORED]
 
 
-def room(model: nn.Module, device: str, size: int, *, recorded: bool) -> int:
+def room(model: nn.Module, device: str, *, recorded: bool, upcasts: bool) -> int:
     """Tokens of a pass in training: as many as keep the matrix products busy. More would only take memory.
 
-    size: bytes of a number in its products. On a CPU there are twice as many tokens of two bytes: these products take
-    half the time, and what each pass takes besides, of reading weights and of Python, is felt twice as much.
-    A pass on a GPU that is not `recorded` waits for Python, however few its tokens are, so there are few passes.
+    Half of them where weights rest in bfloat16 and `upcasts`, which is done for the memory's sake. A pass on a GPU that
+    is not `recorded` waits for Python, however few its tokens are, so there are few passes.
     """
     config: Any = model.config
-    most = PASS[device] * (2 if device == "cpu" and size == 2 else 1)
+    most = PASS[device] // 2 if upcasts else PASS[device]
     return min(most, max(1024, WIDE // config.get_text_config().hidden_size)) if recorded else most
 
 
