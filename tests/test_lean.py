@@ -463,13 +463,13 @@ def kept_bytes(lora: LoRA, rows: list[lean.Tokens], *, frugal: bool) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("targets", [("attn.q", "attn.v"), ("all-linear",)])
-@pytest.mark.parametrize("in_blocks", [False, True])
+@pytest.mark.parametrize(("block", "by_kernel"), [(64, 64), (22, 40), (16, 0)])
 def test_a_token_keeps_what_the_formula_says(
-    dtype: torch.dtype, targets: tuple[str, ...], in_blocks: bool, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, targets: tuple[str, ...], block: int, by_kernel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if in_blocks:
-        monkeypatch.setattr(attention, "BLOCK", 16)
-        monkeypatch.setattr(attention, "ENOUGH", 0)
+    """by_kernel: of 64 tokens, those in sequences shorter than a block, whose attention is torch's."""
+    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(attention, "ENOUGH", 0)
     h, kv, inner, layers, r = 256, 128, 512, 3, 4
     sizes = {"hidden_size": h, "intermediate_size": inner, "num_hidden_layers": layers}
     config = transformers.LlamaConfig(vocab_size=97, num_attention_heads=4, num_key_value_heads=2, **sizes)
@@ -482,7 +482,8 @@ def test_a_token_keeps_what_the_formula_says(
     # adapted that in any case, norm(x) of the feed-forward and what goes into its last matrix
     everywhere = targets == ("all-linear",)
     elements = layers * (4 * h + 2 * kv + 2 * inner + (h + inner if everywhere else 0))
-    elements += layers * h if everywhere or not in_blocks else 0
+    again = block == 22 and everywhere  # laid, beside what the last matrix of attention keeps
+    elements += layers * h * (1 if everywhere else by_kernel / 64) + (layers * h * by_kernel / 64 if again else 0)
     elements += h + 2 * (h // 4)  # once: the gradient that the head has made, and the positions' sines and cosines
     assert found == pytest.approx(dtype.itemsize * elements, rel=0.01)
     assert found < 0.9 * kept_bytes(lora, rows, frugal=False) / 64

@@ -86,9 +86,9 @@ class CausalAttention(torch.autograd.Function):
     """Causal softmax attention on the CPU within each of several sequences that lie end to end.
 
     q (1, heads, T, d), k and v (1, kv_heads, T, d) -> (1, T, heads, d). It keeps q, k, v in their own dtype, a number
-    for each position and head and, if torch's kernel was used for any, the output, instead of fp32 copies of all four:
-    that is used in fp32, because in bfloat16 its backward takes twice the time. A sequence that begins with tokens of
-    another attends to them as to its own.
+    for each position and head and, of what torch's kernel made, the output, instead of fp32 copies of all four: that is
+    used in fp32, because in bfloat16 its backward takes twice the time. A sequence that begins with tokens of another
+    attends to them as to its own.
     """
 
     @staticmethod
@@ -104,19 +104,22 @@ class CausalAttention(torch.autograd.Function):
         output = arrangement.taken_up(part for part, _ in made).to(q.dtype) if made else torch.empty_like(by_token[0])
         logsums = [logsum for _, logsum in made]
         logsums += [_attend_apart(by_token, output, place, scaled) for place in arrangement.apart]
-        ctx.save_for_backward(q, k, v, output if made else None, *logsums)
+        kept = output if made else None
+        if made and arrangement.apart:  # of what the kernel made alone
+            kept = arrangement.lay(output)
+        ctx.save_for_backward(q, k, v, kept, *logsums)
         ctx.arrangement, ctx.scale = arrangement, scaled
         return output[None]
 
     @staticmethod
     def backward(ctx: Any, *outer: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, output, *logsums = ctx.saved_tensors
+        q, k, v, kept, *logsums = ctx.saved_tensors
         arrangement: Arrangement = ctx.arrangement
         by_token = [outer[0][0], *(tensor[0].transpose(0, 1) for tensor in (q, k, v))]
-        if output is None:
+        if kept is None:
             gradients = [torch.zeros_like(tensor, dtype=torch.float32) for tensor in by_token[1:]]
         else:
-            laid = [arrangement.lay(tensor) for tensor in (*by_token, output)]
+            laid = [*map(arrangement.lay, by_token), kept if arrangement.apart else arrangement.lay(kept)]
             for _, rows in arrangement.copies:  # what these attended to is their own sequence's affair
                 laid[0][rows] = 0
             made = [
