@@ -9,7 +9,7 @@
                                                           SPARE for the allocator and the backward; a attention weights
                                                           per token, which only a model that drops some of them keeps;
                                                           with checkpointing a layer keeps h, and one at a time the rest
-    head         V · (4 · CHUNK | 2 · CHUNK + 4 · FEW)   the logits of one chunk in fp32, or in bf16 where products are
+    head         V · (4 · CHUNK | 2 · CHUNK + 4 · FEW)    the logits of one chunk in fp32, or in bf16 where products are
                                                           and a few of them in fp32, for each pass of a round; a
                                                           classifier has none
     runtime      the interpreter, its libraries and their buffers
@@ -42,10 +42,10 @@ from lora_studio.measure import HELDOUT_TOKENS, SAMPLE_SPARE, SAMPLE_TOKENS
 from lora_studio.settings import TrainConfig
 from lora_studio.step import MORE, busy
 
-# Chosen by least squares on 14 settings of four architectures: benchmarks.forecast.FITTED; float32's SPARE on four of
-# these, on a processor without bfloat16 products, where runs are held in it.
+# RUNTIME_BYTES was chosen by least squares on 14 settings of four architectures, benchmarks.forecast.FITTED; SPARE on
+# some of them, since a CPU's passes are of 2,048 tokens: four in bfloat16 gave 1.18 to 1.34, two in float32 1.17, 1.24.
 RUNTIME_BYTES = 430 * 2**20
-SPARE = {2: 1.85, 4: 1.6}  # by bytes of an element
+SPARE = {2: 1.26, 4: 1.2}  # by bytes of an element
 SPARE_CUDA = 1.1  # there tensors alone count; two bf16 settings on an H100 took 1.0 and 1.1, float32 was not measured
 UNGATED = 1.5  # tensors of the feed-forward's width that one without a gate keeps
 DROPPED = 21.0  # bytes an attention weight keeps where some are dropped, in fp32 whatever the precision
