@@ -41,6 +41,7 @@ from lora_studio.recorded import Recordings, cut, forget, recordable
 HALVINGS = 3
 MARGIN = 0.9  # of the free memory may be used
 BUSY = 256  # tokens, or tokens times width over this, that keep a CPU busy
+TOGETHER = 1024  # tokens of a pass that adapters share on a CPU
 ABREAST = 2  # passes side by side
 LAID_AGAIN = 1 / 6  # of a token's activations: its keys and values, at most
 MORE = 1.1  # times the tokens of passes one by one that such may take, so that they are quicker still
@@ -58,6 +59,7 @@ class Share:
     shares: bool = False  # the prefix that the rows of a pass share is computed once
     abreast: int = 1  # passes of a round, side by side
     busy: float = math.inf  # tokens up to which a step is one pass, and others may join it
+    together: float = math.inf  # tokens of that pass then
     width: int = 0  # of a model whose passes are recorded, by sizes; 0 where they are not
     longest: int = 0  # tokens of a row, as far as is known
     recompute: bool = field(init=False)  # activations, in the backward
@@ -204,6 +206,7 @@ def share_of(lora: LoRA, adapter: str, accumulate: int, checkpointing: str, long
         abreast=side_by_side(model, shares=shares, only_factors=lora.only_factors(adapter)) if device == "cpu" else 1,
         # with more, a CPU's products are busy as they are, and a larger pass leaves its caches
         busy=busy(model) if device == "cpu" else math.inf,
+        together=TOGETHER if device == "cpu" else math.inf,
         width=config.get_text_config().hidden_size if recorded else 0,
         longest=longest,
     )

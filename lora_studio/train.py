@@ -332,7 +332,7 @@ def _groups(lora: LoRA, live: Sequence[_Course]) -> list[list[_Course]]:
             room -= size
         else:
             groups.append([course])
-            room = course.job.share.room - size if joins else 0
+            room = min(course.job.share.room, course.job.share.together) - size if joins else 0
     return groups
 
 
